@@ -1,0 +1,13 @@
+"""GPU kernels of jaxattn: FlashAttention and PagedAttention, each an op with one reference and one file per architecture.
+
+The letters of every shape, those of jax.nn.dot_product_attention and a few more:
+    B  batch                 T  query length          S  key length
+    N  query heads           K  KV heads              G  N / K, query heads a KV head serves
+    H  head dim              Hv head dim of the values
+    R  rows: sequences served together                M  block-table width, in pages
+    P  pages of the pool     Z  page size, in tokens  L  layers
+"""
+
+from pallas_kernels.flash_attention import FlashConfig, flash_attention
+
+__all__ = ["FlashConfig", "flash_attention"]

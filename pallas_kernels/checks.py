@@ -1,0 +1,72 @@
+"""Argument checks shared by the ops: a wrong call is a ValueError that names the argument, its value and what is allowed."""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+
+def check_rank(name: str, array: Any, letters: str) -> None:
+    """Holds an array to the number of dimensions that `letters` ("B T N H") names."""
+    if array.ndim != len(letters.split()):
+        raise ValueError(f"{name} must have the dimensions [{letters}], got shape {tuple(array.shape)}")
+    if 0 in array.shape:
+        raise ValueError(f"{name} must not be empty: every one of [{letters}] >= 1, got {tuple(array.shape)}")
+
+
+def check_shape(name: str, array: Any, expected: Sequence[int | tuple[int, ...]], letters: str) -> None:
+    """Holds an array to a shape; a tuple in `expected` lists the sizes allowed for that dimension."""
+    allowed = [size if isinstance(size, tuple) else (size,) for size in expected]
+    if array.ndim != len(allowed) or any(
+        size not in sizes for size, sizes in zip(array.shape, allowed, strict=True)
+    ):
+        wanted = ", ".join("|".join(map(str, dict.fromkeys(sizes))) for sizes in allowed)
+        raise ValueError(f"{name} must have shape [{letters}] = [{wanted}], got {tuple(array.shape)}")
+
+
+def check_dtype(name: str, array: Any, allowed: Sequence[Any]) -> None:
+    """Holds an array to one of the dtypes `allowed`."""
+    if array.dtype not in [jnp.dtype(dtype) for dtype in allowed]:
+        names = ", ".join(jnp.dtype(dtype).name for dtype in allowed)
+        raise ValueError(f"{name} must have one of the dtypes ({names}), got {array.dtype}")
+
+
+def check_integers(name: str, array: Any) -> None:
+    """Holds an array to an integer dtype (ids, lengths, tables)."""
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"{name} must hold integers (int32), got {array.dtype}")
+
+
+def check_choice(name: str, value: Any, allowed: Collection[Any]) -> None:
+    """Holds a static argument to a set of values."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def check_head_groups(num_heads: int, num_kv_heads: int) -> None:
+    """Holds N to a multiple of K: each group of N/K query heads shares one KV head."""
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"the query's heads must be a multiple of the KV heads, got N = {num_heads} and K = {num_kv_heads}"
+        )
+
+
+def check_soft_cap(logits_soft_cap: float | None) -> None:
+    """Holds the soft cap to a positive number, or None for no cap."""
+    if logits_soft_cap is not None and not logits_soft_cap > 0:
+        raise ValueError(f"logits_soft_cap must be positive (or None), got {logits_soft_cap!r}")
+
+
+def normalize_window(
+    local_window_size: int | tuple[int | None, int | None] | None,
+) -> tuple[int | None, int | None]:
+    """Turns the window argument into (left, right), each a number of keys >= 0 or None for an unbounded side."""
+    if local_window_size is None:
+        return None, None
+    sides = local_window_size if isinstance(local_window_size, tuple) else (local_window_size,) * 2
+    if len(sides) != 2 or any(side is not None and (not isinstance(side, int) or side < 0) for side in sides):
+        raise ValueError(
+            "local_window_size must be an int >= 0 or a pair (left, right) of such ints or None, "
+            f"got {local_window_size!r}"
+        )
+    return sides

@@ -1,0 +1,193 @@
+"""flash_attention: validation, the table of variants, and the gradient rule."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Integer
+
+from pallas_kernels import checks
+from pallas_kernels.flash_attention import reference
+from pallas_kernels.flash_attention.config import FlashConfig
+from pallas_kernels.flash_attention.dropout import dropout_seed
+from pallas_kernels.flash_attention.spec import AttentionGradients, AttentionInputs, AttentionSpec
+
+ALIGNMENTS = ("top_left", "bottom_right")
+MAX_HEAD_DIM = 256
+FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+class Variant(NamedTuple):
+    """One way to compute the op. `unsupported` says why it cannot serve a call, or None if it can."""
+
+    forward: Callable[[AttentionInputs, AttentionSpec], tuple[jax.Array, jax.Array]]
+    backward: Callable[..., AttentionGradients]
+    unsupported: Callable[[AttentionInputs, AttentionSpec], str | None]
+    is_available: Callable[[], bool]
+
+
+VARIANTS = {
+    "reference": Variant(reference.forward, reference.backward, lambda inputs, spec: None, lambda: True),
+}
+
+
+def flash_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K Hv"],
+    *,
+    bias: Float[Array, "#B #N #T #S"] | None = None,
+    q_segment_ids: Integer[Array, "B T"] | None = None,
+    kv_segment_ids: Integer[Array, "B S"] | None = None,
+    q_lengths: Int[Array, "B"] | None = None,
+    kv_lengths: Int[Array, "B"] | None = None,
+    is_causal: bool = False,
+    causal_alignment: str = "top_left",
+    local_window_size: int | tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    block_mask: None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+    return_lse: bool = False,
+    deterministic: bool = False,
+    config: FlashConfig | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B T N Hv"] | tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
+    """Computes exact attention without storing the T x S weights.
+
+        out = dropout(softmax(mask(cap(scale Q K^T) + bias))) V,   cap(x) = c tanh(x / c)
+
+    Query head n reads KV head n // (N/K). Query i stands at position i ("top_left") or at
+    i + kv_length - q_length ("bottom_right", the lengths being S and T where none are given); it sees key j where
+    j <= position (causal), position - left <= j <= position + right (window), segment ids are equal, and i and j
+    lie within the lengths. Rows that see no key give zeros, a log-sum-exp of -inf and zero gradients.
+
+    Arguments:
+        query, key, value: [B, T, N, H], [B, S, K, H], [B, S, K, Hv]; bf16, fp16 or f32, one dtype; H, Hv <= 256.
+        bias: added to the logits; each dimension of [B, N, T, S] may be 1. Its gradient is computed.
+        q_segment_ids, kv_segment_ids: packed documents; both or neither.
+        q_lengths, kv_lengths: tokens in use of each batch row; what lies beyond is never read into a result.
+        local_window_size: keys visible left and right of a query; an int means both sides, None in a pair no limit.
+        scale: multiplies Q K^T; 1 / sqrt(H) by default.
+        dropout_rate, dropout_key: drops weights by a hash of (key, batch, head, query, key index), the same bits in
+            any variant and tile size, forward and backward.
+        return_lse: also return the natural log-sum-exp of each row's logits, f32[B, T, N], with its gradient.
+        deterministic: same inputs give the same gradient bits (the forward pass always is).
+        config: tile sizes; implementation: a name of VARIANTS. By default the first variant that can serve the call.
+
+    Raises ValueError for wrong arguments, NotImplementedError where the implementation named cannot serve the call.
+    From: Dao et al., FlashAttention (2022), algorithms 1 and 4; FlashAttention-2 (2023), algorithm 1.
+    """
+    inputs = AttentionInputs(query, key, value, bias, q_segment_ids, kv_segment_ids, q_lengths, kv_lengths)
+    _check_arrays(inputs)
+    checks.check_choice("causal_alignment", causal_alignment, ALIGNMENTS)
+    checks.check_soft_cap(logits_soft_cap)
+    if block_mask is not None:
+        raise NotImplementedError("block_mask is not supported yet")
+    spec = AttentionSpec(
+        scale=float(1 / math.sqrt(query.shape[-1]) if scale is None else scale),
+        is_causal=bool(is_causal),
+        bottom_right=causal_alignment == "bottom_right",
+        window=checks.normalize_window(local_window_size),
+        logits_soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
+        dropout_rate=_check_dropout(dropout_rate, dropout_key),
+        deterministic=bool(deterministic),
+        config=config,
+    )
+    if spec.dropout_rate > 0:
+        assert dropout_key is not None
+        inputs = inputs._replace(dropout_seed=dropout_seed(dropout_key))
+    out, lse = _attend(_choose(inputs, spec, implementation), spec, inputs)
+    return (out, lse) if return_lse else out
+
+
+def _check_arrays(inputs: AttentionInputs) -> None:
+    query, key, value = inputs.query, inputs.key, inputs.value
+    checks.check_rank("query", query, "B T N H")
+    checks.check_rank("key", key, "B S K H")
+    checks.check_rank("value", value, "B S K Hv")
+    batch, num_queries, num_heads, head_dim = query.shape
+    _, num_keys, num_kv_heads, _ = key.shape
+    checks.check_shape("key", key, (batch, num_keys, num_kv_heads, head_dim), "B S K H")
+    checks.check_shape("value", value, (batch, num_keys, num_kv_heads, value.shape[-1]), "B S K Hv")
+    checks.check_head_groups(num_heads, num_kv_heads)
+    checks.check_dtype("query", query, FLOATS)
+    for name, array in (("key", key), ("value", value)):
+        checks.check_dtype(name, array, (query.dtype,))
+    for name, size in (("query", head_dim), ("value", value.shape[-1])):
+        if size > MAX_HEAD_DIM:
+            raise ValueError(f"the head dim of {name} must be at most {MAX_HEAD_DIM}, got {size}")
+    if inputs.bias is not None:
+        sizes = (batch, num_heads, num_queries, num_keys)
+        checks.check_shape("bias", inputs.bias, [(1, size) for size in sizes], "B|1 N|1 T|1 S|1")
+        checks.check_dtype("bias", inputs.bias, FLOATS)
+    if (inputs.q_segment_ids is None) != (inputs.kv_segment_ids is None):
+        raise ValueError("q_segment_ids and kv_segment_ids must be given together, got one of them")
+    for name, array, shape, letters in (
+        ("q_segment_ids", inputs.q_segment_ids, (batch, num_queries), "B T"),
+        ("kv_segment_ids", inputs.kv_segment_ids, (batch, num_keys), "B S"),
+        ("q_lengths", inputs.q_lengths, (batch,), "B"),
+        ("kv_lengths", inputs.kv_lengths, (batch,), "B"),
+    ):
+        if array is not None:
+            checks.check_shape(name, array, shape, letters)
+            checks.check_integers(name, array)
+
+
+def _check_dropout(rate: float, key: jax.Array | None) -> float:
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout_rate must lie in [0, 1), got {rate!r}")
+    if rate > 0 and key is None:
+        raise ValueError(f"dropout_key must be given when dropout_rate > 0, got None with rate {rate!r}")
+    return float(rate)
+
+
+def _choose(inputs: AttentionInputs, spec: AttentionSpec, implementation: str | None) -> str:
+    """The variant that was named, or the first that is at home on this device and can serve the call."""
+    if implementation is not None:
+        checks.check_choice("implementation", implementation, VARIANTS)
+        reason = VARIANTS[implementation].unsupported(inputs, spec)
+        if reason:
+            raise NotImplementedError(f"implementation={implementation!r} cannot serve this call: {reason}")
+        return implementation
+    return next(
+        name
+        for name, variant in VARIANTS.items()
+        if variant.is_available() and not variant.unsupported(inputs, spec)
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(implementation: str, spec: AttentionSpec, inputs: AttentionInputs) -> tuple[jax.Array, jax.Array]:
+    return _forward(implementation, spec, inputs)
+
+
+# Jitted, so that the layers of an unrolled model share one trace and one lowered kernel.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _forward(implementation: str, spec: AttentionSpec, inputs: AttentionInputs):
+    return VARIANTS[implementation].forward(inputs, spec)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _backward(
+    implementation: str, spec: AttentionSpec, inputs: AttentionInputs, out, lse, out_grad, lse_grad
+):
+    return VARIANTS[implementation].backward(inputs, spec, out, lse, out_grad, lse_grad)
+
+
+def _attend_forward(implementation: str, spec: AttentionSpec, inputs: AttentionInputs):
+    out, lse = _forward(implementation, spec, inputs)
+    return (out, lse), (inputs, out, lse)
+
+
+def _attend_backward(implementation: str, spec: AttentionSpec, residuals, cotangents):
+    gradients = _backward(implementation, spec, *residuals, *cotangents)
+    no_gradients = (None,) * (len(AttentionInputs._fields) - len(gradients))
+    return (AttentionInputs(*gradients, *no_gradients),)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
