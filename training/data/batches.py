@@ -1,0 +1,120 @@
+"""Token files -> batches, as a pure function of (seed, step): a resumed run needs only the step."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from training.data.tokens import DataError, TokenFiles
+
+NO_TARGET = -1  # a position that the loss does not count
+
+
+class Batch(NamedTuple):
+    """What one step reads; rows are windows of the token stream."""
+
+    tokens: Int[np.ndarray, "B T"]
+    targets: Int[np.ndarray, "B T"]  # the next token, or NO_TARGET
+    positions: Int[np.ndarray, "B T"]  # restart at each document where documents are packed
+    segment_ids: Int[np.ndarray, "B T"] | None  # from 1, one a document; None: the row is one text
+
+
+class BatchLoader:
+    """Shuffled windows of a split.
+
+    An epoch visits each of its n windows once: sample g = step * B + row lies in epoch g // n at place g % n of
+    a keyed permutation of 0..n-1. The windows of an epoch start at an offset of its own in [0, T), so that texts
+    are cut elsewhere each time.
+    """
+
+    def __init__(
+        self, files: TokenFiles, *, batch_size: int, sequence_length: int, seed: int, pack_documents: bool
+    ):
+        self.stream = files.splits["train"]
+        self.eos_token_id = files.eos_token_id
+        self.batch_size, self.sequence_length = batch_size, sequence_length
+        self.seed, self.pack_documents = seed, pack_documents
+        spare = len(self.stream) - 1
+        needed = batch_size * sequence_length
+        if spare < needed:
+            raise DataError(
+                f"{files.folder}: {len(self.stream):,} training tokens are too few for one batch of "
+                f"{batch_size} x {sequence_length} = {needed:,}; lower run.batch_size or data.sequence_length"
+            )
+        self.num_windows = max(1, (spare - sequence_length + 1) // sequence_length)
+        self.num_offsets = min(sequence_length, spare - self.num_windows * sequence_length + 1)
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step, whatever was read before."""
+        samples = step * self.batch_size + np.arange(self.batch_size, dtype=np.int64)
+        epochs, places = np.divmod(samples, self.num_windows)
+        starts = np.empty_like(samples)
+        for epoch in np.unique(epochs):
+            of_epoch = epochs == epoch
+            key = np.random.SeedSequence([self.seed, int(epoch)]).generate_state(NUM_ROUNDS + 1, np.uint32)
+            windows = permute(places[of_epoch], self.num_windows, key[:NUM_ROUNDS])
+            starts[of_epoch] = windows * self.sequence_length + int(key[NUM_ROUNDS]) % self.num_offsets
+        return cut_windows(
+            self.stream, starts, self.sequence_length, self.eos_token_id if self.pack_documents else None
+        )
+
+
+def evaluation_batches(
+    files: TokenFiles, *, batch_size: int, sequence_length: int, pack_documents: bool, num_batches: int
+) -> Iterator[Batch]:
+    """The first batches of the validation split, in order (0: all); what is missing at the end has NO_TARGET."""
+    stream = files.splits["validation"]
+    starts = np.arange(0, max(1, len(stream) - 1), sequence_length, dtype=np.int64)
+    eos_token_id = files.eos_token_id if pack_documents else None
+    for index in range(0, len(starts), batch_size):
+        if num_batches and index >= num_batches * batch_size:
+            return
+        rows = starts[index : index + batch_size]
+        beyond = np.full(batch_size - len(rows), len(stream))
+        yield cut_windows(stream, np.concatenate([rows, beyond]), sequence_length, eos_token_id)
+
+
+def cut_windows(stream: np.ndarray, starts: np.ndarray, length: int, eos_token_id: int | None) -> Batch:
+    """Rows of `length` tokens from `starts`, with next tokens; what lies beyond the stream has no target."""
+    indices = starts[:, None] + np.arange(length + 1)
+    window = stream[np.minimum(indices, len(stream) - 1)].astype(np.int32)
+    tokens = window[:, :-1]
+    targets = np.where(indices[:, 1:] < len(stream), window[:, 1:], NO_TARGET).astype(np.int32)
+    places = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
+    if eos_token_id is None:
+        return Batch(tokens, targets, places.copy(), None)
+    opens = tokens == eos_token_id
+    opens[:, 0] = True
+    document_start = np.maximum.accumulate(np.where(opens, places, 0), axis=1)
+    return Batch(tokens, targets, places - document_start, np.cumsum(opens, axis=1, dtype=np.int32))
+
+
+NUM_ROUNDS = 6
+
+
+def permute(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
+    """A keyed permutation of 0..size-1, applied to each index without storing it.
+
+    A Feistel network permutes the next power of four; places outside the range are sent through again until they
+    fall inside (cycle walking), which keeps it a bijection. Black and Rogaway, "Ciphers with arbitrary finite
+    domains", 2002.
+    """
+    half_bits = max(1, -(-int(size - 1).bit_length() // 2))
+    mask = np.uint64((1 << half_bits) - 1)
+    result = np.asarray(index, np.uint64).copy()
+    outside = np.ones(result.shape, bool)
+    while outside.any():
+        left, right = result[outside] >> np.uint64(half_bits), result[outside] & mask
+        for round_key in key:
+            left, right = right, left ^ (_mix(right ^ np.uint64(round_key) << np.uint64(32)) & mask)
+        result[outside] = left << np.uint64(half_bits) | right
+        outside = result >= size
+    return result.astype(np.int64)
+
+
+def _mix(value: np.ndarray) -> np.ndarray:
+    """The finalizer of MurmurHash3: every bit of the input moves every bit of the output."""
+    value = (value ^ value >> np.uint64(33)) * np.uint64(0xFF51AFD7ED558CCD)
+    value = (value ^ value >> np.uint64(33)) * np.uint64(0xC4CEB9FE1A85EC53)
+    return value ^ value >> np.uint64(33)
