@@ -1,7 +1,7 @@
 """The settings of a training run: frozen dataclasses, filled from a YAML recipe and `key=value` overrides.
 
-Each setting is declared once, with its type, default, allowed values and meaning; reading, checking, the error
-texts and the command line's help all come from that declaration.
+Each setting is declared once, with its type, default, allowed values and meaning; reading, checking, the
+error texts and the command line's help all come from that declaration.
 """
 
 import dataclasses

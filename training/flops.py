@@ -7,8 +7,8 @@ import numpy as np
 
 from training.data.batches import Batch
 
-# Dense matmul peaks in FLOP/s by `device_kind`, without sparsity, from the vendor's data sheets. fp32 is TF32's
-# rate: JAX's default precision may use it, so no fp32 run can come out above 100%.
+# Dense matmul peaks in FLOP/s by `device_kind`, without sparsity, from the vendor's data sheets. fp32 is
+# TF32's rate: JAX's default precision may use it, so no fp32 run can come out above 100%.
 PEAK_FLOPS = {
     "NVIDIA H200": {"bfloat16": 989e12, "float32": 494e12},
     "NVIDIA H100 80GB HBM3": {"bfloat16": 989e12, "float32": 494e12},
@@ -40,8 +40,8 @@ def step_flops(batch: Batch, num_matmul_parameters: int, config: Any) -> float:
     """FLOPs that forward and backward need for a batch; recomputation (remat) does not count.
 
     6 for each matmul parameter and token, and 12 L N H for each pair of a query and a key that it sees. Pairs
-    are counted exactly (causal, within documents), so a kernel that skips the rest cannot show more than 100%.
-    Chowdhery et al., "PaLM", 2022, appendix B, which counts all T^2 pairs.
+    are counted exactly (causal, within documents), so a kernel that skips the rest cannot show more than
+    100%. Chowdhery et al., "PaLM", 2022, appendix B, which counts all T^2 pairs.
     """
     num_pairs = float(np.sum(batch.positions, dtype=np.int64) + batch.positions.size)
     attention = 12.0 * config.num_layers * config.num_heads * config.head_dim * num_pairs

@@ -1,8 +1,8 @@
 """Cross entropy of next tokens, without ever holding the logits of a whole batch.
 
-At V = 50257 the fp32 logits of 64 x 1024 tokens are 13 GB, and their gradient as much again. The tokens go through
-the head in chunks, and each chunk's gradient is taken at once, while its logits are there: nothing is kept and
-nothing is computed twice.
+At V = 50257 the fp32 logits of 64 x 1024 tokens are 13 GB, and their gradient as much again. The tokens go
+through the head in chunks, and each chunk's gradient is taken at once, while its logits are there: nothing is
+kept and nothing is computed twice.
 """
 
 from collections.abc import Callable

@@ -27,7 +27,7 @@ class UpdateInfo(NamedTuple):
 def learning_rate(
     schedule: ScheduleConfig, optimizer: OptimizerConfig, num_steps: int, step: Array | int
 ) -> Array:
-    """f32[], rate of update `step` (from 0): linear to the peak in W steps, then decay to its end at the last step.
+    """f32[], rate of update `step` (from 0): linear to the peak in W steps, then decay until the last step.
 
     With p = (step - W) / (num_steps - 1 - W) in [0, 1] and end fraction e, the peak is multiplied by
     e + (1 - e) (1 + cos(pi p)) / 2 (cosine), by 1 - (1 - e) p (linear), or by 1 (constant).
@@ -56,8 +56,8 @@ def optimizer_update(
     """One AdamW step (Loshchilov and Hutter, 2019) on clipped gradients; params f32.
 
     g is multiplied by min(1, clip_norm / |g|); p becomes p - rate (m / (sqrt(v) + eps) + decay p), decay only
-    where p has two or more dimensions. If |g| is not finite, params and moments stay as they are and the step is
-    counted.
+    where p has two or more dimensions. If |g| is not finite, params and moments stay as they are and the step
+    is counted.
     """
     gradients = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
     norm = optax.tree.norm(gradients)

@@ -45,8 +45,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """Builds `train_step(state, batch) -> (state, metrics)` for batches of config.run.batch_size rows.
 
-    The masters are cast to the compute dtype once a step. The gradient is that of (sum of losses) / (number of
-    tokens) over the whole batch, however many micro-batches it is cut into.
+    The masters are cast to the compute dtype once a step. The gradient is that of (sum of losses) / (number
+    of tokens) over the whole batch, however many micro-batches it is cut into.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:

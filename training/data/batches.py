@@ -23,9 +23,9 @@ class Batch(NamedTuple):
 class BatchLoader:
     """Shuffled windows of a split.
 
-    An epoch visits each of its n windows once: sample g = step * B + row lies in epoch g // n at place g % n of
-    a keyed permutation of 0..n-1. The windows of an epoch start at an offset of its own in [0, T), so that texts
-    are cut elsewhere each time.
+    An epoch visits each of its n windows once: sample g = step * B + row lies in epoch g // n at place g % n
+    of a keyed permutation of 0..n-1. The windows of an epoch start at an offset of its own in [0, T), so that
+    texts are cut elsewhere each time.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class BatchLoader:
 def evaluation_batches(
     files: TokenFiles, *, batch_size: int, sequence_length: int, pack_documents: bool, num_batches: int
 ) -> Iterator[Batch]:
-    """The first batches of the validation split, in order (0: all); what is missing at the end has NO_TARGET."""
+    """The first batches of the validation split in order (0: all); what the last one lacks has NO_TARGET."""
     stream = files.splits["validation"]
     starts = np.arange(0, max(1, len(stream) - 1), sequence_length, dtype=np.int64)
     eos_token_id = files.eos_token_id if pack_documents else None
@@ -96,9 +96,9 @@ NUM_ROUNDS = 6
 def permute(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
     """A keyed permutation of 0..size-1, applied to each index without storing it.
 
-    A Feistel network permutes the next power of four; places outside the range are sent through again until they
-    fall inside (cycle walking), which keeps it a bijection. Black and Rogaway, "Ciphers with arbitrary finite
-    domains", 2002.
+    A Feistel network permutes the next power of four; places outside the range are sent through again until
+    they fall inside (cycle walking), which keeps it a bijection. Black and Rogaway, "Ciphers with arbitrary
+    finite domains", 2002.
     """
     half_bits = max(1, -(-int(size - 1).bit_length() // 2))
     mask = np.uint64((1 << half_bits) - 1)

@@ -38,8 +38,8 @@ def prepare(
 ) -> TokenFiles:
     """Writes `train.bin`, `validation.bin`, `meta.json` and the tokenizer into the folder `out`.
 
-    A folder gives one document a file; whole documents are held out for validation, chosen by `seed`. A single
-    file is one document whose last part is held out.
+    A folder gives one document a file; whole documents are held out for validation, chosen by `seed`. A
+    single file is one document whose last part is held out.
 
     Args:
         text: file or folder; `package:NAME/PATH` lies inside an installed package.
@@ -92,7 +92,7 @@ def prepare(
 def preparation_request(
     text: str | Path, tokenizer: str, pattern: str, validation_fraction: float, invalid_utf8: str, seed: int
 ) -> dict[str, Any]:
-    """What the token files follow from: kept in `meta.json`, it tells a later run whether they are its own."""
+    """What the token files follow from: kept in `meta.json`, it tells a later run if they are its own."""
     source = resolve_text(text)
     return {
         "text": str(text) if str(text).startswith("package:") else str(source.resolve()),

@@ -1,7 +1,7 @@
 """Prepared tokens on disk: `train.bin`, `validation.bin` and `meta.json` in one folder.
 
-A split is one stream, EOS doc EOS doc ... EOS: an EOS token opens every document (so that generation can start
-from it) and, as the next one's opening, is what the last token of a document must predict.
+A split is one stream, EOS doc EOS doc ... EOS: an EOS token opens every document (so that generation can
+start from it) and, as the next one's opening, is what the last token of a document must predict.
 """
 
 import json
