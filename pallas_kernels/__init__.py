@@ -9,5 +9,16 @@ The letters of every shape, those of jax.nn.dot_product_attention and a few more
 """
 
 from pallas_kernels.flash_attention import FlashConfig, flash_attention
+from pallas_kernels.kv_pages import NULL_PAGE, PAGE_SIZES, copy_pages, write_kv
+from pallas_kernels.paged_attention import PagedConfig, paged_attention
 
-__all__ = ["FlashConfig", "flash_attention"]
+__all__ = [
+    "NULL_PAGE",
+    "PAGE_SIZES",
+    "FlashConfig",
+    "PagedConfig",
+    "copy_pages",
+    "flash_attention",
+    "paged_attention",
+    "write_kv",
+]

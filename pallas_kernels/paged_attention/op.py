@@ -1,0 +1,147 @@
+"""paged_attention: validation and the table of variants."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Num
+
+from pallas_kernels import checks
+from pallas_kernels.kv_pages import pool
+from pallas_kernels.paged_attention import reference
+from pallas_kernels.paged_attention.config import PagedConfig
+from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
+
+MAX_HEAD_DIM = 256
+
+
+class Variant(NamedTuple):
+    """One way to compute the op. `unsupported` says why it cannot serve a call, or None if it can."""
+
+    forward: Callable[[PagedInputs, PagedSpec], tuple[jax.Array, jax.Array]]
+    unsupported: Callable[[PagedInputs, PagedSpec], str | None]
+    is_available: Callable[[], bool]
+
+
+VARIANTS = {
+    "reference": Variant(reference.forward, lambda inputs, spec: None, lambda: True),
+}
+
+
+def paged_attention(
+    query: Float[Array, "tokens N H"],
+    k_pages: Num[Array, "L P K Z H"],
+    v_pages: Num[Array, "L P K Z H"],
+    block_tables: Int[Array, "R M"],
+    kv_lengths: Int[Array, "R"],
+    *,
+    query_start: Int[Array, "R+1"] | None = None,
+    layer: int | Int[Array, ""] = 0,
+    scale: float | None = None,
+    local_window_size: int | tuple[int | None, int | None] | None = None,
+    logits_soft_cap: float | None = None,
+    k_scale: Float[Array, "L P K Z"] | None = None,
+    v_scale: Float[Array, "L P K Z"] | None = None,
+    return_lse: bool = False,
+    config: PagedConfig | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "tokens N H"] | tuple[Float[Array, "tokens N H"], Float[Array, "tokens N"]]:
+    """Computes attention of ragged query tokens over keys and values that live in pages.
+
+        out = softmax(mask(cap(scale Q K^T))) V,   cap(x) = c tanh(x / c)
+
+    Token j of row r lies in page block_tables[r, j // Z] at offset j % Z. Query i of the row's t queries stands at
+    position kv_length - t + i and sees the keys j <= position, and j >= position - left under a window. Queries
+    that see no key, and tokens of no row, give zeros and a log-sum-exp of -inf.
+
+    Arguments:
+        query: [tokens, N, H]; bf16, fp16 or f32. Without query_start tokens == R: one a row, a decode step.
+        k_pages, v_pages: the page pool, every layer; query's dtype, or int8/fp8 with scales. Z: 8 to 256, a power
+            of two. Free pages and slots beyond a length may hold anything, NaN too. The pool is never copied.
+        block_tables: page ids. Entries beyond a row's length are never read; others are clamped into 0..P-1.
+        kv_lengths: tokens of each row, those of this step included; 0 for an empty row. At most M * Z.
+        query_start: row r's queries are query[query_start[r]:query_start[r + 1]], in order of rows, from 0 on.
+        layer: which layer of the pool; may be traced.
+        scale: multiplies Q K^T; 1 / sqrt(H) by default.
+        local_window_size: keys visible to the left of a query, or (left, right); the right side is causal anyway.
+        k_scale, v_scale: factor of each slot and head of quantized pages.
+        return_lse: also return the natural log-sum-exp of each query's logits, f32[tokens, N].
+        config: cuts of the kernel; implementation: a name of VARIANTS. By default the first that can serve the call.
+
+    Raises ValueError for wrong arguments, NotImplementedError where the implementation named cannot serve the call.
+    From: Kwon et al., PagedAttention (2023), section 4.1; Dao et al., Flash-Decoding (2023).
+    """
+    pool.check_pool(k_pages, v_pages)
+    index = pool.check_layer(layer, k_pages.shape[0])
+    inputs = PagedInputs(
+        query, k_pages, v_pages, block_tables, kv_lengths, index, query_start, k_scale, v_scale
+    )
+    _check_arrays(inputs)
+    checks.check_soft_cap(logits_soft_cap)
+    left, _ = checks.normalize_window(local_window_size)
+    spec = PagedSpec(
+        scale=float(1 / math.sqrt(query.shape[-1]) if scale is None else scale),
+        window_left=left,
+        logits_soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
+        config=config,
+    )
+    out, lse = _forward(_choose(inputs, spec, implementation), spec, inputs)
+    return (out, lse) if return_lse else out
+
+
+def _check_arrays(inputs: PagedInputs) -> None:
+    query, k_pages = inputs.query, inputs.k_pages
+    num_layers, num_pages, num_kv_heads, page_size, head_dim = k_pages.shape
+    checks.check_rank("query", query, "tokens N H")
+    num_tokens, num_heads, _ = query.shape
+    checks.check_shape("query", query, (num_tokens, num_heads, head_dim), "tokens N H")
+    checks.check_dtype("query", query, pool.FLOATS)
+    checks.check_head_groups(num_heads, num_kv_heads)
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(f"the head dim of query must be at most {MAX_HEAD_DIM}, got {head_dim}")
+    checks.check_rank("block_tables", inputs.block_tables, "R M")
+    num_rows = inputs.block_tables.shape[0]
+    checks.check_integers("block_tables", inputs.block_tables)
+    pool.check_indices("kv_lengths", inputs.kv_lengths, (num_rows,), "R")
+    if inputs.query_start is not None:
+        pool.check_indices("query_start", inputs.query_start, (num_rows + 1,), "R + 1")
+    elif num_tokens != num_rows:
+        raise ValueError(
+            f"query must have one token a row without query_start, got {num_tokens} tokens for {num_rows} rows"
+        )
+    is_quantized = k_pages.dtype in pool.QUANTIZED
+    if not is_quantized:
+        checks.check_dtype("k_pages", k_pages, (query.dtype,))
+    for name, array in (("k_scale", inputs.k_scale), ("v_scale", inputs.v_scale)):
+        if (array is not None) != is_quantized:
+            raise ValueError(
+                f"{name} must be given for int8 and fp8 pages and for no others, "
+                f"got {'none' if array is None else 'one'} with {k_pages.dtype} pages"
+            )
+        if array is not None:
+            checks.check_shape(name, array, (num_layers, num_pages, num_kv_heads, page_size), "L P K Z")
+            checks.check_dtype(name, array, (jnp.float32,))
+
+
+def _choose(inputs: PagedInputs, spec: PagedSpec, implementation: str | None) -> str:
+    """The variant that was named, or the first that is at home on this device and can serve the call."""
+    if implementation is not None:
+        checks.check_choice("implementation", implementation, VARIANTS)
+        reason = VARIANTS[implementation].unsupported(inputs, spec)
+        if reason:
+            raise NotImplementedError(f"implementation={implementation!r} cannot serve this call: {reason}")
+        return implementation
+    return next(
+        name
+        for name, variant in VARIANTS.items()
+        if variant.is_available() and not variant.unsupported(inputs, spec)
+    )
+
+
+# Jitted, so that the layers of an unrolled model share one trace and one lowered kernel.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _forward(implementation: str, spec: PagedSpec, inputs: PagedInputs) -> tuple[jax.Array, jax.Array]:
+    return VARIANTS[implementation].forward(inputs, spec)

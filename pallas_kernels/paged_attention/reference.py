@@ -1,0 +1,146 @@
+"""fp32 reference of paged attention: the oracle, and the path where there is no kernel.
+
+Keys are taken CHUNK tokens at a time with an online softmax, so that a wide block table costs nothing: the loop ends
+at the longest row, and pages that no row's length covers are never read.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.kv_pages.pool import NULL_PAGE
+from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
+
+CHUNK = 128  # tokens gathered at once
+QUERY_BLOCK = 32  # ragged queries of one row that share a gather
+
+
+def forward(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]:
+    """Attends every query token to its row's pages; returns out [tokens, N, H] and lse f32[tokens, N]."""
+    return (_decode if inputs.query_start is None else _ragged)(inputs, spec)
+
+
+def _decode(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]:
+    """All rows side by side, one query each at the end of its row."""
+    positions = inputs.kv_lengths - 1
+    first_key = 0 if spec.window_left is None else jnp.min(jnp.maximum(positions - spec.window_left, 0))
+    length = _chunk_length(inputs)
+    bounds = first_key // length, _ceil_div(jnp.max(inputs.kv_lengths), length)
+    row = functools.partial(_attend_row, inputs, spec, bounds)
+    out, lse = jax.vmap(row)(
+        inputs.query[:, None], positions[:, None], inputs.block_tables, inputs.kv_lengths
+    )
+    return out[:, 0], lse[:, 0]
+
+
+def _ragged(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]:
+    """Blocks of one row's queries, one after the other; tokens outside every row give zeros."""
+    num_tokens, num_heads, head_dim = inputs.query.shape
+    num_rows = inputs.kv_lengths.shape[0]
+    assert inputs.query_start is not None
+    start, stop = inputs.query_start[:-1], inputs.query_start[1:]
+    block, length = min(QUERY_BLOCK, num_tokens), _chunk_length(inputs)
+    first_block = jnp.cumulative_sum(_ceil_div(stop - start, block), include_initial=True)
+    query = jnp.pad(inputs.query, ((0, block), (0, 0), (0, 0)))
+
+    def step(index, results):
+        row = jnp.searchsorted(first_block, index, side="right") - 1
+        offset = start[row] + (index - first_block[row]) * block
+        token = offset + jnp.arange(block)
+        kv_length = inputs.kv_lengths[row]
+        position = kv_length - stop[row] + token
+        last_key = jnp.minimum(kv_length, jnp.max(jnp.where(token < stop[row], position, -1)) + 1)
+        first_key = 0 if spec.window_left is None else jnp.maximum(position[0] - spec.window_left, 0)
+        bounds = first_key // length, _ceil_div(last_key, length)
+        rows = lax.dynamic_slice_in_dim(query, offset, block)
+        new = _attend_row(inputs, spec, bounds, rows, position, inputs.block_tables[row], kv_length)
+        return tuple(
+            _put_block(old, x, offset, token < stop[row]) for old, x in zip(results, new, strict=True)
+        )
+
+    out = jnp.zeros((num_tokens + block, num_heads, head_dim), query.dtype)
+    lse = jnp.full((num_tokens + block, num_heads), -jnp.inf)
+    out, lse = lax.fori_loop(0, first_block[num_rows], step, (out, lse))
+    return out[:num_tokens], lse[:num_tokens]
+
+
+def _put_block(array: jax.Array, new: jax.Array, offset: jax.Array, is_ours: jax.Array) -> jax.Array:
+    old = lax.dynamic_slice_in_dim(array, offset, new.shape[0])
+    mask = is_ours.reshape(-1, *(1,) * (new.ndim - 1))
+    return lax.dynamic_update_slice_in_dim(array, jnp.where(mask, new, old), offset, 0)
+
+
+class _Softmax(NamedTuple):
+    """Running maximum, sum and weighted values of an online softmax."""
+
+    maximum: jax.Array  # f32[K, queries, G]
+    total: jax.Array  # f32[K, queries, G]
+    values: jax.Array  # f32[K, queries, G, H]
+
+
+def _attend_row(inputs: PagedInputs, spec: PagedSpec, bounds, query, positions, table, kv_length):
+    """Attends queries [T, N, H] of one row, standing at `positions` i32[T], to the chunks `bounds` of its pages."""
+    num_kv_heads, head_dim = inputs.k_pages.shape[2], inputs.k_pages.shape[4]
+    num_queries, num_heads, _ = query.shape
+    groups = query.reshape(num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    groups = groups.transpose(1, 0, 2, 3).astype(jnp.float32)  # K T G H
+
+    def step(chunk, state: _Softmax) -> _Softmax:
+        key, value, token = _gather_chunk(inputs, table, kv_length, chunk)
+        visible = (token < kv_length) & (token <= positions[:, None])
+        if spec.window_left is not None:
+            visible &= token >= positions[:, None] - spec.window_left
+        logits = jnp.einsum("ktgh,kch->ktgc", groups, key, precision=lax.Precision.HIGHEST) * spec.scale
+        if spec.logits_soft_cap is not None:
+            logits = spec.logits_soft_cap * jnp.tanh(logits / spec.logits_soft_cap)
+        logits = jnp.where(visible[None, :, None], logits, -jnp.inf)
+        return _softmax_update(state, logits, value)
+
+    shape = groups.shape[:-1]
+    start = _Softmax(jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros(groups.shape))
+    state = lax.fori_loop(*bounds, step, start)
+    out = state.values / jnp.where(state.total == 0, 1, state.total)[..., None]
+    lse = state.maximum + jnp.log(state.total)  # no visible key: -inf + -inf
+    lse = lse.transpose(1, 0, 2).reshape(num_queries, num_heads)
+    return out.transpose(1, 0, 2, 3).reshape(query.shape).astype(query.dtype), lse
+
+
+def _gather_chunk(inputs: PagedInputs, table: jax.Array, kv_length: jax.Array, chunk: jax.Array):
+    """K and V f32[K, C, H] of one chunk of a row, zero beyond its length, and the tokens' indices i32[C]."""
+    page_size = inputs.k_pages.shape[3]
+    length = _chunk_length(inputs)
+    token = chunk * length + jnp.arange(length)
+    column = chunk * (length // page_size) + jnp.arange(length // page_size)
+    page = jnp.where(column * page_size < kv_length, table.at[column].get(mode="clip"), NULL_PAGE)
+
+    def gather(pages: jax.Array, scale: jax.Array | None) -> jax.Array:
+        tokens = pages.at[inputs.layer, page].get(mode="clip").astype(jnp.float32)  # C/Z K Z H
+        if scale is not None:
+            tokens *= scale.at[inputs.layer, page].get(mode="clip")[..., None]
+        tokens = tokens.transpose(1, 0, 2, 3).reshape(tokens.shape[1], length, tokens.shape[3])
+        # A select, not a product: what lies beyond the length may be NaN.
+        return jnp.where((token < kv_length)[:, None], tokens, 0)
+
+    return gather(inputs.k_pages, inputs.k_scale), gather(inputs.v_pages, inputs.v_scale), token
+
+
+def _softmax_update(state: _Softmax, logits: jax.Array, value: jax.Array) -> _Softmax:
+    maximum = jnp.maximum(state.maximum, logits.max(-1))
+    shift = jnp.where(maximum == -jnp.inf, 0, maximum)  # nothing visible yet: exp(-inf), not exp(-inf + inf)
+    weights = jnp.exp(logits - shift[..., None])
+    decay = jnp.exp(state.maximum - shift)
+    new = jnp.einsum("ktgc,kch->ktgh", weights, value, precision=lax.Precision.HIGHEST)
+    total = state.total * decay + weights.sum(-1)
+    return _Softmax(maximum, total, state.values * decay[..., None] + new)
+
+
+def _chunk_length(inputs: PagedInputs) -> int:
+    """Tokens gathered at once: whole pages, so that the table is read once a page."""
+    return max(CHUNK, inputs.k_pages.shape[3])
+
+
+def _ceil_div(x: jax.Array, divisor: int) -> jax.Array:
+    return (x + divisor - 1) // divisor

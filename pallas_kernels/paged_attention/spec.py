@@ -1,0 +1,32 @@
+"""What one paged attention call computes: the static description and the arrays, as every variant receives them."""
+
+import dataclasses
+from typing import NamedTuple
+
+from jaxtyping import Array, Float, Int, Num
+
+from pallas_kernels.paged_attention.config import PagedConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class PagedSpec:
+    """The static part of a call; hashable, so that equal calls share one trace."""
+
+    scale: float
+    window_left: int | None = None  # keys visible to the left of a query; None: all
+    logits_soft_cap: float | None = None
+    config: PagedConfig | None = None
+
+
+class PagedInputs(NamedTuple):
+    """The arrays of a call."""
+
+    query: Float[Array, "tokens N H"]
+    k_pages: Num[Array, "L P K Z H"]
+    v_pages: Num[Array, "L P K Z H"]
+    block_tables: Int[Array, "R M"]
+    kv_lengths: Int[Array, "R"]
+    layer: Int[Array, ""]
+    query_start: Int[Array, "R+1"] | None = None
+    k_scale: Float[Array, "L P K Z"] | None = None
+    v_scale: Float[Array, "L P K Z"] | None = None
