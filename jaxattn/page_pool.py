@@ -1,0 +1,126 @@
+"""The page pool and attention over it: the only caller of the paged kernels, and the only place above
+`pallas_kernels` that knows the order of the pool's dimensions."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxattn.attention import dot_product_attention
+from pallas_kernels import copy_pages as _copy_pages
+from pallas_kernels import paged_attention, write_kv
+
+__all__ = ["PagePool", "PagedAttention", "PagedBatch", "copy_pages", "init_page_pool", "page_bytes"]
+
+
+class PagePool(NamedTuple):
+    """Keys and values of every layer, page by page. Page 0 is NULL_PAGE: never allocated."""
+
+    k_pages: Float[Array, "L P K Z H"]
+    v_pages: Float[Array, "L P K Z H"]
+
+    @property
+    def num_pages(self) -> int:
+        return self.k_pages.shape[1]
+
+    @property
+    def page_size(self) -> int:
+        return self.k_pages.shape[3]
+
+
+def init_page_pool(config: Any, num_pages: int, page_size: int, dtype: Any) -> PagePool:
+    """An empty pool of `num_pages` pages (page 0 among them) of `page_size` tokens for a model's config."""
+    for name, value in (("num_pages", num_pages), ("page_size", page_size)):
+        if value < 1:
+            raise ValueError(f"{name}={value}: must be at least 1")
+    shape = (config.num_layers, num_pages, config.num_kv_heads, page_size, config.head_dim)
+    return PagePool(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def page_bytes(config: Any, page_size: int, dtype: Any) -> int:
+    """Bytes of one page: 2 (keys and values) x L x K x Z x H x bytes of an element."""
+    elements = config.num_layers * config.num_kv_heads * page_size * config.head_dim
+    return 2 * elements * jnp.dtype(dtype).itemsize
+
+
+def copy_pages(pool: PagePool, src_pages: Int[Array, "C"], dst_pages: Int[Array, "C"]) -> PagePool:
+    """Copies page src_pages[i] to dst_pages[i] in every layer; a source of NULL_PAGE copies nothing."""
+    return PagePool(*_copy_pages(pool.k_pages, pool.v_pages, src_pages, dst_pages))
+
+
+class PagedBatch(NamedTuple):
+    """What one step needs to know about its rows; the same for every layer."""
+
+    block_tables: Int[Array, "R M"]  # page ids
+    kv_lengths: Int[Array, "R"]  # tokens of each row, this step's included; 0 for an idle row
+    slots: Int[
+        Array, "..."
+    ]  # [R] or [R, T]: where each token's K and V go (page * Z + offset); negative: nowhere
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PagedAttention:
+    """The attention object of serving: writes a step's K and V into the pool and attends through the block
+    tables.
+
+    `attention(layer, q, k, v)` -> (y, attention with the pool written).
+    Decode: q [R, N, H], one token a row. Prefill: q [R, T, N, H], whole prompts from position 0 on, padded
+    to T; K and V of padding have negative slots and are not written.
+    """
+
+    pool: PagePool
+    batch: PagedBatch
+    implementation: str | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def __call__(
+        self,
+        layer: jax.Array | int,
+        query: Float[Array, "R *T N H"],
+        key: Float[Array, "R *T K H"],
+        value: Float[Array, "R *T K H"],
+        *,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[Float[Array, "R *T N H"], "PagedAttention"]:
+        if dropout_key is not None:
+            raise ValueError("dropout_key: attention over pages has no dropout, got a key")
+        pool = self._write(layer, key, value)
+        attend = self._decode if query.ndim == 3 else self._prefill
+        return attend(pool, layer, query, key, value), dataclasses.replace(self, pool=pool)
+
+    def _write(self, layer: jax.Array | int, key: jax.Array, value: jax.Array) -> PagePool:
+        heads_and_dim = key.shape[-2:]
+        written = write_kv(
+            *self.pool,
+            key.reshape(-1, *heads_and_dim).astype(self.pool.k_pages.dtype),
+            value.reshape(-1, *heads_and_dim).astype(self.pool.v_pages.dtype),
+            self.batch.slots.reshape(-1),
+            layer=layer,
+            implementation=self.implementation,
+        )
+        return PagePool(*written)
+
+    def _decode(self, pool: PagePool, layer: jax.Array | int, query: jax.Array, *_: jax.Array) -> jax.Array:
+        return paged_attention(
+            query,
+            *pool,
+            self.batch.block_tables,
+            self.batch.kv_lengths,
+            layer=layer,
+            implementation=self.implementation,
+        )
+
+    def _prefill(
+        self, pool: PagePool, layer: jax.Array | int, query: jax.Array, key: jax.Array, value: jax.Array
+    ) -> jax.Array:
+        return dot_product_attention(
+            query,
+            key,
+            value,
+            is_causal=True,
+            query_seq_lengths=self.batch.kv_lengths,
+            key_value_seq_lengths=self.batch.kv_lengths,
+            implementation=self.implementation,
+        )
