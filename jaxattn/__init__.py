@@ -1,5 +1,4 @@
-"""FlashAttention and PagedAttention for JAX on NVIDIA GPUs: attention functions, Flax models, weights,
-sampling.
+"""FlashAttention and PagedAttention for JAX on NVIDIA GPUs: attention, models, weights.
 
 Importing it touches no device; what needs flax or a file format is imported when it is first asked for.
 """

@@ -78,9 +78,8 @@ def dot_product_attention(
     Rows that see no key give zeros and a log-sum-exp of -inf (jax.nn gives the mean of all values there).
 
     Arguments:
-        query, key, value: BTNH, BSKH, BSKHv, or TNH, SKH, SKHv; float32, bfloat16 or float16, one dtype. N a
-            multiple
-            of K: query head n reads KV head n // (N/K).
+        query, key, value: BTNH, BSKH, BSKHv, or TNH, SKH, SKHv; float32, bfloat16 or float16, one dtype. N is
+            a multiple of K: query head n reads KV head n // (N/K).
         bias: added to the logits, broadcastable to BNTS. mask: boolean, True where a key takes part.
         scale: 1 / sqrt(H) by default.
         is_causal: query i sees keys 0..i ("top_left"), or keys 0..i + S - T ("bottom_right", the lengths in
@@ -124,6 +123,7 @@ def dot_product_attention(
     out = out if is_batched else out[0]
     if not return_residual:
         return out
+    assert residual is not None  # an implementation that cannot return it has refused
     return out, residual if is_batched else residual[0]
 
 
@@ -172,7 +172,7 @@ def _check(call: _Call) -> None:
 
 
 def _flash(call: _Call, *, variant: str) -> tuple[jax.Array, jax.Array | None]:
-    result = flash_attention(
+    result: Any = flash_attention(
         call.query,
         call.key,
         call.value,

@@ -55,9 +55,7 @@ class PagedBatch(NamedTuple):
 
     block_tables: Int[Array, "R M"]  # page ids
     kv_lengths: Int[Array, "R"]  # tokens of each row, this step's included; 0 for an idle row
-    slots: Int[
-        Array, "..."
-    ]  # [R] or [R, T]: where each token's K and V go (page * Z + offset); negative: nowhere
+    slots: Int[Array, "R *T"]  # where each token's K and V go, page * Z + offset; negative: nowhere
 
 
 @jax.tree_util.register_dataclass
@@ -102,7 +100,7 @@ class PagedAttention:
         )
         return PagePool(*written)
 
-    def _decode(self, pool: PagePool, layer: jax.Array | int, query: jax.Array, *_: jax.Array) -> jax.Array:
+    def _decode(self, pool: PagePool, layer: jax.Array | int, query: jax.Array, *_: jax.Array) -> Any:
         return paged_attention(
             query,
             *pool,

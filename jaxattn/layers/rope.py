@@ -1,5 +1,4 @@
-"""Rotary position embedding (Su et al. 2021), in the half-split order of the LLaMA checkpoints on Hugging
-Face."""
+"""Rotary position embedding (Su et al. 2021), in the half-split order of LLaMA on Hugging Face."""
 
 import dataclasses
 import math

@@ -1,5 +1,4 @@
-"""LLaMA: Touvron et al. 2023, and the models that share its architecture (SmolLM2, TinyLlama, Llama 2 and
-3)."""
+"""LLaMA: Touvron et al. 2023, and the models of its architecture (SmolLM2, TinyLlama, Llama 2, 3)."""
 
 import math
 from typing import Any
