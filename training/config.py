@@ -248,8 +248,8 @@ def read_model_section(section_type: type, name: str, content: Mapping[str, Any]
     family = MODELS[own.family]
     if own.preset is not None and own.preset not in family.presets:
         raise ConfigError(f"{name}.preset={own.preset!r}: must be one of {', '.join(family.presets)}")
-    hints = typing.get_type_hints(family.config_class)
-    names = [field.name for field in dataclasses.fields(family.config_class)]
+    hints = typing.get_type_hints(family.config)
+    names = [field.name for field in dataclasses.fields(family.config)]
     types_of = {
         field: hints[field] for field in names if field != "vocab_size"
     }  # that follows from the tokenizer

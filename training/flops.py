@@ -18,8 +18,8 @@ PEAK_FLOPS = {
 }
 
 
-def peak_flops(device: jax.Device, dtype: str) -> float | None:
-    """FLOP/s of one device; None where the table does not know it."""
+def peak_flops(device: Any, dtype: str) -> float | None:
+    """FLOP/s of a `jax.Device`; None where the table does not know it."""
     return PEAK_FLOPS.get(device.device_kind, {}).get(dtype)
 
 

@@ -5,6 +5,7 @@ through the head in chunks, and each chunk's gradient is taken at once, while it
 kept and nothing is computed twice.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,6 +17,11 @@ from jaxtyping import Array, Float, Int
 from training.data.batches import NO_TARGET
 
 LOGITS_BYTES = 512 << 20  # of one chunk, in fp32
+
+
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    """A loss in nats a token as bits a byte of text: comparable across tokenizers."""
+    return loss / math.log(2) / bytes_per_token
 
 
 class LossSum(NamedTuple):
@@ -57,7 +63,7 @@ def next_token_loss(
     hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(num_chunks, chunk, -1)
     targets = jnp.pad(targets, (0, padding), constant_values=NO_TARGET).reshape(num_chunks, chunk)
     pure_head, parameters = jax.closure_convert(head, hidden[0])
-    total = _chunked_sum(pure_head, parameters, hidden, targets)
+    total: Any = _chunked_sum(pure_head, parameters, hidden, targets)
     return LossSum(total, jnp.sum(targets != NO_TARGET, dtype=jnp.int32))
 
 

