@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Integer
 
-from pallas_kernels import checks
-from pallas_kernels.flash_attention import reference
+from pallas_kernels import checks, device
+from pallas_kernels.flash_attention import reference, sm90
 from pallas_kernels.flash_attention.config import FlashConfig
 from pallas_kernels.flash_attention.dropout import dropout_seed
 from pallas_kernels.flash_attention.spec import AttentionGradients, AttentionInputs, AttentionSpec
@@ -21,7 +21,10 @@ FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 class Variant(NamedTuple):
-    """One way to compute the op. `unsupported` says why it cannot serve a call, or None if it can."""
+    """One way to compute the op: forward -> (out [B, T, N, Hv], lse f32[B, N, T]), backward -> gradients.
+
+    `unsupported` says why it cannot serve a call, or None if it can.
+    """
 
     forward: Callable[[AttentionInputs, AttentionSpec], tuple[jax.Array, jax.Array]]
     backward: Callable[..., AttentionGradients]
@@ -30,6 +33,7 @@ class Variant(NamedTuple):
 
 
 VARIANTS = {
+    "sm90": Variant(sm90.forward, sm90.backward, sm90.unsupported, device.is_hopper),
     "reference": Variant(reference.forward, reference.backward, lambda inputs, spec: None, lambda: True),
 }
 
@@ -102,7 +106,7 @@ def flash_attention(
         assert dropout_key is not None
         inputs = inputs._replace(dropout_seed=dropout_seed(dropout_key))
     out, lse = _attend(_choose(inputs, spec, implementation), spec, inputs)
-    return (out, lse) if return_lse else out
+    return (out, lse.swapaxes(1, 2)) if return_lse else out
 
 
 def _check_arrays(inputs: AttentionInputs) -> None:

@@ -18,7 +18,7 @@ MIN_CHUNK = 16
 
 
 def forward(inputs: AttentionInputs, spec: AttentionSpec) -> tuple[jax.Array, jax.Array]:
-    """Computes softmax(mask(cap(scale Q K^T) + bias)) V and the log-sum-exp of each row."""
+    """Computes softmax(mask(cap(scale Q K^T) + bias)) V and the log-sum-exp f32[B, N, T] of each row."""
 
     inputs = _zero_padding(inputs)
 
@@ -35,7 +35,7 @@ def forward(inputs: AttentionInputs, spec: AttentionSpec) -> tuple[jax.Array, ja
         return None, (out * norm[..., None], _from_groups(row_max + jnp.log(row_sum)))
 
     _, (out, lse) = _scan_queries(attend_chunk, None, inputs, inputs.query)
-    return out.astype(inputs.query.dtype), lse
+    return out.astype(inputs.query.dtype), lse.swapaxes(1, 2)
 
 
 def backward(
@@ -52,7 +52,7 @@ def backward(
     1 - (cap(S) / c)^2.
     """
     inputs = _zero_padding(inputs)
-    out_cotangent = _zero_beyond(out_cotangent, inputs.q_lengths)
+    out_cotangent = zero_beyond(out_cotangent, inputs.q_lengths)
     key, value = _f32(inputs.key), _f32(inputs.value)
     bias_rows = inputs.bias is not None and inputs.bias.shape[2] > 1
 
@@ -86,7 +86,7 @@ def backward(
 
     d_bias = None if inputs.bias is None or bias_rows else jnp.zeros(inputs.bias.shape, jnp.float32)
     carry = (jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32), d_bias)
-    rows = (inputs.query, out, lse, out_cotangent, lse_cotangent)
+    rows = (inputs.query, out, lse.swapaxes(1, 2), out_cotangent, lse_cotangent.swapaxes(1, 2))
     (d_key, d_value, d_bias), (d_query, d_bias_rows) = _scan_queries(chunk_gradients, carry, inputs, *rows)
     if bias_rows:
         d_bias = jnp.moveaxis(d_bias_rows, 1, 2)
@@ -191,13 +191,14 @@ def _exp_minus(logits, row):
 def _zero_padding(inputs: AttentionInputs) -> AttentionInputs:
     """Zeros what lies beyond the lengths: it may be NaN, and 0 x NaN would leak into the sums."""
     return inputs._replace(
-        query=_zero_beyond(inputs.query, inputs.q_lengths),
-        key=_zero_beyond(inputs.key, inputs.kv_lengths),
-        value=_zero_beyond(inputs.value, inputs.kv_lengths),
+        query=zero_beyond(inputs.query, inputs.q_lengths),
+        key=zero_beyond(inputs.key, inputs.kv_lengths),
+        value=zero_beyond(inputs.value, inputs.kv_lengths),
     )
 
 
-def _zero_beyond(x, lengths):
+def zero_beyond(x, lengths):
+    """Zeros rows of x [B, T, N, H] from lengths [B] on."""
     if lengths is None:
         return x
     inside = jnp.arange(x.shape[1]) < lengths[:, None]

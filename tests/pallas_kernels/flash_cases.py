@@ -1,0 +1,128 @@
+"""Rows of tables.py for flash_attention."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import FlashConfig, flash_attention
+from tests.pallas_kernels.interpreter import interpreted
+from tests.pallas_kernels.tables import CompileCase
+
+SMALL = FlashConfig(tile_q=64, tile_kv=64, stages=2)
+
+
+def random_inputs(shapes, dtype, seed=0):
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
+    return [jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def check_forward(
+    batch=1, t=130, s=130, n=1, k=1, h=64, hv=None, dtype=jnp.bfloat16, poison=False, **arguments
+):
+    """The interpreted kernel against the reference on the same inputs; NaN beyond the lengths must not matter."""
+    hv = hv or h
+    query, key, value = random_inputs([(batch, t, n, h), (batch, s, k, h), (batch, s, k, hv)], dtype)
+    if poison:
+        query, key, value = poison_padding(query, key, value, **arguments)
+    arguments = {"config": SMALL} | arguments
+    call = functools.partial(flash_attention, return_lse=True, **arguments)
+    expected, expected_lse = call(query, key, value, implementation="reference")
+    with interpreted():
+        out, lse = jax.block_until_ready(call(query, key, value, implementation="sm90"))
+    compare(out, expected, dtype)
+    np.testing.assert_allclose(lse, expected_lse, atol=1e-4, rtol=1e-4)
+
+
+def poison_padding(query, key, value, q_lengths=None, kv_lengths=None, **_):
+    def poison(x, lengths):
+        inside = jnp.arange(x.shape[1]) < lengths[:, None]
+        return jnp.where(inside[..., None, None], x, jnp.nan)
+
+    if q_lengths is not None:
+        query = poison(query, q_lengths)
+    if kv_lengths is not None:
+        key, value = poison(key, kv_lengths), poison(value, kv_lengths)
+    return query, key, value
+
+
+def compare(actual, expected, dtype):
+    """Relative RMS error against fp32, as the precision of the dtype allows."""
+    actual, expected = (np.asarray(x, np.float32) for x in (actual, expected))
+    error = np.sqrt(np.mean((actual - expected) ** 2)) / max(np.sqrt(np.mean(expected**2)), 1e-3)
+    assert error < {"bfloat16": 6e-3, "float16": 8e-4}[jnp.dtype(dtype).name], error
+
+
+RAGGED = {
+    "q_lengths": jnp.array([100, 0]),
+    "kv_lengths": jnp.array([70, 150]),
+    "batch": 2,
+    "t": 150,
+    "s": 150,
+}
+FORWARD_CASES: dict[str, dict[str, Any]] = {
+    "plain": dict(t=128, s=128),
+    "causal": dict(batch=2, n=2, is_causal=True),
+    "causal top left, T < S": dict(t=100, s=200, is_causal=True),
+    "causal bottom right, T < S": dict(t=100, s=200, is_causal=True, causal_alignment="bottom_right"),
+    "causal bottom right, T > S": dict(t=200, s=70, is_causal=True, causal_alignment="bottom_right"),
+    "grouped heads": dict(t=65, s=65, n=4, k=2, is_causal=True),
+    "head dim 128, fp16": dict(t=70, s=129, h=128, dtype=jnp.float16),
+    "head dim 40 padded": dict(t=70, s=70, h=40),
+    "value dim": dict(t=70, s=70, h=64, hv=128),
+    "lengths": dict(**RAGGED, poison=True),
+    "lengths, causal bottom right": dict(
+        **RAGGED, poison=True, is_causal=True, causal_alignment="bottom_right"
+    ),
+    "window": dict(t=260, s=260, local_window_size=(40, 20)),
+    "window, causal": dict(t=260, s=260, is_causal=True, local_window_size=(70, None)),
+    "soft cap": dict(t=70, s=70, is_causal=True, logits_soft_cap=2.0),
+    "one token": dict(t=1, s=1),
+    "tile_q 128": dict(is_causal=True, config=FlashConfig(tile_q=128, tile_kv=64, stages=2)),
+    "three warpgroups": dict(
+        is_causal=True, config=FlashConfig(tile_q=64, tile_kv=64, stages=2, warpgroups=3, ping_pong=False)
+    ),
+}
+
+INTERPRET = {
+    f"flash_attention:forward {name}": functools.partial(check_forward, **case)
+    for name, case in FORWARD_CASES.items()
+}
+
+
+def shapes(t=1024, s=1024, n=4, k=4, h=128, batch=2, dtype=jnp.bfloat16):
+    return [
+        jax.ShapeDtypeStruct(shape, dtype) for shape in ((batch, t, n, h), (batch, s, k, h), (batch, s, k, h))
+    ]
+
+
+def forward_case(specs, extra=(), **arguments):
+    def attend(query, key, value, *lengths):
+        named = dict(zip(("q_lengths", "kv_lengths"), lengths, strict=False))
+        return flash_attention(
+            query, key, value, implementation="sm90", return_lse=True, **named, **arguments
+        )
+
+    query = specs[0]
+    lse_bytes = query.shape[0] * query.shape[1] * query.shape[2] * 4
+    return CompileCase(attend, (*specs, *extra), max_temp_bytes=2 * lse_bytes + 65536)
+
+
+LENGTHS = (jax.ShapeDtypeStruct((2,), jnp.int32),) * 2
+COMPILE = {
+    f"flash_attention:forward H={h} {'causal' if causal else 'full'}": forward_case(
+        shapes(h=h), is_causal=causal
+    )
+    for h in (64, 128, 256)
+    for causal in (False, True)
+} | {
+    "flash_attention:forward fp16": forward_case(shapes(dtype=jnp.float16), is_causal=True),
+    "flash_attention:forward window": forward_case(shapes(), is_causal=True, local_window_size=(256, None)),
+    "flash_attention:forward soft cap": forward_case(shapes(), is_causal=True, logits_soft_cap=30.0),
+    "flash_attention:forward lengths": forward_case(shapes(), LENGTHS, is_causal=True),
+}
+for case in ("lengths",):  # zeroing what lies beyond the lengths copies the values
+    name = f"flash_attention:forward {case}"
+    COMPILE[name] = COMPILE[name]._replace(max_temp_bytes=None)

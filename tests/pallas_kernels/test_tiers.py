@@ -1,0 +1,81 @@
+"""Every kernel of tables.py in three tiers that need no GPU: interpreted, lowered for CUDA, compiled to sm_90a."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+from tests.pallas_kernels import tables
+from tests.pallas_kernels.worker import ROOT, Worker
+
+HOPPER_PYTHON = Path(os.environ.get("JAXATTN_HOPPER_PYTHON", ROOT / ".venv-hopper/bin/python"))
+LIMIT_SECONDS = 60
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("JAXATTN_TEST_GPU") == "1", reason="these tiers stand in for a GPU; here is one"
+)
+
+
+@pytest.fixture(scope="module")
+def interpreter():
+    worker = Worker("interpret")
+    yield worker
+    worker.close()
+
+
+@pytest.fixture(scope="module")
+def assembler():
+    if not HOPPER_PYTHON.exists():
+        reason = f"no sm_90a compiler: {HOPPER_PYTHON} is missing (make .venv-hopper/installed)"
+        if os.environ.get("JAXATTN_REQUIRE_HOPPER") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    worker = Worker("compile", str(HOPPER_PYTHON))
+    yield worker
+    worker.close()
+
+
+def test_tables_hold_every_op():
+    kernel_folders = {path.parent.name for path in (ROOT / "pallas_kernels").glob("*/*_sm90.py")}
+    covered = {name.split(":")[0] for name in tables.COMPILE}
+    assert kernel_folders <= covered, f"no COMPILE row for {kernel_folders - covered}"
+
+
+@pytest.mark.parametrize("name", tables.INTERPRET)
+def test_interpreted_without_races_and_right(interpreter, name):
+    interpreter.run(name, LIMIT_SECONDS)
+
+
+@pytest.mark.parametrize("name", tables.COMPILE)
+def test_lowers_for_cuda(name):
+    case = tables.COMPILE[name]
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        lowered = jax.jit(case.function).trace(*case.specs).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+@pytest.mark.parametrize("name", tables.COMPILE)
+def test_compiles_to_sm90a_without_spills(assembler, name):
+    case = tables.COMPILE[name]
+    answer = assembler.run(name, LIMIT_SECONDS)
+    assert answer["kernels"], "no Mosaic kernel was assembled"
+    for kernel in answer["kernels"]:
+        assert kernel["spill_bytes"] <= case.max_spill_bytes, kernel
+        spill_free = [line for line in kernel["warnings"] if "spilled" not in line]
+        assert not spill_free, spill_free
+    if case.max_temp_bytes is not None:
+        assert answer["temp_bytes"] <= case.max_temp_bytes
+    assert answer["alias_bytes"] >= case.min_alias_bytes
+
+
+def test_worker_reports_errors_and_survives_a_deadlock():
+    worker = Worker("interpret")
+    with pytest.raises(AssertionError, match="KeyError"):
+        worker.run("no such case", LIMIT_SECONDS)
+    with pytest.raises(AssertionError, match="no answer"):
+        worker.run("no such case", 0.0)
+    with pytest.raises(AssertionError, match="KeyError"):
+        worker.run("no such case", LIMIT_SECONDS)
+    worker.close()
