@@ -100,7 +100,7 @@ class SamplingParams:
         self._require("logit_bias", all(map(_is_number, bias.values())), "a dict to finite numbers")
         self._require("logit_bias", len(bias) <= MAX_LOGIT_BIAS, f"at most {MAX_LOGIT_BIAS} entries")
 
-    def _require(self, name: str, holds: bool, allowed: str) -> None:
+    def _require(self, name: str, holds: Any, allowed: str) -> None:
         if not holds:
             raise ValueError(f"{name}={getattr(self, name)!r}: must be {allowed}")
 

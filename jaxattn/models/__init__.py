@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxattn.models import gpt2_hf, llama_hf
 from jaxattn.models.config import GPT2Config, LlamaConfig, ModelConfig, RopeScaling
 from jaxattn.models.gpt2 import GPT2
 from jaxattn.models.llama import Llama
+from jaxattn.models.mapping import HFMapping
 
 __all__ = [
     "GPT2",
@@ -33,6 +35,7 @@ __all__ = [
 class ModelFamily:
     config: type[ModelConfig]
     module: Callable[..., Any]  # module(config, rngs=, dtype=) -> nnx.Module
+    hf: HFMapping
     presets: Mapping[str, ModelConfig]
 
 
@@ -40,6 +43,7 @@ MODELS: dict[str, ModelFamily] = {
     "gpt2": ModelFamily(
         GPT2Config,
         GPT2,
+        gpt2_hf.HF,
         {
             "small": GPT2Config.small(),
             "medium": GPT2Config.medium(),
@@ -50,6 +54,7 @@ MODELS: dict[str, ModelFamily] = {
     "llama": ModelFamily(
         LlamaConfig,
         Llama,
+        llama_hf.HF,
         {"smollm2-135m": LlamaConfig.smollm2_135m(), "1b": LlamaConfig(), "3-8b": LlamaConfig.llama3_8b()},
     ),
 }
