@@ -89,7 +89,7 @@ def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
 
 
 def _join_qkv(parts: list[np.ndarray], config: LlamaConfig) -> np.ndarray:
-    """[N*H, ...], [K*H, ...], [K*H, ...] -> [K*(G+2)*H, ...], grouped by KV head: see layers.SelfAttention."""
+    """[N*H, ...] and twice [K*H, ...] -> [K*(G+2)*H, ...], grouped by KV head: see layers.SelfAttention."""
     grouped = [x.reshape(config.num_kv_heads, -1, config.head_dim, *x.shape[1:]) for x in parts]
     return np.concatenate(grouped, axis=1).reshape(-1, *parts[0].shape[1:])
 

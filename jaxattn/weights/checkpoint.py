@@ -84,7 +84,7 @@ def load_checkpoint(folder: str | Path, *, step: int | None = None, dtype: Any =
     return LoadedModel(model, tokenizer, GenerationDefaults(eos_token_ids=eos))
 
 
-def _read_params(path: Path) -> dict[str, Any]:
+def _read_params(path: Any) -> dict[str, Any]:
     """NumPy arrays, wherever and however sharded they were when written."""
     import orbax.checkpoint as ocp
 
