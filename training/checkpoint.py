@@ -28,7 +28,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp  # imported only where it is used: 1 s
 
         self.ocp, self.folder = ocp, (run_dir / FOLDER).resolve()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     def latest_step(self) -> int | None:
