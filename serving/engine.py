@@ -9,7 +9,7 @@ many computed, which is dropped.
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -87,6 +87,7 @@ class Engine:
         self._to_release: list[Sequence] = []
         self._num_launched = np.zeros(max_num_seqs, np.int64)  # tokens of each row computed or under way
         self._max_tokens = np.zeros(max_num_seqs, np.int64)  # 0 for an idle row
+        self._compiled_shapes: set[tuple[int, ...]] = set()
         self._seeds = np.random.default_rng(seed)
 
     def add_request(
@@ -99,27 +100,50 @@ class Engine:
         stream: bool = False,
     ) -> None:
         """Queues a request; ValueError, before anything changes, if it can never be served."""
-        self._check_request(request_id, prompt_token_ids, params)
+        if request_id in self._requests:
+            raise ValueError(f"request_id={request_id!r}: an unfinished request has it")
+        self.check_request(prompt_token_ids, params)
         request = Request(request_id, prompt, list(prompt_token_ids), params, stream)
         seed = int(self._seeds.integers(2**32)) if params.seed is None else params.seed
-        max_tokens = min(params.max_tokens, self.max_model_len - len(prompt_token_ids))
-        for sample_index in range(params.n):
+        for index in range(params.n):
             sequence = Sequence(
                 request,
-                sample_index,
-                max_tokens=max_tokens,
+                index,
+                max_tokens=self._max_new_tokens(prompt_token_ids, params),
                 eos_token_ids=self.eos_token_ids,
                 tokenizer=self.tokenizer,
-                sampling=row_of(
-                    params, seed=seed, sample_index=sample_index, eos_token_ids=self.eos_token_ids
-                ),
+                sampling=row_of(params, seed=seed, sample_index=index, eos_token_ids=self.eos_token_ids),
             )
             request.sequences.append(sequence)
-        self.scheduler.check_fits(request.sequences[0])
-        for sequence in request.sequences:
             self.scheduler.add(sequence)
         self._requests[request_id] = request
         self.metrics.start()
+
+    def check_request(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
+        """ValueError, with the numbers, for a request that this engine can never serve."""
+        num_tokens, vocab_size = len(prompt_token_ids), self.config.vocab_size
+        if num_tokens == 0:
+            raise ValueError("the prompt is empty; it must have at least one token")
+        if num_tokens >= self.max_model_len:
+            raise ValueError(
+                f"the prompt has {num_tokens} tokens; at most {self.max_model_len - 1} are allowed, "
+                f"since max_model_len={self.max_model_len} is for prompt and output together"
+            )
+        given = {
+            "prompt_token_ids": prompt_token_ids,
+            "stop_token_ids": params.stop_token_ids or (),
+            "logit_bias": params.logit_bias or (),
+        }
+        for name, ids in given.items():
+            for token in ids:
+                if not 0 <= token < vocab_size:
+                    raise ValueError(f"{name} has {token}; the model's ids are from 0 to {vocab_size - 1}")
+        if params.stop and self.tokenizer is None:
+            raise ValueError(f"stop={params.stop!r} needs a tokenizer, this engine has none")
+        self.scheduler.check_fits(num_tokens, self._max_new_tokens(prompt_token_ids, params))
+
+    def _max_new_tokens(self, prompt_token_ids: list[int], params: SamplingParams) -> int:
+        return min(params.max_tokens, self.max_model_len - len(prompt_token_ids))
 
     def has_unfinished(self) -> bool:
         return bool(self._requests)
@@ -161,7 +185,7 @@ class Engine:
         for num_rows, length in self.buckets.prefill_shapes():
             self._run_prefill(num_rows, length, [])
         for num_rows in self.buckets.decode_rows:
-            self.state, _ = self.steps.decode(self.steps.params, self.state, num_rows=num_rows)
+            self._dispatch(self.steps.decode, shape=(num_rows,), num_rows=num_rows)
         self.state = self.steps.release(self.state, np.zeros(len(self._max_tokens), np.bool_))
         jax.block_until_ready(self.state)
 
@@ -205,10 +229,9 @@ class Engine:
         if not (self._num_launched < self._max_tokens).any():
             return []
         num_rows = self.scheduler.decode_rows()
-        self.state, output = self.steps.decode(self.steps.params, self.state, num_rows=num_rows)
+        output = self._dispatch(self.steps.decode, shape=(num_rows,), num_rows=num_rows)
         self._num_launched += 1
         self.metrics.num_decode_steps += 1
-        _fetch_early(output)
         return [Launch(output, list(self.scheduler.running.items()))]
 
     def _run_prefill(self, num_rows: int, length: int, sequences: list[Sequence]) -> StepOutput:
@@ -225,8 +248,19 @@ class Engine:
             batch.tokens[index, : len(prompt)] = prompt
             batch.lengths[index] = len(prompt)
             batch.max_outputs[index] = sequence.max_tokens
-        self.state, output = self.steps.prefill(self.steps.params, self.state, batch)
-        _fetch_early(output)
+        return self._dispatch(self.steps.prefill, batch, shape=(num_rows, length))
+
+    def _dispatch(self, step: Callable[..., Any], *args: Any, shape: tuple[int, ...], **static: int) -> Any:
+        """Puts a step into the device's queue, and has its results sent as soon as they are there."""
+        start = time.perf_counter()
+        self.state, output = step(self.steps.params, self.state, *args, **static)
+        if shape not in self._compiled_shapes:
+            # Such a call returns when its program is compiled; others return at once.
+            self._compiled_shapes.add(shape)
+            if self._requests:
+                self.metrics.compile_seconds += time.perf_counter() - start
+        output.sampled.tokens.copy_to_host_async()
+        output.page_usage.copy_to_host_async()
         return output
 
     # --- reading --------------------------------------------------------------------------------------------
@@ -278,33 +312,6 @@ class Engine:
                 self.metrics.time_to_first_token_seconds.append(request.metrics.time_to_first_token)
         return request.output()
 
-    def _check_request(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> None:
-        if request_id in self._requests:
-            raise ValueError(f"request_id={request_id!r} is in use by an unfinished request")
-        num_tokens, vocab_size = len(prompt_token_ids), self.config.vocab_size
-        if num_tokens == 0:
-            raise ValueError(f"request {request_id}: the prompt is empty; it must have at least one token")
-        if num_tokens >= self.max_model_len:
-            raise ValueError(
-                f"request {request_id}: the prompt has {num_tokens} tokens; "
-                f"max_model_len={self.max_model_len} allows at most {self.max_model_len - 1}, and one for the output"
-            )
-        given = (
-            ("prompt_token_ids", prompt_token_ids),
-            ("stop_token_ids", params.stop_token_ids),
-            ("logit_bias", params.logit_bias),
-        )
-        for name, ids in given:
-            outside = [token for token in ids or () if not 0 <= token < vocab_size]
-            if outside:
-                raise ValueError(
-                    f"request {request_id}: {name} has {outside[0]}, ids are from 0 to {vocab_size - 1}"
-                )
-        if params.stop and self.tokenizer is None:
-            raise ValueError(
-                f"request {request_id}: stop={params.stop!r} needs a tokenizer, this engine has none"
-            )
-
 
 def _check_sizes(config: Any, max_model_len: int, max_num_seqs: int, max_num_batched_tokens: int) -> None:
     if not 2 <= max_model_len <= config.max_positions:
@@ -324,9 +331,3 @@ def _stack_rows(rows: list[SamplingArrays], num_rows: int) -> SamplingArrays:
     """Rows of sampling parameters as arrays [num_rows, ...], greedy ones after those given."""
     padding = row_of(SamplingParams(temperature=0.0), seed=0)
     return jax.tree.map(lambda *leaves: np.stack(leaves), *rows, *[padding] * (num_rows - len(rows)))
-
-
-def _fetch_early(output: StepOutput) -> None:
-    """Starts the transfers to the host, so that they do not wait for the host to ask."""
-    output.sampled.tokens.copy_to_host_async()
-    output.page_usage.copy_to_host_async()

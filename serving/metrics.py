@@ -20,6 +20,7 @@ class EngineMetrics:
     unused_slots: int = 0  # allocated but holding no token, summed over the steps
     time_to_first_token_seconds: list[float] = field(default_factory=list)
     busy_seconds: float = 0.0  # while any request was in the engine
+    compile_seconds: float = 0.0  # of those, spent compiling programs for new shapes
     _busy_since: float | None = None
 
     def reset(self) -> None:
@@ -43,8 +44,9 @@ class EngineMetrics:
 
     @property
     def elapsed_seconds(self) -> float:
+        """While any request was in the engine, without the time to compile."""
         running = 0.0 if self._busy_since is None else time.perf_counter() - self._busy_since
-        return self.busy_seconds + running
+        return max(0.0, self.busy_seconds + running - self.compile_seconds)
 
     @property
     def output_tokens_per_second(self) -> float:
@@ -64,7 +66,8 @@ class EngineMetrics:
         """One line with units."""
         return (
             f"{self.num_finished} requests, {self.num_prompt_tokens} prompt + {self.num_output_tokens} "
-            f"output tokens in {self.elapsed_seconds:.1f} s: {self.output_tokens_per_second:.1f} output tokens/s, "
+            f"output tokens in {self.elapsed_seconds:.1f} s (and {self.compile_seconds:.1f} s compiling): "
+            f"{self.output_tokens_per_second:.1f} output tokens/s, "
             f"{self.num_prefills} prefills + {self.num_decode_steps} decode steps, "
             f"first token after {self.mean_time_to_first_token_seconds:.2f} s on average, "
             f"at most {self.peak_pages} of {self.num_pages} pages, "

@@ -28,14 +28,13 @@ class Scheduler:
             range(num_rows)
         )  # a heap: low rows first, so that small batches stay in small buckets
 
-    def check_fits(self, sequence: Sequence) -> None:
+    def check_fits(self, num_prompt_tokens: int, max_tokens: int) -> None:
         """ValueError, with the numbers, for a sequence that could not run in an empty pool."""
-        request, need = sequence.request, self.reservation(sequence)
+        need = self._reservation(num_prompt_tokens, max_tokens)
         if need > self.num_pages:
             raise ValueError(
-                f"request {request.request_id}: {len(request.prompt_token_ids)} prompt tokens and up to "
-                f"{sequence.max_tokens} new ones need {need} pages of {self.page_size} tokens, "
-                f"the pool has {self.num_pages}"
+                f"{num_prompt_tokens} prompt tokens and up to {max_tokens} new ones need {need} pages of "
+                f"{self.page_size} tokens; the pool has {self.num_pages}"
             )
 
     def add(self, sequence: Sequence) -> None:
@@ -72,9 +71,12 @@ class Scheduler:
         self.waiting.remove(sequence)
 
     def reservation(self, sequence: Sequence) -> int:
-        """Pages that a sequence may come to own; its last token is never written."""
-        most_tokens = len(sequence.request.prompt_token_ids) + sequence.max_tokens - 1
-        return num_pages_of(most_tokens, self.page_size)
+        """Pages that a sequence may come to own."""
+        return self._reservation(len(sequence.request.prompt_token_ids), sequence.max_tokens)
+
+    def _reservation(self, num_prompt_tokens: int, max_tokens: int) -> int:
+        """The last token is sampled but never written."""
+        return num_pages_of(num_prompt_tokens + max_tokens - 1, self.page_size)
 
     def prompt_bucket(self, sequence: Sequence) -> int:
         return bucket_of(len(sequence.request.prompt_token_ids), self.buckets.prompt_lengths)

@@ -6,7 +6,7 @@ are sampled, and rows that end say so. The host sends nothing to a decode step a
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -91,18 +91,23 @@ def init_engine_state(
 
 
 def make_steps(model: nnx.Module) -> Steps:
-    """Closes the steps over the model's structure; nothing is compiled before the first call of a shape."""
+    """The steps of a model; nothing is compiled before the first call of a shape."""
     graphdef, params = nnx.split(model)
     leaves, treedef = jax.tree.flatten(params)
+    return Steps(tuple(leaves), *_jitted(graphdef, treedef))
 
-    def merged(step, leaves, *args, **kwargs):
+
+@lru_cache(maxsize=8)
+def _jitted(graphdef: Any, treedef: Any) -> tuple[Callable[..., Any], ...]:
+    """Steps closed over a model's structure; engines of equal models share them, and what was compiled."""
+
+    def with_model(step: Callable[..., Any], leaves: tuple[jax.Array, ...], *args: Any, **kwargs: Any) -> Any:
         return step(nnx.merge(graphdef, treedef.unflatten(leaves)), *args, **kwargs)
 
-    return Steps(
-        params=tuple(leaves),
-        prefill=jax.jit(partial(merged, prefill), donate_argnums=1),
-        decode=jax.jit(partial(merged, decode), static_argnames="num_rows", donate_argnums=1),
-        release=jax.jit(release, donate_argnums=0),
+    return (
+        jax.jit(partial(with_model, prefill), donate_argnums=1),
+        jax.jit(partial(with_model, decode), static_argnames="num_rows", donate_argnums=1),
+        jax.jit(release, donate_argnums=0),
     )
 
 
