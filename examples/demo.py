@@ -38,8 +38,8 @@ QUESTIONS = [
     "Give a title for a story about a lighthouse keeper who befriends a storm.",
     "Explain in two sentences, to a child of ten, why the sky is blue during the day and red at sunset.",
     "Summarize in one sentence: The page pool is allocated once. Each sequence owns a list of pages, not one "
-    "contiguous block, so memory is not reserved for tokens that may never come, and pages of a shared prefix "
-    "can belong to several sequences at once.",
+    "contiguous block, so memory is not reserved for tokens that may never come, and pages of a shared "
+    "prefix can belong to several sequences at once.",
 ]
 
 
