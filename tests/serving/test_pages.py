@@ -29,9 +29,9 @@ def padded(values, fill, size=NUM_LISTED):
 class PageMachine(RuleBasedStateMachine):
     """One rule for each function of the allocator; draws are taken modulo what exists, and so shrink."""
 
-    index = st.integers(0, 7)
+    index = st.integers(0, 23)
     rows_drawn = st.lists(index, min_size=1, max_size=NUM_LISTED)
-    lengths_drawn = st.lists(st.integers(0, 13), min_size=NUM_LISTED, max_size=NUM_LISTED)
+    lengths_drawn = st.lists(st.integers(0, 3) | st.integers(0, 13), min_size=NUM_LISTED, max_size=NUM_LISTED)
     mask_drawn = st.lists(st.booleans(), min_size=8, max_size=8)
 
     @initialize(shape=st.sampled_from(SHAPES))
@@ -59,11 +59,14 @@ class PageMachine(RuleBasedStateMachine):
         if not expected:
             jax.tree.map(np.testing.assert_array_equal, self.state, jax.device_get(new_state))
 
-    def rows_of(self, drawn):
-        return [value % self.num_rows for value in drawn]
+    def rows_of(self, drawn, prefers_empty=False):
+        """Rows for the numbers drawn: mostly empty ones where an operation wants those."""
+        rows = list(range(self.num_rows))
+        empty = [row for row in rows if not self.oracle.rows[row]] if prefers_empty else []
+        candidates = [*empty, *empty, *rows]
+        return [candidates[value % len(candidates)] for value in drawn]
 
-    def grow(self, function, is_allowed, drawn_rows, drawn_counts):
-        rows = self.rows_of(drawn_rows)
+    def grow(self, function, is_allowed, rows, drawn_counts):
         counts = drawn_counts[: len(rows)]
         expected = is_allowed(self.state, rows, counts)
         state, ok = self.call(function, padded(rows, NO_ROW), padded(counts, 0))
@@ -76,15 +79,21 @@ class PageMachine(RuleBasedStateMachine):
 
     @rule(rows=rows_drawn, lengths=lengths_drawn)
     def allocate(self, rows, lengths):
-        self.grow(pages.allocate, self.oracle.can_allocate, rows, lengths)
+        self.grow(pages.allocate, self.oracle.can_allocate, self.rows_of(rows, prefers_empty=True), lengths)
 
     @rule(rows=rows_drawn, counts=lengths_drawn)
     def extend(self, rows, counts):
-        self.grow(pages.extend, self.oracle.can_extend, rows, counts)
+        self.grow(pages.extend, self.oracle.can_extend, self.rows_of(rows), counts)
 
     @rule(mask=mask_drawn)
+    def append_to_some(self, mask):
+        self.append(np.array(mask[: self.num_rows]))
+
+    @rule()
+    def append_to_all(self):
+        self.append(np.array([0 < len(tokens) < self.oracle.capacity for tokens in self.oracle.rows]))
+
     def append(self, mask):
-        mask = np.array(mask[: self.num_rows])
         active = np.flatnonzero(mask).tolist()
         expected = self.oracle.can_append(self.state, active)
         state, write_page, offset, copy_src, ok = self.call(pages.append, mask)
@@ -100,7 +109,7 @@ class PageMachine(RuleBasedStateMachine):
 
     @rule(src=rows_drawn, dst=rows_drawn)
     def fork(self, src, dst):
-        src, dst = self.rows_of(src), self.rows_of(dst)
+        src, dst = self.rows_of(src), self.rows_of(dst, prefers_empty=True)
         src, dst = zip(*zip(src, dst, strict=False), strict=True)
         expected = len(set(dst)) == len(dst) and not any(self.oracle.rows[row] for row in dst)
         before = self.state
@@ -115,23 +124,25 @@ class PageMachine(RuleBasedStateMachine):
             assert self.state.free_top == before.free_top
         self.oracle.check_contents(self.state)
 
-    @rule(parents=st.lists(st.integers(-2, 7), min_size=8, max_size=8))
-    def reorder(self, parents):
-        parents = [NO_ROW if parent < 0 else parent % self.num_rows for parent in parents[: self.num_rows]]
+    @rule(rows=rows_drawn, parents=st.lists(st.integers(-2, 7), min_size=NUM_LISTED, max_size=NUM_LISTED))
+    def reorder(self, rows, parents):
+        changes = dict(zip(self.rows_of(rows), parents, strict=False))
+        parents = [changes.get(row, row) for row in range(self.num_rows)]
+        parents = [NO_ROW if parent < 0 else parent % self.num_rows for parent in parents]
         self.accept(self.call(pages.reorder, np.array(parents, np.int32)))
         self.oracle.rows = [[] if parent == NO_ROW else list(self.oracle.rows[parent]) for parent in parents]
         self.oracle.check_contents(self.state)
 
-    @rule(mask=mask_drawn)
-    def free(self, mask):
-        mask = np.array(mask[: self.num_rows])
+    @rule(rows=rows_drawn)
+    def free(self, rows):
+        mask = np.isin(np.arange(self.num_rows), self.rows_of(rows))
         self.accept(self.call(pages.free, mask))
         self.oracle.rows = [[] if freed else row for freed, row in zip(mask, self.oracle.rows, strict=True)]
         self.oracle.check_contents(self.state)
 
     @rule(row=index, num_pages=st.integers(1, 6))
     def pin(self, row, num_pages):
-        row = row % self.num_rows
+        (row,) = self.rows_of([row])
         held = self.state.block_tables[row, :num_pages]
         self.accept(self.call(pages.pin, padded(held, NULL_PAGE, self.pages_per_row)))
         tokens = self.oracle.rows[row][: num_pages * self.page_size]
@@ -149,7 +160,7 @@ class PageMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.oracle.cached)
     @rule(row=index, entry=index, shorter=st.integers(0, 9))
     def attach(self, row, entry, shorter):
-        row = row % self.num_rows
+        (row,) = self.rows_of([row], prefers_empty=True)
         held, tokens = self.oracle.cached[entry % len(self.oracle.cached)]
         if self.oracle.rows[row]:
             return
