@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxattn.attention import dot_product_attention
+from pallas_kernels import PAGE_SIZES, paged_attention, write_kv
 from pallas_kernels import copy_pages as _copy_pages
-from pallas_kernels import paged_attention, write_kv
 
 __all__ = ["PagePool", "PagedAttention", "PagedBatch", "copy_pages", "init_page_pool", "page_bytes"]
 
@@ -32,9 +32,10 @@ class PagePool(NamedTuple):
 
 def init_page_pool(config: Any, num_pages: int, page_size: int, dtype: Any) -> PagePool:
     """An empty pool of `num_pages` pages (page 0 among them) of `page_size` tokens for a model's config."""
-    for name, value in (("num_pages", num_pages), ("page_size", page_size)):
-        if value < 1:
-            raise ValueError(f"{name}={value}: must be at least 1")
+    if num_pages < 1:
+        raise ValueError(f"num_pages={num_pages}: must be at least 1")
+    if page_size not in PAGE_SIZES:
+        raise ValueError(f"page_size={page_size}: must be one of {PAGE_SIZES}")
     shape = (config.num_layers, num_pages, config.num_kv_heads, page_size, config.head_dim)
     return PagePool(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
