@@ -1,0 +1,103 @@
+"""nnx_attention inside flax.nnx.MultiHeadAttention gives what nnx's own attention gives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxattn import nnx_attention
+
+FEATURES = 24
+
+
+def layers(**options):
+    """The same weights around either attention."""
+    make = lambda fn: nnx.MultiHeadAttention(
+        num_heads=4, in_features=FEATURES, attention_fn=fn, rngs=nnx.Rngs(0), **{"decode": False, **options}
+    )
+    return make(nnx.dot_product_attention), make(nnx_attention)
+
+
+def x(*shape):
+    return jax.random.normal(jax.random.key(1), (*shape, FEATURES))
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 6), (2, 3, 6)])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_any_number_of_batch_dimensions(shape, is_causal):
+    theirs, ours = layers()
+    if len(shape) == 3:  # jax.nn's reshape of nnx's result is wrong beyond one batch dimension without a bias
+        expected = jnp.stack([theirs(row, is_causal=is_causal) for row in x(*shape)])
+    else:
+        expected = theirs(x(*shape), is_causal=is_causal)
+    np.testing.assert_allclose(ours(x(*shape), is_causal=is_causal), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("mask_shape", [(2, 1, 6, 6), (1, 4, 6, 6), (2, 4, 6, 6)])
+def test_boolean_mask(mask_shape):
+    theirs, ours = layers()
+    mask = (jax.random.uniform(jax.random.key(2), mask_shape) > 0.4).at[..., 0].set(True)
+    np.testing.assert_allclose(ours(x(2, 6), mask=mask), theirs(x(2, 6), mask=mask), atol=2e-6)
+
+
+def test_float_mask_as_nnx_makes_it():
+    theirs, ours = layers()
+    mask = nnx.make_causal_mask(jnp.ones((2, 6)))
+    np.testing.assert_allclose(ours(x(2, 6), mask=mask), theirs(x(2, 6), mask=mask), atol=2e-6)
+
+
+def test_grouped_kv_heads_and_cross_attention():
+    theirs, ours = layers(num_kv_heads=2, normalize_qk=True)
+    expected = theirs(x(2, 6), x(2, 9))
+    np.testing.assert_allclose(ours(x(2, 6), x(2, 9)), expected, atol=2e-6)
+
+
+def test_decode_fills_the_cache_as_nnx_does():
+    theirs, ours = layers(decode=True)
+    for layer in (theirs, ours):
+        layer.init_cache((2, 5, FEATURES))
+    whole = layers()[1](x(2, 5), is_causal=True)
+    for i in range(5):
+        token = x(2, 5)[:, i : i + 1]
+        step = ours(token)
+        np.testing.assert_allclose(step, theirs(token), atol=2e-6)
+        np.testing.assert_allclose(step[:, 0], whole[:, i], atol=2e-6)
+
+
+def test_dtype_and_precision_are_honoured():
+    theirs, ours = layers(dtype=jnp.bfloat16)
+    assert ours(x(2, 6)).dtype == theirs(x(2, 6)).dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        ours(x(2, 6)).astype(jnp.float32), theirs(x(2, 6)).astype(jnp.float32), atol=0.03
+    )
+    theirs, ours = layers(precision=jax.lax.Precision.HIGHEST)
+    np.testing.assert_allclose(ours(x(2, 6)), theirs(x(2, 6)), atol=2e-6)
+
+
+def test_dropout_follows_deterministic_and_the_rngs():
+    _, ours = layers(dropout_rate=0.5)
+    calm = ours(x(2, 6), deterministic=True)
+    np.testing.assert_allclose(calm, layers()[1](x(2, 6)), atol=2e-6)
+    first = ours(x(2, 6), deterministic=False, rngs=nnx.Rngs(dropout=1))
+    again = ours(x(2, 6), deterministic=False, rngs=nnx.Rngs(dropout=1))
+    other = ours(x(2, 6), deterministic=False, rngs=nnx.Rngs(dropout=2))
+    assert (first == again).all()
+    assert (first != other).any()
+    assert (first != calm).any()
+
+
+def test_sown_weights_come_from_nnx():
+    sown = []
+    for layer in layers():
+        _, intermediates = nnx.capture(layer, nnx.Intermediate)(x(2, 6), sow_weights=True)
+        sown.append(intermediates["attention_weights"][...][0])
+    np.testing.assert_array_equal(*sown)
+
+
+def test_gradients_flow_through_the_layer():
+    theirs, ours = layers()
+    loss = lambda layer: (layer(x(2, 6), is_causal=True) ** 2).sum()
+    expected, actual = nnx.grad(loss)(theirs), nnx.grad(loss)(ours)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, e, atol=1e-4)
