@@ -16,37 +16,33 @@ DOCUMENTS = {
 }
 
 
-@pytest.fixture
-def text_folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "text"
-    folder.mkdir()
+def write_documents(folder: Path) -> Path:
     for name, text in DOCUMENTS.items():
         (folder / name).write_text(text, encoding="utf-8")
     return folder
 
 
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_documents(tmp_path_factory.mktemp("text"))
+
+
+def make_tiny_config(text_folder: Path, run_dir: Path, **changes: dict[str, Any]) -> TrainConfig:
+    tree: dict[str, dict[str, Any]] = {
+        "data": {"text": str(text_folder), "sequence_length": 16, "validation_fraction": 0.25},
+        "model": {"num_layers": 1, "embed_dim": 16, "num_heads": 2},
+        "optimizer": {"learning_rate": 1e-2},
+        "schedule": {"warmup_steps": 2},
+        "run": {"dir": str(run_dir), "num_steps": 10, "batch_size": 4, "log_every": 1, "tensorboard": False},
+        "eval": {"num_batches": 2},
+        "sample": {"num_tokens": 0},
+    }
+    for section, settings in changes.items():
+        tree[section] |= settings
+    return TrainConfig.from_dict(tree)
+
+
 @pytest.fixture
 def tiny_config(tmp_path: Path, text_folder: Path) -> Callable[..., TrainConfig]:
     """tiny_config(run={"num_steps": 3}, ...): a config whose sections are changed by keywords."""
-
-    def make(**changes: dict[str, Any]) -> TrainConfig:
-        tree = {
-            "data": {"text": str(text_folder), "sequence_length": 16, "validation_fraction": 0.25},
-            "model": {"num_layers": 2, "embed_dim": 16, "num_heads": 2},
-            "optimizer": {"learning_rate": 1e-2},
-            "schedule": {"warmup_steps": 2},
-            "run": {
-                "dir": str(tmp_path / "run"),
-                "num_steps": 10,
-                "batch_size": 4,
-                "log_every": 1,
-                "tensorboard": False,
-            },
-            "eval": {"num_batches": 2},
-            "sample": {"num_tokens": 0},
-        }
-        for section, settings in changes.items():
-            tree[section] = {**tree.get(section, {}), **settings}
-        return TrainConfig.from_dict(tree)
-
-    return make
+    return lambda **changes: make_tiny_config(text_folder, tmp_path / "run", **changes)

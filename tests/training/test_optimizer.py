@@ -43,7 +43,9 @@ def test_updates_are_those_of_optax():
     params = expected = random_params(0)
     state, reference_state = init_optimizer(config, params), reference.init(params)
     for step in range(1, 5):
-        gradients = jax.tree.map(lambda g: g * step, random_params(step))  # below and above the clip
+        gradients = jax.tree.map(
+            jnp.multiply, random_params(step), {"kernel": step, "bias": step}
+        )  # below and above the clip
         params, state, info = optimizer_update(config, jnp.float32(0.1), gradients, state, params)
         updates, reference_state = reference.update(gradients, reference_state, expected)
         expected = optax.apply_updates(expected, updates)

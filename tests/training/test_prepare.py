@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import numpy as np
@@ -5,10 +6,18 @@ import pytest
 
 import training.data.text as text_module
 from jaxattn.tokenizer import get_tokenizer
-from tests.training.conftest import DOCUMENTS
+from tests.training.conftest import DOCUMENTS, write_documents
 from training.data import DataError, open_tokens, prepare
 
 EOS = 256
+
+
+@pytest.fixture
+def text_folder(tmp_path):
+    """One of its own for each test: some of them change it."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    return write_documents(folder)
 
 
 def documents_of(stream: np.ndarray, eos: int) -> list[bytes]:
@@ -16,7 +25,7 @@ def documents_of(stream: np.ndarray, eos: int) -> list[bytes]:
     borders = np.flatnonzero(stream == eos)
     assert borders[0] == 0
     assert borders[-1] == len(stream) - 1
-    return [bytes(stream[a + 1 : b].astype(np.uint8)) for a, b in zip(borders, borders[1:], strict=False)]
+    return [bytes(stream[a + 1 : b].astype(np.uint8)) for a, b in itertools.pairwise(borders)]
 
 
 def test_a_folder_becomes_documents_split_between_train_and_validation(text_folder, tmp_path):
