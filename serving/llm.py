@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,7 @@ class LLM:
         Raises ValueError, before anything runs, for a prompt or parameters that cannot be served.
         """
         listed = [prompts] if _is_one_prompt(prompts) else list(prompts)
-        return self._run([self._encode(prompt) for prompt in listed], sampling_params, use_tqdm)
+        return self._complete([self.encode(prompt) for prompt in listed], sampling_params, use_tqdm)
 
     def chat(
         self,
@@ -129,7 +129,7 @@ class LLM:
         """Answers one conversation, or a list of them, in the form of the model's chat template."""
         is_one = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Any = [messages] if is_one else messages
-        return self._run([self.encode_chat(c) for c in conversations], sampling_params, use_tqdm)
+        return self._complete([self.encode_chat(c) for c in conversations], sampling_params, use_tqdm)
 
     def encode_chat(self, messages: Sequence[Message]) -> tuple[str, list[int]]:
         """A conversation as the text and the token ids that the model answers."""
@@ -137,7 +137,7 @@ class LLM:
         text = tokenizer.apply_chat_template(messages)
         return text, tokenizer.encode(text, add_special_tokens=False)
 
-    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+    def encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """Text (None where only ids were given) and token ids of a prompt."""
         if isinstance(prompt, Mapping):
             unknown = prompt.keys() - {"prompt", "prompt_token_ids"}
@@ -155,37 +155,51 @@ class LLM:
             raise ValueError(f"{argument}: text needs a tokenizer, this model has none; give token ids")
         return self.tokenizer
 
-    def _run(self, prompts: list[tuple[str | None, list[int]]], sampling_params: Any, use_tqdm: bool) -> list:
+    def run(
+        self, prompts: Sequence[tuple[str | None, list[int]]], params: Sequence[SamplingParams]
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        """Completes encoded prompts and yields (index, output) in the order in which they finish.
+
+        Closing the generator, or an exception in it, takes what has not finished out of the engine.
+        """
+        index_of = {}
+        try:
+            for index, ((text, token_ids), request_params) in enumerate(zip(prompts, params, strict=True)):
+                request_id = str(self._num_requests)
+                self._num_requests += 1
+                self.engine.add_request(request_id, token_ids, request_params, prompt=text)
+                index_of[request_id] = index
+            while self.engine.has_unfinished():
+                for output in self.engine.step():
+                    yield index_of.pop(output.request_id), output
+        finally:
+            for request_id in index_of:
+                self.engine.abort(request_id)
+
+    def _complete(self, prompts: list[tuple[str | None, list[int]]], sampling_params: Any, use_tqdm: bool):
+        """Checks everything, then runs it; outputs in the order of the prompts."""
         params = _one_for_each(sampling_params, len(prompts))
         for index, ((_, token_ids), request_params) in enumerate(zip(prompts, params, strict=True)):
             try:
                 self.engine.check_request(token_ids, request_params)
             except ValueError as error:
                 raise ValueError(f"prompts[{index}]: {error}") from None
-        request_ids = []
-        for (text, token_ids), request_params in zip(prompts, params, strict=True):
-            request_ids.append(str(self._num_requests))
-            self._num_requests += 1
-            self.engine.add_request(request_ids[-1], token_ids, request_params, prompt=text)
-        try:
-            outputs = self._finish_all(len(prompts), use_tqdm)
-        except BaseException:  # an interrupt leaves the engine empty and usable
-            for request_id in request_ids:
-                self.engine.abort(request_id)
-            raise
-        return [outputs[request_id] for request_id in request_ids]
-
-    def _finish_all(self, num_requests: int, use_tqdm: bool) -> dict[str, RequestOutput]:
         outputs = {}
-        with tqdm(total=num_requests, unit="request", desc="Generating", disable=not use_tqdm) as bar:
-            while self.engine.has_unfinished():
-                for output in self.engine.step():
-                    outputs[output.request_id] = output
-                    bar.set_postfix_str(
-                        f"{self.metrics.output_tokens_per_second:.0f} output tokens/s", refresh=False
-                    )
-                    bar.update()
-        return outputs
+        with progress_bar(len(prompts), disable=not use_tqdm) as bar:
+            for index, output in self.run(prompts, params):
+                outputs[index] = output
+                advance(bar, self.metrics)
+        return [outputs[index] for index in range(len(prompts))]
+
+
+def progress_bar(total: int, *, done: int = 0, disable: bool = False) -> tqdm:
+    return tqdm(total=total, initial=done, unit="request", desc="Generating", disable=disable)
+
+
+def advance(bar: tqdm, metrics: EngineMetrics) -> None:
+    """One more request on the bar, and the speed so far."""
+    bar.set_postfix_str(f"{metrics.output_tokens_per_second:.0f} output tokens/s", refresh=False)
+    bar.update()
 
 
 def _is_one_prompt(prompts: Any) -> bool:
