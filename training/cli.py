@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def is_users(error: Exception) -> bool:
     """Whether the message alone says what to change; anything else keeps its traceback."""
-    if isinstance(error, ConfigError | FileNotFoundError | PermissionError | NotADirectoryError):
+    if isinstance(error, ConfigError | OSError):
         return True
     from training.checkpoint import CheckpointError
     from training.data import DataError

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from jaxattn.attention import IMPLEMENTATIONS
 from jaxattn.models import MODELS, ModelConfig
 from training.checkpoint import has_checkpoints
 from training.config import ConfigError, TrainConfig
@@ -40,6 +41,13 @@ def make_model_config(config: TrainConfig, vocab_size: int) -> ModelConfig:
         return dataclasses.replace(family.presets[settings.preset], **(derived | fields))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model: {error}") from None
+
+
+def check_attention(config: TrainConfig) -> None:
+    if config.run.attention is not None and config.run.attention not in IMPLEMENTATIONS:
+        raise ConfigError(
+            f"run.attention={config.run.attention!r}: must be null or one of {', '.join(IMPLEMENTATIONS)}"
+        )
 
 
 def open_or_prepare(config: TrainConfig, *, progress: bool) -> TokenFiles:

@@ -23,7 +23,14 @@ from training.losses import bits_per_byte
 from training.meter import Meter
 from training.metrics import MetricsLog, ProgressBar, Row, plot_losses
 from training.sample import make_generate, write_samples
-from training.setup import check_same_run, make_model_config, move_aside, open_or_prepare, write_config
+from training.setup import (
+    check_attention,
+    check_same_run,
+    make_model_config,
+    move_aside,
+    open_or_prepare,
+    write_config,
+)
 from training.step import init_train_state, make_eval_step, make_train_step
 
 BATCHES_AHEAD = 2
@@ -57,6 +64,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, *, fresh: bool = False, progress: bool = True):
         self.config, self.progress, self.run_dir = config, progress, Path(config.run.dir)
+        check_attention(config)
         moved_to = move_aside(self.run_dir) if fresh else None
         if moved_to is not None:
             self._say(f"the earlier run is kept in {moved_to}")

@@ -119,7 +119,7 @@ def _write_tokens(folder: Path, paths: list[Path], source: Source, progress: boo
     }
     for split in SPLITS:
         with tqdm(
-            unit="B", unit_scale=True, desc=f"{split} tokens", disable=not progress, leave=False
+            unit="B", unit_scale=True, desc=f"{split} tokens", disable=not progress, leave=False, delay=1
         ) as bar:
             documents = _read_split(paths, split, source)
             counts = _write_split(folder / f"{split}.bin", documents, tokenizer, bar)
