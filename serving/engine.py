@@ -281,10 +281,10 @@ class Engine:
             except Exception:  # the tokenizer met something: this request ends, the others go on
                 logger.exception("request %s failed", sequence.request.request_id)
                 sequence.fail()
-            if sequence.finish_reason is not None:
+            request, has_ended = sequence.request, sequence.finish_reason is not None
+            if has_ended:
                 self._to_release.append(sequence)
-            request = sequence.request
-            if request.stream or request.is_finished:
+            if request.stream or (has_ended and request.is_finished):
                 reports[request.request_id] = request
         return reports
 
