@@ -1,6 +1,6 @@
 """The one place that imports Pallas Mosaic GPU, whose API changes with each JAX release, and idioms all kernels share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 __all__ = [
     "LOG2_E",
     "SMEM_BYTES",
+    "broadcast_columns",
     "broadcast_rows",
     "ceil_div",
     "div",
@@ -20,12 +21,32 @@ __all__ = [
     "register_zeros",
     "row_full",
     "row_iota",
+    "specialize",
     "swizzled_smem",
 ]
 
 LOG2_E = 1.4426950408889634
 SMEM_BYTES = 232_448  # what one thread block may use on sm_90
-WARPGROUP = 128  # threads
+REGISTERS = {1: None, 2: (240, 24), 3: (160, 32)}  # of compute and loading warpgroups; they share 65,536
+
+
+def specialize(
+    warpgroups: int, warpgroup: Any, compute: Callable[[], None], load: Callable[[], None]
+) -> None:
+    """Runs compute() in the first `warpgroups` warpgroups and load() in the one after them, whose registers they get."""
+    registers = REGISTERS[warpgroups]
+
+    @pl.when(warpgroup < warpgroups)
+    def _compute():
+        if registers:
+            plgpu.set_max_registers(registers[0], action="increase")
+        compute()
+
+    @pl.when(warpgroup == warpgroups)
+    def _load():
+        if registers:
+            plgpu.set_max_registers(registers[1], action="decrease")
+        load()
 
 
 def swizzled_smem(shape: Sequence[int], dtype: Any) -> Any:
@@ -54,6 +75,11 @@ def row_iota(rows: int) -> jax.Array:
 def broadcast_rows(x: jax.Array, columns: int) -> jax.Array:
     """[rows] -> [rows, columns]."""
     return lax.broadcast_in_dim(x, (x.shape[0], columns), [0])
+
+
+def broadcast_columns(x: jax.Array, rows: int) -> jax.Array:
+    """[columns] -> [rows, columns]."""
+    return lax.broadcast_in_dim(x, (rows, x.shape[0]), [1])
 
 
 def div(x: Any, y: int) -> jax.Array:

@@ -3,13 +3,41 @@
 import dataclasses
 
 MAX_STAGES = 8
+TILES = (64, 128, 192, 256)
+STREAMED_TILES = (64, 128)
+
+
+def _check(config, **tiles: tuple[int, ...]) -> None:
+    for name, allowed in tiles.items():
+        if (tile := getattr(config, name)) not in allowed:
+            raise ValueError(f"{name} must be one of {allowed}, got {tile}")
+    if not 1 <= config.stages <= MAX_STAGES:
+        raise ValueError(f"stages must lie in 1..{MAX_STAGES}, got {config.stages}")
+    if config.warpgroups not in (1, 2, 3):
+        raise ValueError(f"warpgroups must be 1, 2 or 3, got {config.warpgroups}")
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientConfig:
+    """Tiles of one backward kernel: each compute warpgroup holds `own` rows and streams tiles of `other`.
+
+    The dq kernel owns queries and streams keys and values; the dk,dv kernel owns keys and values and streams queries.
+    """
+
+    own: int = 64
+    other: int = 64
+    stages: int = 2
+    warpgroups: int = 2
+
+    def __post_init__(self):
+        _check(self, own=TILES, other=STREAMED_TILES)
 
 
 @dataclasses.dataclass(frozen=True)
 class FlashConfig:
     """Tile sizes and pipeline depth of the kernels of one call; validates itself.
 
-    A thread block is `warpgroups` compute warpgroups, each with tile_q queries, and one that loads.
+    A thread block of the forward kernel is `warpgroups` compute warpgroups with tile_q queries each, and one that loads.
     """
 
     tile_q: int = 64
@@ -17,23 +45,29 @@ class FlashConfig:
     stages: int = 2  # KV tiles in flight
     warpgroups: int = 2
     ping_pong: bool = True  # one warpgroup's softmax runs while the other's matmuls do
+    dq: GradientConfig = GradientConfig()
+    dkv: GradientConfig = GradientConfig()
+    dkv_passes: int = 1  # 2: one kernel for dK, one for dV
 
     def __post_init__(self):
-        for name in ("tile_q", "tile_kv"):
-            if (tile := getattr(self, name)) not in (64, 128, 192, 256):
-                raise ValueError(f"{name} must be 64, 128, 192 or 256, got {tile}")
-        if not 1 <= self.stages <= MAX_STAGES:
-            raise ValueError(f"stages must lie in 1..{MAX_STAGES}, got {self.stages}")
-        if self.warpgroups not in (1, 2, 3):
-            raise ValueError(f"warpgroups must be 1, 2 or 3, got {self.warpgroups}")
+        _check(self, tile_q=TILES, tile_kv=TILES)
         if self.ping_pong and self.warpgroups != 2:
             raise ValueError(f"ping_pong takes two warpgroups, got warpgroups={self.warpgroups}")
 
 
 def default_config(head_dim: int) -> FlashConfig:
-    """The forward kernel's tiles for a (padded) head dim."""
+    """The tiles for a (padded) head dim: the largest whose accumulators stay in registers."""
     if head_dim <= 64:
-        return FlashConfig(tile_q=64, tile_kv=128, stages=3)
+        return FlashConfig(
+            tile_q=64, tile_kv=128, stages=3, dq=GradientConfig(other=128), dkv=GradientConfig(other=128)
+        )
     if head_dim <= 128:
         return FlashConfig(tile_q=64, tile_kv=128, stages=2)
-    return FlashConfig(tile_q=64, tile_kv=64, stages=2)
+    return FlashConfig(
+        tile_q=64,
+        tile_kv=64,
+        stages=2,
+        dq=GradientConfig(stages=1),
+        dkv=GradientConfig(stages=1),
+        dkv_passes=2,
+    )

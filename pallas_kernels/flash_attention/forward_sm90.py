@@ -4,7 +4,6 @@ A thread block owns tile_q queries a compute warpgroup and one head; one more wa
 shared memory by TMA. Two compute warpgroups take turns: while one does its softmax, the tensor cores work for the other.
 """
 
-import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.flash_attention.config import FlashConfig
+from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.tiles import KvTiles, TileOrder, kv_tiles, visible_keys
 from pallas_kernels.mosaic import (
     LOG2_E,
@@ -23,36 +22,23 @@ from pallas_kernels.mosaic import (
     register_zeros,
     row_full,
     row_iota,
+    specialize,
     swizzled_smem,
 )
 
 FLOOR = -1e30  # the running maximum before a key was seen: finite, so that no difference is NaN
-PRODUCER_REGISTERS = {1: None, 2: (24, 240), 3: (32, 160)}  # of the loading and of the compute warpgroups
 
 
-@dataclasses.dataclass(frozen=True)
-class ForwardPlan:
-    """The static facts of one kernel launch."""
+class ForwardPlan(AttentionPlan):
+    """AttentionPlan, and what follows from the forward kernel's tiles."""
 
-    batch: int
-    num_queries: int
-    num_keys: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    value_dim: int
-    dtype: Any
-    scale: float
-    reach: tuple[int | None, int | None]
-    bottom_right: bool
-    logits_soft_cap: float | None
-    has_q_lengths: bool
-    has_kv_lengths: bool
-    config: FlashConfig
+    @property
+    def block_rows(self) -> int:
+        return self.config.tile_q * self.config.warpgroups
 
     @property
     def has_masked_tail(self) -> bool:
-        """Whether the last KV tiles of some row tile need a mask."""
+        """Whether the last KV tiles of some rows need a mask."""
         ragged = self.has_kv_lengths or self.num_keys % self.config.tile_kv > 0
         return ragged or self.reach[1] is not None
 
@@ -63,17 +49,12 @@ class ForwardPlan:
         return ragged or self.reach != (None, None)
 
     @property
-    def block_rows(self) -> int:
-        return self.config.tile_q * self.config.warpgroups
-
-    @property
     def order(self) -> TileOrder:
-        kv_bytes = self.num_keys * (self.head_dim + self.value_dim) * 2
         return TileOrder.plan(
             num_tiles=math.ceil(self.num_queries / self.block_rows),
             num_heads=self.batch * self.num_heads,
-            heads_per_kv=self.num_heads // self.num_kv_heads,
-            kv_bytes=kv_bytes,
+            heads_per_kv=self.group,
+            kv_bytes=self.num_keys * self.token_bytes,
         )
 
 
@@ -152,36 +133,25 @@ def _forward_body(plan: ForwardPlan, q, k, v, *refs):
     config = plan.config
     warpgroup = lax.axis_index("warpgroup")
     work = _find_work(plan, lengths)
-    registers = PRODUCER_REGISTERS[config.warpgroups]
-
-    @pl.when(warpgroup < config.warpgroups)
-    def _compute():
-        if registers:
-            plgpu.set_max_registers(registers[1], action="increase")
-        attend_rows(plan, work, warpgroup, q, out, lse, buffers, barriers)
-
-    @pl.when(warpgroup == config.warpgroups)
-    def _load():
-        if registers:
-            plgpu.set_max_registers(registers[0], action="decrease")
-        stream_tiles(plan, work, k, v, buffers, barriers)
+    specialize(
+        config.warpgroups,
+        warpgroup,
+        compute=lambda: attend_rows(plan, work, warpgroup, q, out, lse, buffers, barriers),
+        load=lambda: stream_tiles(plan, work, k, v, buffers, barriers),
+    )
 
 
 def _find_work(plan: ForwardPlan, lengths) -> Work:
-    lengths = list(lengths)
     tile, batch_head = plan.order.locate(lax.axis_index("block"))
-    batch = lax.div(batch_head, jnp.int32(plan.num_heads))
-    head = lax.rem(batch_head, jnp.int32(plan.num_heads))
-    kv_head = lax.div(head, jnp.int32(plan.num_heads // plan.num_kv_heads))
-    q_length = lengths.pop(0)[batch] if plan.has_q_lengths else jnp.int32(plan.num_queries)
-    kv_length = lengths.pop(0)[batch] if plan.has_kv_lengths else jnp.int32(plan.num_keys)
+    batch, head = plan.split_heads(batch_head, plan.num_heads)
+    q_length, kv_length = plan.lengths_of(batch, lengths)
     first_row = tile * plan.block_rows
     tiles = _tiles_of_rows(plan, first_row, plan.block_rows, q_length, kv_length)
-    return Work(batch, head, kv_head, first_row, q_length, kv_length, tiles)
+    return Work(batch, head, lax.div(head, jnp.int32(plan.group)), first_row, q_length, kv_length, tiles)
 
 
 def _tiles_of_rows(plan: ForwardPlan, first_row, num_rows: int, q_length, kv_length) -> KvTiles:
-    offset = kv_length - q_length if plan.bottom_right else 0
+    offset = plan.offset(q_length, kv_length)
     return kv_tiles(first_row, num_rows, offset, q_length, kv_length, plan.reach, plan.config.tile_kv)
 
 
@@ -319,7 +289,7 @@ def _attend_tile(
                 first_row,
                 tile * config.tile_kv,
                 logits.shape,
-                work.kv_length - work.q_length if plan.bottom_right else 0,
+                plan.offset(work.q_length, work.kv_length),
                 work.kv_length,
                 plan.reach,
             ),

@@ -1,5 +1,6 @@
 """Rows of tables.py for flash_attention."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import FlashConfig, flash_attention
+from pallas_kernels.flash_attention.config import GradientConfig
 from tests.pallas_kernels.interpreter import interpreted
 from tests.pallas_kernels.tables import CompileCase
 
@@ -34,6 +36,30 @@ def check_forward(
         out, lse = jax.block_until_ready(call(query, key, value, implementation="sm90"))
     compare(out, expected, dtype)
     np.testing.assert_allclose(lse, expected_lse, atol=1e-4, rtol=1e-4)
+
+
+def check_backward(
+    batch=1, t=100, s=100, n=1, k=1, h=64, hv=None, dtype=jnp.bfloat16, poison=False, **arguments
+):
+    """Gradients through output and log-sum-exp: the interpreted kernels against the reference."""
+    hv = hv or h
+    shapes = [(batch, t, n, h), (batch, s, k, h), (batch, s, k, hv), (batch, t, n, hv)]
+    query, key, value, out_grad = random_inputs(shapes, dtype)
+    lse_grad = jax.random.normal(jax.random.key(9), (batch, t, n))
+    if poison:
+        query, key, value = poison_padding(query, key, value, **arguments)
+    arguments = {"config": SMALL} | arguments
+
+    def gradients(implementation):
+        call = functools.partial(flash_attention, return_lse=True, implementation=implementation, **arguments)
+        _, vjp = jax.vjp(call, query, key, value)
+        return jax.block_until_ready(vjp((out_grad, lse_grad)))
+
+    expected = gradients("reference")
+    with interpreted():
+        actual = gradients("sm90")
+    for one, other in zip(actual, expected, strict=True):
+        compare(one, other, dtype)
 
 
 def poison_padding(query, key, value, q_lengths=None, kv_lengths=None, **_):
@@ -72,9 +98,9 @@ FORWARD_CASES: dict[str, dict[str, Any]] = {
     "head dim 128, fp16": dict(t=70, s=129, h=128, dtype=jnp.float16),
     "head dim 40 padded": dict(t=70, s=70, h=40),
     "value dim": dict(t=70, s=70, h=64, hv=128),
-    "lengths": dict(**RAGGED, poison=True),
+    "lengths": dict(RAGGED, poison=True),
     "lengths, causal bottom right": dict(
-        **RAGGED, poison=True, is_causal=True, causal_alignment="bottom_right"
+        RAGGED, poison=True, is_causal=True, causal_alignment="bottom_right"
     ),
     "window": dict(t=260, s=260, local_window_size=(40, 20)),
     "window, causal": dict(t=260, s=260, is_causal=True, local_window_size=(70, None)),
@@ -86,9 +112,32 @@ FORWARD_CASES: dict[str, dict[str, Any]] = {
     ),
 }
 
+BACKWARD_CASES: dict[str, dict[str, Any]] = {
+    "plain": dict(t=128, s=64),
+    "causal": dict(is_causal=True),
+    "causal bottom right, T < S": dict(t=70, s=140, is_causal=True, causal_alignment="bottom_right"),
+    "causal top left, T > S": dict(t=140, s=70, is_causal=True),
+    "grouped heads": dict(t=65, s=65, n=4, k=2, is_causal=True),
+    "head dim 128, fp16": dict(h=128, dtype=jnp.float16, is_causal=True),
+    "value dim": dict(h=64, hv=128),
+    "lengths": dict(RAGGED, poison=True),
+    "lengths, causal bottom right": dict(
+        RAGGED, poison=True, is_causal=True, causal_alignment="bottom_right"
+    ),
+    "window": dict(t=200, s=200, local_window_size=(40, 20)),
+    "soft cap": dict(is_causal=True, logits_soft_cap=2.0),
+    "two passes": dict(
+        is_causal=True, config=dataclasses.replace(SMALL, dq=GradientConfig(stages=1), dkv_passes=2)
+    ),
+}
+
 INTERPRET = {
-    f"flash_attention:forward {name}": functools.partial(check_forward, **case)
-    for name, case in FORWARD_CASES.items()
+    f"flash_attention:{direction} {name}": functools.partial(check, **case)
+    for direction, check, cases in (
+        ("forward", check_forward, FORWARD_CASES),
+        ("backward", check_backward, BACKWARD_CASES),
+    )
+    for name, case in cases.items()
 }
 
 
