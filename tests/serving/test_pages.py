@@ -279,6 +279,24 @@ def test_an_operation_that_does_not_fit_changes_nothing():
     jax.tree.map(np.testing.assert_array_equal, appended, state)
 
 
+def test_a_row_that_ends_in_a_shared_page_cannot_be_extended_but_may_be_named():
+    state, _ = call(pages.allocate, new_state(), [0], [6])
+    state, _ = call(pages.fork, state, [0], [1])
+    refused, ok = call(pages.extend, state, [1, 2], [1, 4])
+    assert not ok
+    jax.tree.map(np.testing.assert_array_equal, refused, state)
+    extended, ok = call(pages.extend, state, [1, 2], [0, 4])
+    assert ok
+    np.testing.assert_array_equal(extended.lengths, [6, 6, 4, 0])
+
+
+def test_rows_never_shrink():
+    state, _ = call(pages.allocate, new_state(), [0, 1], [6, 6])
+    shrunk, ok = call(pages.extend, state, [0, 1], [-1, 4])
+    assert not ok
+    jax.tree.map(np.testing.assert_array_equal, shrunk, state)
+
+
 def test_appending_runs_inside_a_scan():
     state, _ = call(pages.allocate, new_state(), [1, 2], [3, 1])
     active = np.array([False, True, True, False])
