@@ -50,8 +50,11 @@ class DataConfig:
     )
     validation_fraction: float = setting(0.1, "share of the text that is held out", above=0, below=1)
     sequence_length: int = setting(256, "tokens that one row of a batch reads", at_least=1)
-    pack_documents: bool | None = setting(
-        None, "keep attention inside documents; by default where the text has more than one"
+    documents: str | None = setting(
+        None,
+        "packed: attention ends at their borders; separate: a row holds one, short rows are filled up; "
+        "stream: borders are ignored; by default packed where there is more than one, else stream",
+        choices=("packed", "separate", "stream"),
     )
 
 
@@ -366,7 +369,7 @@ def _check_limits(section: str, settings: Any) -> None:
             allowed = " and ".join(f"{word} {limit}" for word, limit in limits.items())
             raise ConfigError(f"{section}.{field.name}={value!r}: must be {allowed}")
         choices = field.metadata.get("choices", ())
-        if choices and value not in choices:
+        if choices and value is not None and value not in choices:
             raise ConfigError(f"{section}.{field.name}={value!r}: must be one of {', '.join(choices)}")
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from training.data.batches import Batch
+from training.data.batches import NO_TARGET, Batch
 
 # Dense matmul peaks in FLOP/s by `device_kind`, without sparsity, from the vendor's data sheets. fp32 is
 # TF32's rate: JAX's default precision may use it, so no fp32 run can come out above 100%.
@@ -37,12 +37,13 @@ def matmul_parameters(params: Any, config: Any) -> int:
 
 
 def step_flops(batch: Batch, num_matmul_parameters: int, config: Any) -> float:
-    """FLOPs that forward and backward need for a batch; recomputation (remat) does not count.
+    """FLOPs that forward and backward need for a batch; recomputation and padding do not count.
 
     6 for each matmul parameter and token, and 12 L N H for each pair of a query and a key that it sees. Pairs
     are counted exactly (causal, within documents), so a kernel that skips the rest cannot show more than
     100%. Chowdhery et al., "PaLM", 2022, appendix B, which counts all T^2 pairs.
     """
-    num_pairs = float(np.sum(batch.positions, dtype=np.int64) + batch.positions.size)
+    is_used = batch.targets != NO_TARGET
+    num_pairs = float(np.sum(batch.positions[is_used] + 1, dtype=np.int64))
     attention = 12.0 * config.num_layers * config.num_heads * config.head_dim * num_pairs
-    return 6.0 * num_matmul_parameters * batch.tokens.size + attention
+    return 6.0 * num_matmul_parameters * float(np.sum(is_used)) + attention

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from training.data import Batch
+from training.data.batches import NO_TARGET, Batch
 from training.losses import bits_per_byte
 from training.metrics import MetricsLog, ProgressBar, Row
 from training.step import StepMetrics
@@ -83,7 +83,7 @@ class Meter:
         if self.clock is not None:
             self.seconds += now - self.clock
             self.timed_seconds += now - self.clock
-            self.timed_tokens += batch.tokens.size
+            self.timed_tokens += int(np.sum(batch.targets != NO_TARGET))
             self.timed_flops += self.batch_flops(batch)
         self.clock = now
 

@@ -13,12 +13,12 @@ class Row(NamedTuple):
 
     step: int  # optimizer steps done
     seconds: float  # of training since the run folder was begun, without evaluations and samples
-    num_tokens: int  # read so far
+    num_tokens: int  # read so far, padding included
     loss: float | None = None  # nats a token, mean over the steps since the last row
     bits_per_byte: float | None = None
     gradient_norm: float | None = None
     learning_rate: float | None = None
-    tokens_per_second: float | None = None
+    tokens_per_second: float | None = None  # without padding
     mfu: float | None = None  # share of the device's peak, 0 to 1
     num_skipped: int | None = None  # steps with a NaN or infinite gradient so far
     validation_loss: float | None = None

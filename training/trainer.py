@@ -73,10 +73,10 @@ class Trainer:
         self.tokens = open_or_prepare(config, progress=progress)
         self.tokenizer = get_tokenizer(str(self.tokens.folder))
         self.model_config = make_model_config(config, self.tokenizer.vocab_size)
-        pack = config.data.pack_documents
+        by_default = "packed" if self.tokens.num_documents > 1 else "stream"
         self._windows: dict[str, Any] = {
             "sequence_length": config.data.sequence_length,
-            "pack_documents": self.tokens.num_documents > 1 if pack is None else pack,
+            "documents": config.data.documents or by_default,
         }
         self.loader = BatchLoader(
             self.tokens, batch_size=config.run.batch_size, seed=config.run.seed, **self._windows

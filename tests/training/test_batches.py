@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training.data import BatchLoader, DataError, evaluation_batches, prepare
-from training.data.batches import NO_TARGET, NUM_ROUNDS, Batch, cut_windows, permute
+from training.data.batches import NO_TARGET, NUM_ROUNDS, Batch, Rows, cut_rows, document_pieces, permute
 from training.data.tokens import TokenFiles
 
 
@@ -43,7 +43,7 @@ def test_an_epoch_reads_every_window_once():
         batch_size=batch_size,
         sequence_length=length,
         seed=3,
-        pack_documents=False,
+        documents="stream",
     )
     assert loader.num_windows == 40
     firsts = [int(row[0]) for step in range(20) for row in loader.batch(step).tokens]
@@ -58,7 +58,7 @@ def test_an_epoch_reads_every_window_once():
 
 def test_a_batch_is_a_function_of_seed_and_step():
     make = lambda seed: BatchLoader(
-        files_of(np.arange(5000) % 250), batch_size=4, sequence_length=16, seed=seed, pack_documents=True
+        files_of(np.arange(5000) % 250), batch_size=4, sequence_length=16, seed=seed, documents="packed"
     )
     in_order = [make(1).batch(step) for step in range(10)]
     again = make(1)
@@ -70,7 +70,7 @@ def test_a_batch_is_a_function_of_seed_and_step():
 
 def test_targets_are_the_next_tokens():
     loader = BatchLoader(
-        files_of(np.arange(1000)), batch_size=4, sequence_length=16, seed=0, pack_documents=False
+        files_of(np.arange(1000)), batch_size=4, sequence_length=16, seed=0, documents="stream"
     )
     for step in range(30):
         batch = loader.batch(step)
@@ -93,28 +93,60 @@ def documents_in(row: np.ndarray, eos: int) -> tuple[list[int], list[int]]:
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(0, 3), min_size=40, max_size=120))
+@given(st.lists(st.integers(0, 3), min_size=38, max_size=120))
 def test_segments_and_positions_follow_the_documents(stream):
     starts = np.array([0, 5, 17])
-    batch = cut_windows(np.array(stream, np.uint16), starts, 20, eos_token_id=0)
+    rows = Rows(starts, np.full(3, len(stream) - 1))
+    batch = cut_rows(np.array(stream, np.uint16), rows, 20, 0, "packed")
     for row, start in enumerate(starts):
         tokens = stream[start : start + 20]
         positions, segments = documents_in(batch.tokens[row], 0)
-        assert batch.tokens[row].tolist() == tokens + [stream[-1]] * (20 - len(tokens))
+        assert batch.tokens[row].tolist() == tokens
         assert batch.positions[row].tolist() == positions
         assert batch.segment_ids[row].tolist() == segments
 
 
+DOCUMENTS = [[1, 2, 3], [4], [], [5, 6, 7, 8, 9, 10, 11], [12, 13]]
+STREAM = [0, *(token for document in DOCUMENTS for token in (*document, 0))]
+
+
+def test_separate_rows_hold_one_document_each():
+    rows = document_pieces(np.array(STREAM), 4, 0)
+    batch = cut_rows(np.array(STREAM, np.uint16), rows, 4, 0, "separate")
+    pairs = [
+        list(zip(*pair, strict=True))
+        for pair in zip(batch.tokens.tolist(), batch.targets.tolist(), strict=True)
+    ]
+    assert pairs == [
+        [(0, 1), (1, 2), (2, 3), (3, 0)],
+        [(0, 4), (4, 0), (0, NO_TARGET), (0, NO_TARGET)],
+        [(0, 0), (0, NO_TARGET), (0, NO_TARGET), (0, NO_TARGET)],
+        [(0, 5), (5, 6), (6, 7), (7, 8)],
+        [(8, 9), (9, 10), (10, 11), (11, 0)],
+        [(0, 12), (12, 13), (13, 0), (0, NO_TARGET)],
+    ]
+    assert batch.segment_ids is None
+    assert batch.positions.tolist() == [[0, 1, 2, 3]] * 6
+
+
+def test_an_epoch_of_separate_documents_reads_each_piece_once():
+    loader = BatchLoader(files_of(STREAM), batch_size=2, sequence_length=4, seed=1, documents="separate")
+    seen = [tuple(row) for step in range(6) for row in loader.batch(step).targets.tolist()]
+    assert len(set(seen)) == 6
+    assert sorted(seen[:6]) == sorted(seen[6:]) == sorted(set(seen))
+
+
+@pytest.mark.parametrize("documents", ["packed", "separate", "stream"])
 @pytest.mark.parametrize("length", [7, 10, 33])
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_evaluation_predicts_each_token_once(length, batch_size):
-    stream = np.arange(1, 101)
+def test_evaluation_predicts_each_token_once(documents, length, batch_size):
+    stream = np.array([0, *range(1, 40), 0, *range(40, 60), 0, *range(60, 101), 0])
     batches = list(
         evaluation_batches(
             files_of(stream),
             batch_size=batch_size,
             sequence_length=length,
-            pack_documents=True,
+            documents=documents,
             num_batches=0,
         )
     )
@@ -124,7 +156,7 @@ def test_evaluation_predicts_each_token_once(length, batch_size):
 
 
 def test_evaluation_stops_after_num_batches():
-    how = {"batch_size": 2, "sequence_length": 10, "pack_documents": False}
+    how = {"batch_size": 2, "sequence_length": 10, "documents": "stream"}
     some = list(evaluation_batches(files_of(np.arange(100)), num_batches=3, **how))
     every = list(evaluation_batches(files_of(np.arange(100)), num_batches=0, **how))
     assert len(some) == 3
@@ -136,13 +168,11 @@ def test_too_few_tokens_for_a_batch_are_refused(text_folder, tmp_path):
     tokens = prepare(text_folder, tmp_path / "tokens", progress=False)
     num_tokens = len(tokens.splits["train"])
     with pytest.raises(DataError, match=rf"{num_tokens:,} training tokens are too few .* 64 x 1024 = 65,536"):
-        BatchLoader(tokens, batch_size=64, sequence_length=1024, seed=0, pack_documents=True)
+        BatchLoader(tokens, batch_size=64, sequence_length=1024, seed=0, documents="packed")
 
 
 def test_the_smallest_stream_makes_a_batch():
-    loader = BatchLoader(
-        files_of(np.arange(9)), batch_size=1, sequence_length=8, seed=0, pack_documents=False
-    )
+    loader = BatchLoader(files_of(np.arange(9)), batch_size=1, sequence_length=8, seed=0, documents="stream")
     batch = loader.batch(5)
     assert isinstance(batch, Batch)
     assert batch.tokens.tolist() == [list(range(8))]

@@ -3,7 +3,7 @@ import pytest
 
 from jaxattn.models import GPT2Config, LlamaConfig, create_model, model_params
 from training import flops
-from training.data.batches import Batch, cut_windows
+from training.data.batches import Batch, Rows, cut_rows
 from training.metrics import MetricsLog, Row, plot_losses, read_rows
 
 
@@ -55,11 +55,14 @@ def test_matmul_parameters_of_known_models():
 def test_flops_count_the_pairs_that_attention_sees():
     config = GPT2Config(vocab_size=10, num_layers=3, embed_dim=16, num_heads=2, max_positions=8)
     stream = np.array([0, 1, 2, 0, 4, 5, 6, 7, 8], np.uint16)
-    packed = cut_windows(stream, np.array([0]), 8, eos_token_id=0)
+    rows = Rows(np.array([0]), np.array([8]))
+    packed = cut_rows(stream, rows, 8, 0, "packed")
     num_pairs = (1 + 2 + 3) + (1 + 2 + 3 + 4 + 5)
     assert flops.step_flops(packed, 1000, config) == 6 * 1000 * 8 + 12 * 3 * 16 * num_pairs
-    whole = cut_windows(stream, np.array([0]), 8, eos_token_id=None)
+    whole = cut_rows(stream, rows, 8, 0, "stream")
     assert flops.step_flops(whole, 0, config) == 12 * 3 * 16 * (8 * 9 / 2)
+    short = cut_rows(stream, Rows(np.array([0]), np.array([3])), 8, 0, "separate")
+    assert flops.step_flops(short, 1000, config) == 6 * 1000 * 3 + 12 * 3 * 16 * (1 + 2 + 3)
 
 
 class FakeDevice:

@@ -8,7 +8,7 @@ import pytest
 from jaxattn.attention import FlashAttention
 from jaxattn.models import GPT2Config, LlamaConfig, create_model, model_from_params, model_params
 from training.config import TrainConfig
-from training.data.batches import NO_TARGET, Batch, cut_windows
+from training.data.batches import NO_TARGET, Batch, Rows, cut_rows
 from training.step import batch_gradients, batch_loss, init_train_state, make_eval_step, make_train_step
 
 VOCAB, EOS, LENGTH = 17, 0, 12
@@ -38,7 +38,8 @@ def make_params(model_config, seed=0):
 def make_batch(seed=0, rows=4) -> Batch:
     """Packed documents; each row has another number of targets."""
     stream = np.random.default_rng(seed).integers(0, VOCAB, 200)
-    batch = cut_windows(stream.astype(np.uint16), np.arange(rows) * 15, LENGTH, EOS)
+    places = Rows(np.arange(rows) * 15, np.full(rows, 199))
+    batch = cut_rows(stream.astype(np.uint16), places, LENGTH, EOS, "packed")
     for row in range(rows):
         batch.targets[row, : 3 * row] = NO_TARGET
     return batch
@@ -99,7 +100,8 @@ def test_nothing_crosses_the_border_of_a_document():
     second = np.arange(LENGTH) >= 5  # the second document
 
     def loss_of_second(params, stream, pack):
-        batch = cut_windows(stream, np.array([0]), LENGTH, EOS if pack else None)
+        rows = Rows(np.array([0]), np.array([LENGTH]))
+        batch = cut_rows(stream, rows, LENGTH, EOS, "packed" if pack else "stream")
         batch = batch._replace(targets=np.where(second, batch.targets, NO_TARGET))
         return batch_loss(config, model_config, params, batch, None).total
 

@@ -20,21 +20,27 @@ class Batch(NamedTuple):
     segment_ids: Int[Any, "B T"] | None  # from 1, one a document; None: the row is one text
 
 
+class Rows(NamedTuple):
+    """Which part of the stream each row of a batch reads."""
+
+    starts: Int[np.ndarray, "B"]
+    ends: Int[np.ndarray, "B"]  # the last place that may be a target
+
+
 class BatchLoader:
-    """Shuffled windows of a split.
+    """Shuffled windows of the training split.
 
     An epoch visits each of its n windows once: sample g = step * B + row lies in epoch g // n at place g % n
-    of a keyed permutation of 0..n-1. The windows of an epoch start at an offset of its own in [0, T), so that
-    texts are cut elsewhere each time.
+    of a keyed permutation of 0..n-1. Where windows may begin anywhere, those of an epoch start at an offset
+    of its own in [0, T), so that texts are cut elsewhere each time.
     """
 
     def __init__(
-        self, files: TokenFiles, *, batch_size: int, sequence_length: int, seed: int, pack_documents: bool
+        self, files: TokenFiles, *, batch_size: int, sequence_length: int, seed: int, documents: str
     ):
-        self.stream = files.splits["train"]
-        self.eos_token_id = files.eos_token_id
+        self.stream, self.eos_token_id = files.splits["train"], files.eos_token_id
         self.batch_size, self.sequence_length = batch_size, sequence_length
-        self.seed, self.pack_documents = seed, pack_documents
+        self.seed, self.documents = seed, documents
         spare = len(self.stream) - 1
         needed = batch_size * sequence_length
         if spare < needed:
@@ -42,48 +48,70 @@ class BatchLoader:
                 f"{files.folder}: {len(self.stream):,} training tokens are too few for one batch of "
                 f"{batch_size} x {sequence_length} = {needed:,}; lower run.batch_size or data.sequence_length"
             )
-        self.num_windows = max(1, (spare - sequence_length + 1) // sequence_length)
-        self.num_offsets = min(sequence_length, spare - self.num_windows * sequence_length + 1)
+        self.pieces: Rows | None = None
+        if documents == "separate":
+            self.pieces = document_pieces(self.stream, sequence_length, self.eos_token_id)
+            self.num_windows, self.num_offsets = len(self.pieces.starts), 1
+        else:
+            self.num_windows = max(1, (spare - sequence_length + 1) // sequence_length)
+            self.num_offsets = min(sequence_length, spare - self.num_windows * sequence_length + 1)
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, whatever was read before."""
         samples = step * self.batch_size + np.arange(self.batch_size, dtype=np.int64)
         epochs, places = np.divmod(samples, self.num_windows)
-        starts = np.empty_like(samples)
+        windows, offsets = np.empty_like(samples), np.empty_like(samples)
         for epoch in np.unique(epochs):
             of_epoch = epochs == epoch
             key = np.random.SeedSequence([self.seed, int(epoch)]).generate_state(NUM_ROUNDS + 1, np.uint32)
-            windows = permute(places[of_epoch], self.num_windows, key[:NUM_ROUNDS])
-            starts[of_epoch] = windows * self.sequence_length + int(key[NUM_ROUNDS]) % self.num_offsets
-        return cut_windows(
-            self.stream, starts, self.sequence_length, self.eos_token_id if self.pack_documents else None
-        )
+            windows[of_epoch] = permute(places[of_epoch], self.num_windows, key[:NUM_ROUNDS])
+            offsets[of_epoch] = int(key[NUM_ROUNDS]) % self.num_offsets
+        if self.pieces is not None:
+            rows = Rows(self.pieces.starts[windows], self.pieces.ends[windows])
+        else:
+            starts = windows * self.sequence_length + offsets
+            rows = Rows(starts, np.full_like(starts, len(self.stream) - 1))
+        return cut_rows(self.stream, rows, self.sequence_length, self.eos_token_id, self.documents)
 
 
 def evaluation_batches(
-    files: TokenFiles, *, batch_size: int, sequence_length: int, pack_documents: bool, num_batches: int
+    files: TokenFiles, *, batch_size: int, sequence_length: int, documents: str, num_batches: int
 ) -> Iterator[Batch]:
     """The first batches of the validation split in order (0: all); what the last one lacks has NO_TARGET."""
     stream = files.splits["validation"]
-    starts = np.arange(0, max(1, len(stream) - 1), sequence_length, dtype=np.int64)
-    eos_token_id = files.eos_token_id if pack_documents else None
-    for index in range(0, len(starts), batch_size):
+    if documents == "separate":
+        rows = document_pieces(stream, sequence_length, files.eos_token_id)
+    else:
+        starts = np.arange(0, max(1, len(stream) - 1), sequence_length, dtype=np.int64)
+        rows = Rows(starts, np.full_like(starts, len(stream) - 1))
+    for index in range(0, len(rows.starts), batch_size):
         if num_batches and index >= num_batches * batch_size:
             return
-        rows = starts[index : index + batch_size]
-        beyond = np.full(batch_size - len(rows), len(stream))
-        yield cut_windows(stream, np.concatenate([rows, beyond]), sequence_length, eos_token_id)
+        starts, ends = (part[index : index + batch_size] for part in rows)
+        missing = (0, batch_size - len(starts))
+        some = Rows(np.pad(starts, missing), np.pad(ends, missing))  # place 0 is never a target
+        yield cut_rows(stream, some, sequence_length, files.eos_token_id, documents)
 
 
-def cut_windows(stream: np.ndarray, starts: np.ndarray, length: int, eos_token_id: int | None) -> Batch:
-    """Rows of `length` tokens from `starts`, with next tokens; what lies beyond the stream has no target."""
-    indices = starts[:, None] + np.arange(length + 1)
+def document_pieces(stream: np.ndarray, length: int, eos_token_id: int) -> Rows:
+    """Every document in pieces of `length` tokens; the last piece of each may be shorter."""
+    borders = np.flatnonzero(stream == eos_token_id)
+    num_pieces = -(-np.diff(borders) // length)
+    firsts = np.cumsum(num_pieces) - num_pieces
+    inside = np.arange(num_pieces.sum()) - np.repeat(firsts, num_pieces)
+    return Rows(np.repeat(borders[:-1], num_pieces) + inside * length, np.repeat(borders[1:], num_pieces))
+
+
+def cut_rows(stream: np.ndarray, rows: Rows, length: int, eos_token_id: int, documents: str) -> Batch:
+    """Rows of `length` tokens with their next tokens; places from a row's end on are EOS without a target."""
+    places = np.arange(length, dtype=np.int32)
+    indices = rows.starts[:, None] + np.arange(length + 1)
+    is_target = indices[:, 1:] <= rows.ends[:, None]
     window = stream[np.minimum(indices, len(stream) - 1)].astype(np.int32)
-    tokens = window[:, :-1]
-    targets = np.where(indices[:, 1:] < len(stream), window[:, 1:], NO_TARGET).astype(np.int32)
-    places = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
-    if eos_token_id is None:
-        return Batch(tokens, targets, places.copy(), None)
+    tokens = np.where(is_target, window[:, :-1], np.int32(eos_token_id))
+    targets = np.where(is_target, window[:, 1:], np.int32(NO_TARGET))
+    if documents != "packed":
+        return Batch(tokens, targets, np.tile(places, (len(tokens), 1)), None)
     opens = tokens == eos_token_id
     opens[:, 0] = True
     document_start = np.maximum.accumulate(np.where(opens, places, 0), axis=1)
