@@ -1,6 +1,9 @@
 """The compiled steps: the pool is never copied, free pages may hold anything, a full pool harms nobody."""
 
+import json
+import os
 import re
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,7 @@ from pallas_kernels import NULL_PAGE
 from serving import pages, step
 from serving.pages import NO_ROW
 from serving.step import PrefillBatch, init_engine_state, make_steps
+from tests.pallas_kernels.test_tiers import HOPPER_PYTHON, ROOT
 from tests.serving.conftest import CONFIGS, MAX_MODEL_LEN, MAX_NUM_SEQS, NUM_PAGES, PAGE_SIZE
 from tests.serving.oracle import check_invariants
 
@@ -184,3 +188,23 @@ def test_equal_models_share_their_programs():
     first, second = (make_steps(create_model(config, seed=seed)) for seed in (0, 1))
     assert first.decode is second.decode
     assert step.decode is not first.decode
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(os.environ.get("JAXATTN_TEST_GPU") == "1", reason="stands in for a GPU; here is one")
+def test_no_step_copies_the_pool_on_hopper():
+    """The same steps compiled for an H200, with the Mosaic kernels in them."""
+    if not HOPPER_PYTHON.exists():
+        pytest.skip(f"no sm_90a compiler: {HOPPER_PYTHON} is missing (make .venv-hopper/installed)")
+    program = [str(HOPPER_PYTHON), "-m", "tests.serving.compile_steps"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    run = subprocess.run(program, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    answers = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    assert [answer["step"] for answer in answers] == ["decode", "prefill"]
+    for answer in answers:
+        assert answer["num_kernels"] >= 2, "the kernels were meant to be in it"
+        assert answer["alias_bytes"] >= answer["pool_bytes"]
+        assert answer["temp_bytes"] < answer["layer_bytes"]
+        assert answer["pool_copies"] == []
