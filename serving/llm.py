@@ -16,6 +16,7 @@ from jaxattn.sampling import SamplingParams
 from jaxattn.tokenizer import Tokenizer
 from jaxattn.weights import GenerationDefaults, LoadedModel, load_model
 from serving.engine import Engine
+from serving.interrupts import uninterrupted
 from serving.metrics import EngineMetrics
 from serving.outputs import RequestOutput
 from serving.pool_size import choose_pool_size
@@ -167,14 +168,18 @@ class LLM:
             for index, ((text, token_ids), request_params) in enumerate(zip(prompts, params, strict=True)):
                 request_id = str(self._num_requests)
                 self._num_requests += 1
-                self.engine.add_request(request_id, token_ids, request_params, prompt=text)
                 index_of[request_id] = index
+                with uninterrupted():
+                    self.engine.add_request(request_id, token_ids, request_params, prompt=text)
             while self.engine.has_unfinished():
-                for output in self.engine.step():
+                with uninterrupted():
+                    outputs = self.engine.step()
+                for output in outputs:
                     yield index_of.pop(output.request_id), output
         finally:
-            for request_id in index_of:
-                self.engine.abort(request_id)
+            with uninterrupted():
+                for request_id in index_of:
+                    self.engine.abort(request_id)
 
     def _complete(self, prompts: list[tuple[str | None, list[int]]], sampling_params: Any, use_tqdm: bool):
         """Checks everything, then runs it; outputs in the order of the prompts."""
