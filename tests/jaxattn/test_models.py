@@ -21,6 +21,7 @@ from jaxattn.models import (
     model_from_params,
     model_params,
 )
+from jaxattn.page_pool import PagedAttention, PagedBatch, init_page_pool
 
 SIZES = {"vocab_size": 50, "num_layers": 3, "embed_dim": 16, "num_heads": 4, "max_positions": 32}
 CONFIGS = {
@@ -202,3 +203,35 @@ def test_wrong_params_are_named():
         model_from_params(config, {k: v for k, v in params.items() if k != "final_norm"})
     with pytest.raises(ValueError, match=r"not known.*extra"):
         model_from_params(config, params | {"extra": jnp.ones(3)})
+
+
+def test_training_lowers_each_hopper_kernel_once():
+    """Models and kernels meet without a GPU: one forward and at most two backward kernels for eight layers."""
+    config = dataclasses.replace(CONFIGS["gpt2"], num_layers=8, embed_dim=256)
+    graphdef, params = nnx.split(create_model(config, dtype=jnp.bfloat16))
+
+    def loss(params):
+        model = nnx.merge(graphdef, params)
+        return model.logits(forward(model, attention=FlashAttention(implementation="sm90"))).mean()
+
+    assert num_kernels(jax.grad(loss), params) <= 3
+
+
+def test_serving_lowers_each_hopper_kernel_once():
+    """Write, attend, and combine the splits."""
+    config = dataclasses.replace(CONFIGS["llama"], num_layers=8, embed_dim=256, head_dim=64)
+    graphdef, params = nnx.split(create_model(config, dtype=jnp.bfloat16))
+    pool, ids = init_page_pool(config, 9, 16, jnp.bfloat16), jnp.zeros(4, jnp.int32)
+
+    def decode(params, pool):
+        attention = PagedAttention(pool, PagedBatch(jnp.zeros((4, 2), jnp.int32), ids, ids), "sm90")
+        return nnx.merge(graphdef, params)(ids, ids, attention)
+
+    assert num_kernels(decode, params, pool) <= 5
+
+
+def num_kernels(step, *inputs):
+    module = jax.jit(step).trace(*inputs).lower(lowering_platforms=("cuda",)).as_text()
+    kernels = re.findall(r"custom_call @mosaic_gpu", module)
+    assert kernels
+    return len(kernels)
