@@ -206,7 +206,7 @@ def test_wrong_params_are_named():
 
 
 def test_training_lowers_each_hopper_kernel_once():
-    """Models and kernels meet without a GPU: one forward and at most two backward kernels for eight layers."""
+    """Models and kernels meet without a GPU: one forward, at most two backward kernels for eight layers."""
     config = dataclasses.replace(CONFIGS["gpt2"], num_layers=8, embed_dim=256)
     graphdef, params = nnx.split(create_model(config, dtype=jnp.bfloat16))
 
