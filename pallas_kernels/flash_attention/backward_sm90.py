@@ -40,43 +40,37 @@ class Stream(NamedTuple):
     second: Any  # [stages, tile, Hv]: values, or output cotangents
     lse: Any  # f32[stages, tile], with queries
     delta: Any
-    first_loaded: Any
-    second_loaded: Any
-    first_consumed: Any
-    second_consumed: Any
+    loaded: Any
+    consumed: Any
 
     @classmethod
     def types(cls, plan: AttentionPlan, config: GradientConfig, with_statistics: bool) -> "Stream":
         tiles = (config.stages, config.other)
         statistic = plgpu.SMEM(tiles, jnp.float32) if with_statistics else None
-        loaded = plgpu.Barrier(num_barriers=config.stages, num_arrivals=2 if with_statistics else 1)
+        loaded = plgpu.Barrier(num_barriers=config.stages, num_arrivals=4 if with_statistics else 2)
         consumed = plgpu.Barrier(num_barriers=config.stages, num_arrivals=config.warpgroups)
         first, second = (swizzled_smem((*tiles, dim), plan.dtype) for dim in (plan.head_dim, plan.value_dim))
-        return cls(first, second, statistic, statistic, loaded, loaded, consumed, consumed)
+        return cls(first, second, statistic, statistic, loaded, consumed)
 
     def load(self, slot, first, second, lse=None, delta=None):
         """Starts the copies into a slot."""
-        for source, target, loaded in (
-            (first, self.first, self.first_loaded),
-            (lse, self.lse, self.first_loaded),
-            (second, self.second, self.second_loaded),
-            (delta, self.delta, self.second_loaded),
-        ):
+        for source, target in zip((first, second, lse, delta), self[:4], strict=True):
             if source is not None:
-                plgpu.copy_gmem_to_smem(source, target.at[slot], loaded.at[slot])
+                plgpu.copy_gmem_to_smem(source, target.at[slot], self.loaded.at[slot])
+
+    def wait_loaded(self, slot):
+        plgpu.barrier_wait(self.loaded.at[slot])
+
+    def release(self, slot):
+        plgpu.barrier_arrive(self.consumed.at[slot])
 
     def wait_consumed(self, slot):
-        plgpu.barrier_wait(self.first_consumed.at[slot])
-        plgpu.barrier_wait(self.second_consumed.at[slot])
+        plgpu.barrier_wait(self.consumed.at[slot])
 
     def skip(self, slot):
         """Releases a tile that other warpgroups use and this one does not."""
-        for loaded, consumed in (
-            (self.first_loaded, self.first_consumed),
-            (self.second_loaded, self.second_consumed),
-        ):
-            plgpu.barrier_wait(loaded.at[slot])
-            plgpu.barrier_arrive(consumed.at[slot])
+        self.wait_loaded(slot)
+        self.release(slot)
 
 
 class Owned(NamedTuple):
@@ -112,10 +106,17 @@ class Owned(NamedTuple):
         plgpu.barrier_wait(self.loaded)
 
 
+def statistics_multiple(plan: AttentionPlan) -> int:
+    """What T must be a multiple of in lse2 and delta: vectors are copied without bounds, in whole tiles."""
+    dq, dkv = plan.config.dq, plan.config.dkv
+    return math.lcm(dq.own * dq.warpgroups, dkv.other)
+
+
 def launch(plan: AttentionPlan, query, key, value, out_grad, lse2, delta, *lengths):
     """dQ [B, T, N, H], dK [B, S, K, H], dV [B, S, K, Hv] in the inputs' dtype.
 
-    lse2 f32[B, N, T] is the log-sum-exp in base 2, +inf for rows that see nothing; delta f32[B, N, T] as above.
+    lse2 f32[B, N, T] is the log-sum-exp in base 2, +inf for rows that see nothing; delta f32[B, N, T] as above; both
+    padded to statistics_multiple.
     """
     arrays = (query, key, value, out_grad, lse2, delta, *lengths)
     (d_query,) = _launch(plan, plan.config.dq, _dq_body, "dq", plan.num_queries, (query,), arrays)
@@ -165,19 +166,26 @@ class Block(NamedTuple):
     tiles: KvTiles  # of the streamed operands
 
 
-def _run_tiles(
-    plan: AttentionPlan, config: GradientConfig, all_tiles: KvTiles, own: KvTiles, step, skip, carry, ends
-):
-    """The warpgroup's loops over the block's tiles: only the ends (left, right) of its own range need a mask."""
+class Ends(NamedTuple):
+    """Which loops a launch needs, known before it: masked ones, and ones that skip what other warpgroups see."""
+
+    masked_left: bool
+    masked_right: bool
+    idle_right: bool
+
+
+def _run_tiles(all_tiles: KvTiles, own: KvTiles, step, skip, carry, ends: Ends):
+    """The warpgroup's loops over the block's tiles: only the ends of its own range need a mask."""
     own = own.clamp(all_tiles)
     masked = functools.partial(step, masked=True)
-    lax.fori_loop(all_tiles.start, own.start, skip, None)
-    if ends[0]:
+    if ends.masked_left:
+        lax.fori_loop(all_tiles.start, own.start, skip, None)
         carry = lax.fori_loop(own.start, own.full_start, masked, carry)
     carry = lax.fori_loop(own.full_start, own.full_stop, step, carry)
-    if ends[1]:
+    if ends.masked_right:
         carry = lax.fori_loop(own.full_stop, own.stop, masked, carry)
-    lax.fori_loop(own.stop, all_tiles.stop, skip, None)
+    if ends.masked_right or ends.idle_right:
+        lax.fori_loop(own.stop, all_tiles.stop, skip, None)
     return carry
 
 
@@ -266,9 +274,10 @@ def _dq_rows(plan: AttentionPlan, block: Block, warpgroup, sources, d_q, owned: 
     step = functools.partial(_dq_tile, plan, block, first_row, statistics, owned, stream)
     skip = lambda tile, _: stream.skip(lax.rem(tile - block.tiles.start, jnp.int32(config.stages)))
     ragged = plan.has_kv_lengths or plan.num_keys % config.other > 0
-    ends = (plan.reach[0] is not None, plan.reach[1] is not None or ragged)
+    idle = plan.has_q_lengths or plan.num_queries % (config.own * config.warpgroups) > 0
+    ends = Ends(plan.reach[0] is not None, plan.reach[1] is not None or ragged, idle)
     acc = register_zeros((config.own, plan.head_dim))
-    acc = _run_tiles(plan, config, block.tiles, own, step, skip, acc, ends)
+    acc = _run_tiles(block.tiles, own, step, skip, acc, ends)
     owned.first[...] = (acc * plan.scale).astype(plan.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(owned.first, d_q.at[by_row])
@@ -294,8 +303,7 @@ def _dq_tile(
     if masked:
         offset = plan.offset(block.q_length, block.kv_length)
         visible = visible_keys(first_row, tile * config.other, shape, offset, block.kv_length, plan.reach)
-    plgpu.barrier_wait(stream.first_loaded.at[slot])
-    plgpu.barrier_wait(stream.second_loaded.at[slot])
+    stream.wait_loaded(slot)
 
     def multiply(logits_acc, d_weights_acc):
         plgpu.wgmma(logits_acc, owned.first, stream.first.at[slot].transpose((1, 0)))
@@ -305,12 +313,11 @@ def _dq_tile(
 
     acc_type = plgpu.ACC(shape, jnp.float32)
     weights, slope, d_weights = pl.run_scoped(multiply, acc_type, acc_type)
-    plgpu.barrier_arrive(stream.second_consumed.at[slot])
     d_logits = weights * (d_weights - delta)
     if slope is not None:
         d_logits *= slope
     acc = _add_matmul(acc, d_logits.astype(plan.dtype), stream.first.at[slot])
-    plgpu.barrier_arrive(stream.first_consumed.at[slot])
+    stream.release(slot)
     return acc
 
 
@@ -353,16 +360,24 @@ def _dkv_stream(plan: AttentionPlan, block: Block, sources, stream: Stream):
     q, d_out, lse2, delta = sources
     per_head = tiles.stop - tiles.start
 
-    def load(index, _):
-        slot = lax.rem(index, jnp.int32(config.stages))
-        pl.when(index >= config.stages)(lambda: stream.wait_consumed(slot))
-        head = block.head * plan.group + lax.div(index, per_head)
-        rows = pl.ds((tiles.start + lax.rem(index, per_head)) * config.other, config.other)
-        by_row, by_head = (block.batch, rows, head), (block.batch, head, rows)
-        stream.load(slot, q.at[by_row], d_out.at[by_row], lse2.at[by_head], delta.at[by_head])
+    def load_head(group, _):
+        head = block.head * plan.group + group
 
+        def load(tile, _):
+            index = group * per_head + tile - tiles.start
+            slot = lax.rem(index, jnp.int32(config.stages))
+            pl.when(index >= config.stages)(lambda: stream.wait_consumed(slot))
+            rows = pl.ds(tile * config.other, config.other)
+            by_row, by_head = (block.batch, rows, head), (block.batch, head, rows)
+            stream.load(slot, q.at[by_row], d_out.at[by_row], lse2.at[by_head], delta.at[by_head])
+
+        lax.fori_loop(tiles.start, tiles.stop, load, None)
+
+    if plan.group > 1:
+        lax.fori_loop(0, plan.group, load_head, None)
+    else:
+        load_head(0, None)
     total = plan.group * per_head
-    lax.fori_loop(0, total, load, None)
     drain = lambda index, _: stream.wait_consumed(lax.rem(index, jnp.int32(config.stages)))
     lax.fori_loop(jnp.maximum(0, total - config.stages), total, drain, None)
 
@@ -376,16 +391,16 @@ def _dkv_rows(
     by_row = (block.batch, pl.ds(first_key, config.own), block.head)
     owned.load(*(source.at[by_row] for source in sources))
     own = _queries_of(plan, first_key, config.own, block.q_length, block.kv_length)
-    ends = (plan.reach[1] is not None, plan.reach[0] is not None)
+    idle = plan.has_kv_lengths or plan.num_keys % (config.own * config.warpgroups) > 0
+    ends = Ends(plan.reach[1] is not None, plan.reach[0] is not None, idle)
     per_head = tiles.stop - tiles.start
 
     def attend_head(group, carry):
         first_index = group * per_head - tiles.start
         slot_of = lambda tile: lax.rem(first_index + tile, jnp.int32(config.stages))
         step = functools.partial(_dkv_tile, plan, which, block, first_key, slot_of, owned, stream)
-        return _run_tiles(
-            plan, config, tiles, own, step, lambda tile, _: stream.skip(slot_of(tile)), carry, ends
-        )
+        skip = lambda tile, _: stream.skip(slot_of(tile))
+        return _run_tiles(tiles, own, step, skip, carry, ends)
 
     dims = {"dkv": (plan.head_dim, plan.value_dim), "dk": (plan.head_dim,), "dv": (plan.value_dim,)}[which]
     carry = tuple(register_zeros((config.own, dim)) for dim in dims)
@@ -432,8 +447,7 @@ def _dkv_tile(
         lse2 = broadcast_columns(plgpu.load(stream.lse.at[slot], layout=by_column), config.own)
         return _weights(plan, logits, lse2, visible)
 
-    plgpu.barrier_wait(stream.first_loaded.at[slot])
-    plgpu.barrier_wait(stream.second_loaded.at[slot])
+    stream.wait_loaded(slot)
     if which == "dv":
         weights, _ = weigh(_matmul(owned.first, queries.transpose((1, 0)), shape))
         accumulate = lambda refs: plgpu.wgmma(refs[0], weights.astype(plan.dtype), out_grads)
@@ -448,17 +462,17 @@ def _dkv_tile(
         acc_type = plgpu.ACC(shape, jnp.float32)
         weights, slope, d_weights = pl.run_scoped(multiply, acc_type, acc_type)
 
+        delta = broadcast_columns(plgpu.load(stream.delta.at[slot], layout=by_column), config.own)
+        d_logits = weights * (d_weights - delta)
+        if slope is not None:
+            d_logits *= slope
+
         def accumulate(refs):
             if which == "dkv":
                 plgpu.wgmma(refs[1], weights.astype(plan.dtype), out_grads)
-            delta = broadcast_columns(plgpu.load(stream.delta.at[slot], layout=by_column), config.own)
-            d_logits = weights * (d_weights - delta)
-            if slope is not None:
-                d_logits *= slope
             plgpu.wgmma(refs[0], d_logits.astype(plan.dtype), queries)
 
     carry = pl.run_state(accumulate)(tuple(plgpu.ACC.init(acc) for acc in carry))
     plgpu.commit_smem()  # our reads of the statistics come before the copies that replace them
-    plgpu.barrier_arrive(stream.first_consumed.at[slot])
-    plgpu.barrier_arrive(stream.second_consumed.at[slot])
+    stream.release(slot)
     return carry

@@ -56,17 +56,28 @@ class FlashConfig:
 
 
 def default_config(head_dim: int) -> FlashConfig:
-    """The tiles for a (padded) head dim: the largest whose accumulators stay in registers."""
+    """The tiles for a (padded) head dim.
+
+    Measured on an H200: three warpgroups of 64 x 128 tiles beat two that take turns by 5 to 9% at H = 64 and 128; at
+    H = 256 two hold the accumulators, and taking turns costs 10% of the causal speed.
+    """
     if head_dim <= 64:
         return FlashConfig(
-            tile_q=64, tile_kv=128, stages=3, dq=GradientConfig(other=128), dkv=GradientConfig(other=128)
+            tile_kv=128,
+            stages=3,
+            warpgroups=3,
+            ping_pong=False,
+            dq=GradientConfig(other=128),
+            dkv=GradientConfig(other=128),
         )
     if head_dim <= 128:
-        return FlashConfig(tile_q=64, tile_kv=128, stages=2)
+        return FlashConfig(
+            tile_kv=128, stages=2, warpgroups=3, ping_pong=False, dq=GradientConfig(warpgroups=3)
+        )
     return FlashConfig(
-        tile_q=64,
         tile_kv=64,
         stages=2,
+        ping_pong=False,
         dq=GradientConfig(stages=1),
         dkv=GradientConfig(stages=1),
         dkv_passes=2,

@@ -37,6 +37,10 @@ class ForwardPlan(AttentionPlan):
         return self.config.tile_q * self.config.warpgroups
 
     @property
+    def num_row_tiles(self) -> int:
+        return math.ceil(self.num_queries / self.block_rows)
+
+    @property
     def has_masked_tail(self) -> bool:
         """Whether the last KV tiles of some rows need a mask."""
         ragged = self.has_kv_lengths or self.num_keys % self.config.tile_kv > 0
@@ -51,7 +55,7 @@ class ForwardPlan(AttentionPlan):
     @property
     def order(self) -> TileOrder:
         return TileOrder.plan(
-            num_tiles=math.ceil(self.num_queries / self.block_rows),
+            num_tiles=self.num_row_tiles,
             num_heads=self.batch * self.num_heads,
             heads_per_kv=self.group,
             kv_bytes=self.num_keys * self.token_bytes,
@@ -92,7 +96,10 @@ class Work(NamedTuple):
 
 
 def launch(plan: ForwardPlan, query, key, value, *lengths):
-    """Launches the kernel: (out [B, T, N, Hv], lse f32[B, N, T]). T and S are padded to multiples of 8."""
+    """Launches the kernel: (out [B, T, N, Hv], lse f32[B, N, T]); T and S come padded to multiples of 8.
+
+    A vector is copied without bounds: the log-sum-exp has whole row tiles.
+    """
     config = plan.config
     q_shape = (config.warpgroups, config.tile_q, plan.head_dim)
     out_shape = (config.warpgroups, config.tile_q, plan.value_dim)
@@ -116,7 +123,7 @@ def launch(plan: ForwardPlan, query, key, value, *lengths):
         functools.partial(_forward_body, plan),
         out_type=(
             jax.ShapeDtypeStruct((batch, rows, heads, plan.value_dim), plan.dtype),
-            jax.ShapeDtypeStruct((batch, heads, rows), jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, plan.num_row_tiles * plan.block_rows), jnp.float32),
         ),
         grid=(plan.order.num_blocks,),
         grid_names=("block",),

@@ -63,7 +63,8 @@ def backward(
     delta = jnp.where(sees_nothing, 0.0, products - lse_grad)
     lse2 = jnp.where(sees_nothing, jnp.inf, lse * LOG2_E)  # exp2(logits - inf) = 0
     arrays = [_pad(x) for x in (query, key, value, out_grad)]
-    statistics = [_pad_rows(x, 2) for x in (lse2, delta)]
+    tile = backward_sm90.statistics_multiple(plan)
+    statistics = [_pad_rows(lse2, 2, tile, jnp.inf), _pad_rows(delta, 2, tile)]
     gradients = backward_sm90.launch(plan, *arrays, *statistics, *_lengths(inputs))
     return AttentionGradients(
         *(g[:, : x.shape[1], :, : x.shape[3]] for g, x in zip(gradients, inputs[:3], strict=True))
@@ -98,11 +99,11 @@ def _plan_fields(inputs: AttentionInputs, spec: AttentionSpec) -> dict[str, Any]
 
 def _pad(x: jax.Array) -> jax.Array:
     """[B, T, N, H] with T and H as the kernels want them."""
-    x, head_dim = _pad_rows(x, 1), -x.shape[3] % HEAD_MULTIPLE
+    x, head_dim = _pad_rows(x, 1, ROW_MULTIPLE), -x.shape[3] % HEAD_MULTIPLE
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, head_dim))) if head_dim else x
 
 
-def _pad_rows(x: jax.Array, axis: int) -> jax.Array:
+def _pad_rows(x: jax.Array, axis: int, multiple: int, value: float = 0.0) -> jax.Array:
     padding = [(0, 0)] * x.ndim
-    padding[axis] = (0, -x.shape[axis] % ROW_MULTIPLE)
-    return jnp.pad(x, padding) if padding[axis][1] else x
+    padding[axis] = (0, -x.shape[axis] % multiple)
+    return jnp.pad(x, padding, constant_values=value) if padding[axis][1] else x
