@@ -135,7 +135,7 @@ class Engine:
             "logit_bias": params.logit_bias or (),
         }
         for name, ids in given.items():
-            for token in ids:
+            for token in (min(ids), max(ids)) if ids else ():
                 if not 0 <= token < vocab_size:
                     raise ValueError(f"{name} has {token}; the model's ids are from 0 to {vocab_size - 1}")
         if params.stop and self.tokenizer is None:
@@ -175,7 +175,10 @@ class Engine:
                     self.scheduler.discard(sequence)
                 else:
                     self._to_release.append(sequence)
-                sequence.finish("abort")
+                try:
+                    sequence.finish("abort")
+                except Exception:
+                    _fail(sequence)
         output = self._report(request)
         self._release()
         return output
@@ -278,9 +281,8 @@ class Engine:
                 continue  # the token of a sequence that ended while this step was under way
             try:
                 self._append(sequence, tokens[index], index, logprobs)
-            except Exception:  # the tokenizer met something: this request ends, the others go on
-                logger.exception("request %s failed", sequence.request.request_id)
-                sequence.fail()
+            except Exception:
+                _fail(sequence)
             request, has_ended = sequence.request, sequence.finish_reason is not None
             if has_ended:
                 self._to_release.append(sequence)
@@ -311,6 +313,12 @@ class Engine:
             if request.metrics.time_to_first_token is not None:
                 self.metrics.time_to_first_token_seconds.append(request.metrics.time_to_first_token)
         return request.output()
+
+
+def _fail(sequence: Sequence) -> None:
+    """An error in handling one sequence (in the tokenizer, say) ends that one, and the others go on."""
+    logger.exception("request %s failed", sequence.request.request_id)
+    sequence.fail()
 
 
 def _check_sizes(config: Any, max_model_len: int, max_num_seqs: int, max_num_batched_tokens: int) -> None:

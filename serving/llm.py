@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from tqdm.auto import tqdm
 
@@ -210,7 +211,7 @@ def advance(bar: tqdm, metrics: EngineMetrics) -> None:
 def _is_one_prompt(prompts: Any) -> bool:
     if isinstance(prompts, (str, Mapping)):
         return True
-    return len(prompts) > 0 and all(isinstance(entry, int) for entry in prompts)
+    return len(prompts) > 0 and all(isinstance(entry, (int, np.integer)) for entry in prompts)
 
 
 def _one_for_each(sampling_params: Any, num_prompts: int) -> list[SamplingParams]:

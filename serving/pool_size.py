@@ -1,5 +1,6 @@
 """How many pages the pool gets: as many as memory holds after the weights, and no more than rows can fill."""
 
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -80,9 +81,12 @@ def _workspace_bytes(config: Any, max_num_seqs: int, max_num_batched_tokens: int
 
 
 def _available_host_bytes() -> int:
-    with open("/proc/meminfo", encoding="ascii") as file:
-        fields = dict(line.split(":", 1) for line in file)
-    return int(fields["MemAvailable"].split()[0]) * 1024
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except OSError:  # not Linux: half of what is built in
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def _size(num_bytes: float) -> str:

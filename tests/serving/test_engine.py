@@ -301,7 +301,7 @@ def test_the_longest_sequence_fills_the_context_and_stops(make_engine):
     assert_idle(engine)
 
 
-def test_an_error_in_one_request_spares_the_others(make_engine, monkeypatch):
+def test_an_error_in_one_request_spares_the_others(make_engine, monkeypatch, caplog):
     workload = make_workload(3, seed=6)
     expected = tokens_of(run(make_engine(), workload))
     engine = make_engine()
@@ -315,6 +315,7 @@ def test_an_error_in_one_request_spares_the_others(make_engine, monkeypatch):
     outputs = run(engine, workload)
     broken = outputs.pop("broken", None)
     assert broken.outputs[0].finish_reason == "error"
+    assert "cannot decode" in caplog.text
     assert tokens_of(outputs) == expected
     assert_idle(engine)
 

@@ -48,7 +48,7 @@ def test_prompts_come_as_text_ids_or_dicts_and_results_in_their_order(llm):
 
 def test_one_prompt_needs_no_list(llm):
     (expected,) = llm.generate(["abc"], GREEDY, use_tqdm=False)
-    for prompt in ("abc", list(b"abc"), {"prompt": "abc"}):
+    for prompt in ("abc", list(b"abc"), np.array(list(b"abc")), {"prompt": "abc"}):
         (output,) = llm.generate(prompt, GREEDY, use_tqdm=False)
         assert output.outputs[0].token_ids == expected.outputs[0].token_ids
     assert llm.generate([], use_tqdm=False) == []
