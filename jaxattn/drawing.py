@@ -1,11 +1,14 @@
 """One token of each row from unnormalised weights: cuts by rank and by mass without sorting, then a draw."""
 
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+FLOAT_BITS = 30  # of a float32 in [0, 2)
+BITS = 3  # found in one pass: 7 candidates share one reading of the row
 
 
 def keep_from(weights: jax.Array, threshold: jax.Array) -> jax.Array:
@@ -13,43 +16,50 @@ def keep_from(weights: jax.Array, threshold: jax.Array) -> jax.Array:
     return jnp.where(weights >= threshold[:, None], weights, 0.0)
 
 
-def top_k_threshold(weights: jax.Array, top_k: jax.Array) -> jax.Array:
+def top_k_threshold(weights: jax.Array, top_k: jax.Array, *, may_skip: bool = True) -> jax.Array:
     """The k-th largest weight of each row, f32[R]; those equal to it stay too. 0 where all stay."""
 
     def find() -> jax.Array:
         k = jnp.where(top_k > 0, jnp.minimum(top_k, weights.shape[-1]), weights.shape[-1])
-        return _largest(lambda t: (weights >= t[:, None]).sum(axis=-1) >= k, weights.shape[0])
+        return _largest(lambda t: (weights >= t).astype(jnp.int32), k)
 
     return lax.cond((top_k > 0).any(), find, lambda: jnp.zeros(weights.shape[0]))
 
 
-def top_p_threshold(weights: jax.Array, top_p: jax.Array) -> jax.Array:
+def top_p_threshold(weights: jax.Array, top_p: jax.Array, *, may_skip: bool = True) -> jax.Array:
     """The largest t for which the weights from t on sum to top_p of all, f32[R]. 0 where all stay."""
 
     def find() -> jax.Array:
         wanted = top_p * weights.sum(axis=-1)
-        threshold = _largest(lambda t: keep_from(weights, t).sum(axis=-1) >= wanted, weights.shape[0])
+        threshold = _largest(lambda t: jnp.where(weights >= t, weights, 0.0), wanted)
         return jnp.where(top_p < 1, threshold, 0.0)
 
-    return lax.cond((top_p < 1).any(), find, lambda: jnp.zeros(weights.shape[0]))
+    return _unless_all_stay((top_p < 1).any(), find, weights, may_skip)
 
 
-def _largest(holds: Any, num_rows: int) -> jax.Array:
-    """The largest float32 t in [0, 1] of each row for which `holds(t[R]) -> bool[R]`, true at 0 and monotone.
+def _unless_all_stay(cuts: jax.Array, find: Any, weights: jax.Array, may_skip: bool) -> jax.Array:
+    """What `find` finds; where it may be skipped, only if some row is cut: a choice that costs a wait."""
+    return lax.cond(cuts, find, lambda: jnp.zeros(weights.shape[0])) if may_skip else find()
 
-    Bisection over the bits: floats that are not negative order as their bits do, so 30 passes over the row
-    find t exactly. A sort of the vocabulary, the usual way, moves more than that and is slow on a GPU.
+
+def _largest(terms: Callable[[jax.Array], jax.Array], wanted: jax.Array) -> jax.Array:
+    """The largest float32 t in [0, 2) of each row for which sum(terms(t)) >= wanted[R].
+
+    terms(t[R, 1]) -> [R, V], none of which grows with t. Floats that are not negative order as their bits do,
+    so the search goes over the 30 bits, BITS at a time: one pass reads the row once for all 2^BITS - 1
+    candidates. A sort of the vocabulary, the usual way, moves far more and is slow on a GPU.
     """
+    num_candidates, num_rows = 2**BITS - 1, wanted.shape[0]
 
-    def narrow(_: Any, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = bounds  # holds(low), not holds(high)
-        middle = low + (high - low) // 2
-        is_low = holds(lax.bitcast_convert_type(middle, jnp.float32))
-        return jnp.where(is_low, middle, low), jnp.where(is_low, high, middle)
+    def narrow(step: jax.Array, low: jax.Array) -> jax.Array:
+        unit = jnp.int32(1) << (FLOAT_BITS - BITS * (step + 1))
+        candidates = [low + (i + 1) * unit for i in range(num_candidates)]
+        operands = tuple(terms(lax.bitcast_convert_type(c, jnp.float32)[:, None]) for c in candidates)
+        zeros = (jnp.zeros((), operands[0].dtype),) * num_candidates
+        sums = lax.reduce(operands, zeros, lambda a, b: tuple(map(jnp.add, a, b)), (1,))
+        return low + unit * sum((total >= wanted).astype(jnp.int32) for total in sums)
 
-    one = int(np.float32(1).view(np.int32))
-    bounds = (jnp.zeros(num_rows, jnp.int32), jnp.full(num_rows, one + 1, jnp.int32))
-    low, _ = lax.fori_loop(0, one.bit_length(), narrow, bounds)
+    low = lax.fori_loop(0, FLOAT_BITS // BITS, narrow, jnp.zeros(num_rows, jnp.int32))
     return lax.bitcast_convert_type(low, jnp.float32)
 
 

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from jaxattn.drawing import inverse_cdf, keep_from, top_k_threshold, top_p_threshold
 
 __all__ = [
+    "KINDS",
     "SampleOutput",
     "SamplingArrays",
     "SamplingParams",
@@ -27,6 +28,7 @@ __all__ = [
     "add_outputs",
     "idle_rows",
     "init_token_counts",
+    "kind_of",
     "row_of",
     "sample",
     "set_prompts",
@@ -37,6 +39,7 @@ MAX_LOGIT_BIAS = 300  # entries of logit_bias a request may have (OpenAI's limit
 MAX_STOP_TOKENS = 32  # end-of-sequence and stop ids a request may have while min_tokens forbids them
 MAX_LOGPROBS = 20
 MAX_SEED = 2**32 - 1
+KINDS = ("greedy", "drawn", "any")  # drawn: by temperature and cuts; any: penalties, biases, logprobs too
 NO_TOKEN = -1  # pads the id lists of SamplingArrays
 
 
@@ -250,7 +253,16 @@ class SampleOutput(NamedTuple):
     top_logprobs: Float[Array, "R max_logprobs"]
 
 
-@functools.partial(jax.jit, static_argnames="max_logprobs")
+def kind_of(params: SamplingParams) -> str:
+    """What a request's rows need of `sample`: the first of KINDS that serves them."""
+    defaults = SamplingParams()
+    adjusting = ("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "min_tokens")
+    if any(getattr(params, name) != getattr(defaults, name) for name in (*adjusting, "logprobs")):
+        return "any"
+    return "drawn" if params.temperature > 0 else "greedy"
+
+
+@functools.partial(jax.jit, static_argnames=("max_logprobs", "kind"))
 def sample(
     logits: Float[Array, "R V"],
     arrays: SamplingArrays,
@@ -259,6 +271,7 @@ def sample(
     num_outputs: Int[Array, "R"],
     *,
     max_logprobs: int = 0,
+    kind: str = "any",
 ) -> SampleOutput:
     """Chooses the next token of every row; a row's answer depends on nothing but that row.
 
@@ -273,16 +286,24 @@ def sample(
         counts: for penalties; None counts as nothing seen.
         positions: of the token being chosen. num_outputs: tokens of the output so far, for min_tokens.
         max_logprobs: width of top_tokens and top_logprobs; static.
+        kind: one of KINDS, static: the largest of the rows' kinds where the caller knows them. "any" finds out
+            at run time, for which the host waits for the device; the others never wait.
     """
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r}: must be one of {KINDS}")
     is_sampled = arrays.temperature > 0
 
     def choose(logits: jax.Array) -> jax.Array:
-        return jnp.where(is_sampled, _draw(logits, arrays, positions), _argmax(logits))
+        drawn = _draw(logits, arrays, positions, may_skip=kind == "any")
+        return jnp.where(is_sampled, drawn, _argmax(logits))
 
     def adjust_and_choose(logits: jax.Array) -> jax.Array:
         adjusted = _adjust(logits, arrays, counts, num_outputs)
         return lax.cond(is_sampled.any(), choose, _argmax, adjusted)
 
+    if kind != "any":
+        tokens = choose(logits) if kind == "drawn" else _argmax(logits)
+        return SampleOutput(tokens, *_no_logprobs(logits.shape[0], max_logprobs))
     # Three branches that only read the logits: a chain of conditionals would copy 4 R V bytes at each.
     branch = jnp.where(_needs_adjusting(arrays, num_outputs).any(), 2, is_sampled.any().astype(jnp.int32))
     tokens = lax.switch(branch, [_argmax, choose, adjust_and_choose], logits)
@@ -325,14 +346,14 @@ def _penalise(logits: jax.Array, arrays: SamplingArrays, counts: TokenCounts) ->
     return logits - arrays.presence_penalty[:, None] * (counts.outputs > 0)
 
 
-def _draw(logits: jax.Array, arrays: SamplingArrays, positions: jax.Array) -> jax.Array:
+def _draw(logits: jax.Array, arrays: SamplingArrays, positions: jax.Array, *, may_skip: bool) -> jax.Array:
     """A token of each row from its restricted distribution; rows of temperature 0 give what they give."""
     temperature = jnp.where(arrays.temperature > 0, arrays.temperature, 1.0)[:, None]
     scaled = logits / temperature
     weights = jnp.exp(scaled - scaled.max(axis=-1, keepdims=True))  # in [0, 1], the likeliest at 1
     weights = jnp.where(weights >= arrays.min_p[:, None], weights, 0.0)
-    weights = keep_from(weights, top_k_threshold(weights, arrays.top_k))
-    weights = keep_from(weights, top_p_threshold(weights, arrays.top_p))
+    weights = keep_from(weights, top_k_threshold(weights, arrays.top_k, may_skip=may_skip))
+    weights = keep_from(weights, top_p_threshold(weights, arrays.top_p, may_skip=may_skip))
     return inverse_cdf(weights, _uniforms(arrays, positions))
 
 
@@ -349,16 +370,16 @@ def _uniforms(arrays: SamplingArrays, positions: jax.Array) -> jax.Array:
 def _logprobs(
     logits: jax.Array, tokens: jax.Array, num_logprobs: jax.Array, max_logprobs: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    num_rows = logits.shape[0]
-
     def compute() -> tuple[jax.Array, jax.Array, jax.Array]:
         total = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - total
         top, top_tokens = lax.top_k(logits, max_logprobs)
         return chosen, top_tokens.astype(jnp.int32), top - total[:, None]
 
-    def skip() -> tuple[jax.Array, jax.Array, jax.Array]:
-        shape = (num_rows, max_logprobs)
-        return jnp.zeros(num_rows), jnp.zeros(shape, jnp.int32), jnp.zeros(shape)
-
+    skip = functools.partial(_no_logprobs, logits.shape[0], max_logprobs)
     return lax.cond((num_logprobs >= 0).any(), compute, skip)
+
+
+def _no_logprobs(num_rows: int, max_logprobs: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    shape = (num_rows, max_logprobs)
+    return jnp.zeros(num_rows), jnp.zeros(shape, jnp.int32), jnp.zeros(shape)

@@ -29,6 +29,26 @@ def _scores_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array):
 _scores.defvjp(_scores_forward, _scores_backward)
 
 
+@jax.custom_vjp
+def _look_up(table: jax.Array, ids: jax.Array) -> jax.Array:
+    return jnp.take(table, ids, axis=0, mode="clip")
+
+
+def _look_up_forward(table: jax.Array, ids: jax.Array):
+    return _look_up(table, ids), (table, ids)
+
+
+def _look_up_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array):
+    # A frequent token gathers thousands of gradients: a bfloat16 sum would round most of them away.
+    table, ids = saved
+    rows = jnp.clip(ids, 0, table.shape[0] - 1)
+    d_table = jnp.zeros(table.shape, jnp.float32).at[rows].add(gradient.astype(jnp.float32))
+    return d_table.astype(table.dtype), None
+
+
+_look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
 class Embedding(nnx.Module):
     """table[V, D]: `embedding(ids)` reads rows, `embedding.attend(hidden)` gives hidden . table^T in
     float32."""
@@ -40,7 +60,7 @@ class Embedding(nnx.Module):
         self.table = nnx.Param(init(rngs.params(), (size, embed_dim), jnp.float32).astype(dtype))
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        return jnp.take(self.table[...], ids, axis=0, mode="clip")
+        return _look_up(self.table[...], ids)
 
     def attend(self, hidden: jax.Array) -> jax.Array:
         return _scores(hidden, self.table[...])
