@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import checks
-from pallas_kernels.kv_pages import pool, reference
+from pallas_kernels.device import is_hopper
+from pallas_kernels.kv_pages import copy_sm90, pool, reference, write_sm90
 
 Pools = tuple[Float[Array, "L P K Z H"], Float[Array, "L P K Z H"]]
 
@@ -24,6 +25,7 @@ class Variant(NamedTuple):
 
 
 VARIANTS = {
+    "sm90": Variant(write_sm90.write_kv, copy_sm90.copy_pages, write_sm90.unsupported, is_hopper),
     "reference": Variant(reference.write_kv, reference.copy_pages, lambda pages: None, lambda: True),
 }
 
@@ -42,8 +44,8 @@ def write_kv(
 
         k_pages[layer, slot // Z, :, slot % Z] = key[token],   likewise v_pages
 
-    Functional: the written pools are returned. Where the pools are donated (or dead afterwards inside a jit) they are
-    updated in place, never copied.
+    Functional: the written pools are returned. Where the pools are donated (or dead afterwards inside a jit)
+    they are updated in place, never copied.
 
     Arguments:
         k_pages, v_pages: [L, P, K, Z, H], the whole pool.
@@ -52,7 +54,7 @@ def write_kv(
         layer: which layer of the pool; may be traced.
         implementation: a name of VARIANTS. By default the first that can serve the pool.
 
-    Raises ValueError for wrong arguments, NotImplementedError where the implementation named cannot serve the pool.
+    Raises ValueError for wrong arguments, NotImplementedError where the implementation named cannot serve.
     From: Kwon et al., PagedAttention (2023), section 5.1, "fused reshape and block write".
     """
     pool.check_pool(k_pages, v_pages, pool.FLOATS)
@@ -80,15 +82,15 @@ def copy_pages(
 
         k_pages[:, dst] = k_pages[:, src],   likewise v_pages
 
-    Functional and in place as write_kv is. A pair whose src is NULL_PAGE (0) does nothing. The dst pages of the other
-    pairs are distinct, and none of them is the src of another pair: pairs run in any order.
+    Functional and in place as write_kv is. A pair whose src is NULL_PAGE (0) does nothing. The dst pages of
+    the other pairs are distinct, and none of them is the src of another pair: pairs run in any order.
 
     Arguments:
         k_pages, v_pages: [L, P, K, Z, H], the whole pool.
         src_pages, dst_pages: page ids of each pair, within 0..P-1.
         implementation: a name of VARIANTS. By default the first that can serve the pool.
 
-    Raises ValueError for wrong arguments, NotImplementedError where the implementation named cannot serve the pool.
+    Raises ValueError for wrong arguments, NotImplementedError where the implementation named cannot serve.
     From: Kwon et al., PagedAttention (2023), section 5.1, "fused block copy".
     """
     pool.check_pool(k_pages, v_pages)

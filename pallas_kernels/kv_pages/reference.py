@@ -1,7 +1,7 @@
 """Page writes and copies as XLA scatters: the oracle, and the path where there is no kernel.
 
-Indices out of range are dropped, which is how slots and pairs that must not be written are left out. Under donation
-XLA scatters in place: no copy of the pool.
+Indices out of range are dropped, which is how slots and pairs that must not be written are left out. Under
+donation XLA scatters in place: no copy of the pool.
 """
 
 import jax

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels import checks
+from pallas_kernels.device import is_hopper
 from pallas_kernels.kv_pages import pool
-from pallas_kernels.paged_attention import reference
+from pallas_kernels.paged_attention import decode_plan, decode_sm90, reference
 from pallas_kernels.paged_attention.config import PagedConfig
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 
@@ -27,6 +28,7 @@ class Variant(NamedTuple):
 
 
 VARIANTS = {
+    "sm90": Variant(decode_sm90.forward, decode_plan.unsupported, is_hopper),
     "reference": Variant(reference.forward, lambda inputs, spec: None, lambda: True),
 }
 
@@ -53,25 +55,26 @@ def paged_attention(
 
         out = softmax(mask(cap(scale Q K^T))) V,   cap(x) = c tanh(x / c)
 
-    Token j of row r lies in page block_tables[r, j // Z] at offset j % Z. Query i of the row's t queries stands at
-    position kv_length - t + i and sees the keys j <= position, and j >= position - left under a window. Queries
-    that see no key, and tokens of no row, give zeros and a log-sum-exp of -inf.
+    Token j of row r lies in page block_tables[r, j // Z] at offset j % Z. Query i of the row's t queries
+    stands at position kv_length - t + i and sees the keys j <= position, and j >= position - left under a
+    window. Queries that see no key, and tokens of no row, give zeros and a log-sum-exp of -inf.
 
     Arguments:
         query: [tokens, N, H]; bf16, fp16 or f32. Without query_start tokens == R: one a row, a decode step.
-        k_pages, v_pages: the page pool, every layer; query's dtype, or int8/fp8 with scales. Z: 8 to 256, a power
-            of two. Free pages and slots beyond a length may hold anything, NaN too. The pool is never copied.
+        k_pages, v_pages: the page pool, every layer; query's dtype, or int8/fp8 with scales. Z: a power of
+            two, 8 to 256. Free pages and slots beyond a length may hold anything, NaN too. Never copied.
         block_tables: page ids. Entries beyond a row's length are never read; others are clamped into 0..P-1.
         kv_lengths: tokens of each row, those of this step included; 0 for an empty row. At most M * Z.
-        query_start: row r's queries are query[query_start[r]:query_start[r + 1]], in order of rows, from 0 on.
+        query_start: row r's queries are query[query_start[r]:query_start[r + 1]], in order of rows.
         layer: which layer of the pool; may be traced.
         scale: multiplies Q K^T; 1 / sqrt(H) by default.
-        local_window_size: keys visible to the left of a query, or (left, right); the right side is causal anyway.
+        local_window_size: keys visible to the left of a query, or (left, right): attention is causal anyway.
         k_scale, v_scale: factor of each slot and head of quantized pages.
         return_lse: also return the natural log-sum-exp of each query's logits, f32[tokens, N].
-        config: cuts of the kernel; implementation: a name of VARIANTS. By default the first that can serve the call.
+        config: cuts of the kernel.
+        implementation: a name of VARIANTS; by default the first that can serve the call.
 
-    Raises ValueError for wrong arguments, NotImplementedError where the implementation named cannot serve the call.
+    Raises ValueError for wrong arguments, NotImplementedError where the implementation named cannot serve.
     From: Kwon et al., PagedAttention (2023), section 4.1; Dao et al., Flash-Decoding (2023).
     """
     pool.check_pool(k_pages, v_pages)
@@ -110,7 +113,7 @@ def _check_arrays(inputs: PagedInputs) -> None:
         pool.check_indices("query_start", inputs.query_start, (num_rows + 1,), "R + 1")
     elif num_tokens != num_rows:
         raise ValueError(
-            f"query must have one token a row without query_start, got {num_tokens} tokens for {num_rows} rows"
+            f"without query_start query must have one token a row, got {num_tokens} for {num_rows} rows"
         )
     is_quantized = k_pages.dtype in pool.QUANTIZED
     if not is_quantized:

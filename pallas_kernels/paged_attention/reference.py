@@ -1,7 +1,7 @@
 """fp32 reference of paged attention: the oracle, and the path where there is no kernel.
 
-Keys are taken CHUNK tokens at a time with an online softmax, so that a wide block table costs nothing: the loop ends
-at the longest row, and pages that no row's length covers are never read.
+Keys are taken CHUNK tokens at a time with an online softmax, so that a wide block table costs nothing: the
+loop ends at the longest row, and pages that no row's length covers are never read.
 """
 
 import functools
@@ -82,7 +82,7 @@ class _Softmax(NamedTuple):
 
 
 def _attend_row(inputs: PagedInputs, spec: PagedSpec, bounds, query, positions, table, kv_length):
-    """Attends queries [T, N, H] of one row, standing at `positions` i32[T], to the chunks `bounds` of its pages."""
+    """Attends queries [T, N, H] of one row, at `positions` i32[T], to the chunks `bounds` of its pages."""
     num_kv_heads, head_dim = inputs.k_pages.shape[2], inputs.k_pages.shape[4]
     num_queries, num_heads, _ = query.shape
     groups = query.reshape(num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
@@ -93,6 +93,7 @@ def _attend_row(inputs: PagedInputs, spec: PagedSpec, bounds, query, positions, 
         visible = (token < kv_length) & (token <= positions[:, None])
         if spec.window_left is not None:
             visible &= token >= positions[:, None] - spec.window_left
+        value = jnp.where(visible.any(0)[:, None], value, 0)  # left of a window there may be NaN too
         logits = jnp.einsum("ktgh,kch->ktgc", groups, key, precision=lax.Precision.HIGHEST) * spec.scale
         if spec.logits_soft_cap is not None:
             logits = spec.logits_soft_cap * jnp.tanh(logits / spec.logits_soft_cap)
@@ -101,7 +102,7 @@ def _attend_row(inputs: PagedInputs, spec: PagedSpec, bounds, query, positions, 
 
     shape = groups.shape[:-1]
     start = _Softmax(jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros(groups.shape))
-    state = lax.fori_loop(*bounds, step, start)
+    state = lax.fori_loop(bounds[0], bounds[1], step, start)
     out = state.values / jnp.where(state.total == 0, 1, state.total)[..., None]
     lse = state.maximum + jnp.log(state.total)  # no visible key: -inf + -inf
     lse = lse.transpose(1, 0, 2).reshape(num_queries, num_heads)

@@ -1,4 +1,4 @@
-"""What one paged attention call computes: the static description and the arrays, as every variant receives them."""
+"""What one paged attention call computes: the static description and the arrays that variants receive."""
 
 import dataclasses
 from typing import NamedTuple

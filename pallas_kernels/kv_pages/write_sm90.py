@@ -1,0 +1,70 @@
+"""Writes a step's keys and values into their pages on Hopper, in place.
+
+A program takes a few tokens to shared memory with one TMA copy for K and one for V, and writes each token's
+heads to its slot with one strided TMA copy. The pool is a mutable reference: no layer of it is ever copied.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.mosaic import div, pl, plgpu
+
+NUM_PROGRAMS = 132 * 4  # enough to fill the chip: beyond, a program takes more tokens
+SMEM_BUDGET = 48 * 1024  # of K and V together, so that four programs share a multiprocessor
+MAX_BOX = 256  # elements that one TMA copy takes along a dimension
+
+
+def unsupported(pages: jax.Array) -> str | None:
+    """Says why the kernels of kv_pages cannot serve a pool, or None if they can."""
+    _, _, num_kv_heads, _, head_dim = pages.shape
+    if pages.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"the pages must be bf16, fp16 or f32, got {pages.dtype}"
+    if head_dim * pages.dtype.itemsize % 16 or head_dim > MAX_BOX:
+        return f"the head dim must be at most {MAX_BOX} and 16 bytes or a multiple, got {head_dim}"
+    if num_kv_heads > MAX_BOX:
+        return f"there must be at most {MAX_BOX} KV heads, got {num_kv_heads}"
+    return None
+
+
+def write_kv(k_pages, v_pages, key, value, slots, layer):
+    """Writes one token's K and V [K, H] to each slot >= 0."""
+    num_tokens, num_kv_heads, head_dim = key.shape
+    token_bytes = 2 * num_kv_heads * head_dim * key.dtype.itemsize
+    block = max(1, min(-(-num_tokens // NUM_PROGRAMS), SMEM_BUDGET // token_bytes))
+    k_ref, v_ref = jax.new_ref(k_pages), jax.new_ref(v_pages)
+    tokens_smem = plgpu.SMEM((block, num_kv_heads, head_dim), key.dtype)
+    plgpu.kernel(
+        functools.partial(_kernel, block, num_tokens),
+        out_type=(),
+        grid=(-(-num_tokens // block),),
+        grid_names=("block",),
+        num_threads=1,
+        thread_name="warpgroup",
+        scratch_types=[tokens_smem, tokens_smem, plgpu.Barrier(num_arrivals=2)],
+    )(k_ref, v_ref, key, value, slots, layer[None])
+    return jax.freeze(k_ref), jax.freeze(v_ref)
+
+
+def _kernel(block: int, num_tokens: int, k_pages, v_pages, key, value, slots, layer, k_smem, v_smem, loaded):
+    _, num_pages, _, page_size, _ = k_pages.shape
+    first = lax.axis_index("block") * block
+    tokens = pl.ds(first, block)
+    plgpu.copy_gmem_to_smem(key.at[tokens], k_smem, loaded)
+    plgpu.copy_gmem_to_smem(value.at[tokens], v_smem, loaded)
+    plgpu.barrier_wait(loaded)
+
+    def write(index, _):
+        slot = slots[jnp.minimum(first + index, num_tokens - 1)]
+        is_ours = (first + index < num_tokens) & (slot >= 0) & (div(slot, page_size) < num_pages)
+
+        @pl.when(is_ours)
+        def _():
+            page, offset = div(slot, page_size), lax.rem(slot, jnp.int32(page_size))
+            plgpu.copy_smem_to_gmem(k_smem.at[index], k_pages.at[layer[0], page, :, offset])
+            plgpu.copy_smem_to_gmem(v_smem.at[index], v_pages.at[layer[0], page, :, offset])
+
+    lax.fori_loop(0, block, write, None)
+    plgpu.wait_smem_to_gmem(0)

@@ -1,0 +1,93 @@
+"""Random page pools, tables and lengths for the tests of paged kernels, and a plain NumPy oracle."""
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+GARBAGE = -(2**30)  # a table entry that must never be read as a page
+
+
+class Case(NamedTuple):
+    """Arguments of paged_attention, as NumPy arrays; all outside the rows' lengths is NaN or garbage."""
+
+    query: np.ndarray  # [tokens, N, H]
+    k_pages: np.ndarray  # [L, P, K, Z, H]
+    v_pages: np.ndarray
+    block_tables: np.ndarray  # i32[R, M]
+    kv_lengths: np.ndarray  # i32[R]
+    query_start: np.ndarray  # i32[R + 1]
+    layer: int
+
+
+def make_case(
+    seed=0,
+    rows=3,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    page_size=8,
+    width=6,
+    lengths=None,
+    query_lengths=None,
+    layers=2,
+) -> Case:
+    """Draws a case in fp32. Rows own distinct pages, shuffled; without query_lengths one query a row."""
+    rng = np.random.default_rng(seed)
+    if lengths is None:
+        lengths = rng.integers(0, width * page_size + 1, rows)
+    lengths = np.asarray(lengths, np.int32)
+    counts = -(-lengths // page_size)
+    num_pages = int(counts.sum()) + 3
+    pages = rng.permutation(np.arange(1, num_pages))
+    tables = np.full((rows, width), GARBAGE, np.int32)
+    shape = (layers, num_pages, kv_heads, page_size, head_dim)
+    k_pages, v_pages = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
+    is_used = np.zeros((num_pages, page_size), bool)
+    for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+        tables[row, :count], pages = pages[:count], pages[count:]
+        is_used[tables[row, :count]] = np.arange(count * page_size).reshape(count, page_size) < length
+    for array in (k_pages, v_pages):
+        np.moveaxis(array, 2, 3)[:, ~is_used] = np.nan
+    query_lengths = np.ones(rows, int) if query_lengths is None else np.asarray(query_lengths)
+    query_start = np.concatenate([[0], np.cumsum(query_lengths)]).astype(np.int32)
+    query = rng.standard_normal((query_start[-1], heads, head_dim)).astype(np.float32)
+    return Case(query, k_pages, v_pages, tables, lengths, query_start, layers - 1)
+
+
+def cast(case: Case, dtype) -> Case:
+    """The case in a lower precision, still as NumPy arrays."""
+    arrays = {
+        name: np.asarray(jnp.asarray(getattr(case, name), dtype)) for name in ("query", "k_pages", "v_pages")
+    }
+    return case._replace(**arrays)
+
+
+def oracle(case: Case, window_left=None, soft_cap=None, scale=None) -> tuple[np.ndarray, np.ndarray]:
+    """Attention one query and one head at a time, in float64: out [tokens, N, H] and lse [tokens, N]."""
+    num_tokens, num_heads, head_dim = case.query.shape
+    page_size = case.k_pages.shape[3]
+    group = num_heads // case.k_pages.shape[2]
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    out, lse = np.zeros(case.query.shape), np.full((num_tokens, num_heads), -np.inf)
+    for row, length in enumerate(case.kv_lengths):
+        first, stop = case.query_start[row : row + 2]
+        for token in range(first, stop):
+            position = length - stop + token
+            keys = np.arange(0 if window_left is None else max(0, position - window_left), position + 1)
+            if not len(keys):
+                continue
+            slots = case.block_tables[row, keys // page_size], keys % page_size
+            for head in range(num_heads):
+                k, v = (
+                    pages[case.layer, slots[0], head // group, slots[1]].astype(np.float64)
+                    for pages in (case.k_pages, case.v_pages)
+                )
+                logits = k @ case.query[token, head].astype(np.float64) * scale
+                if soft_cap is not None:
+                    logits = soft_cap * np.tanh(logits / soft_cap)
+                weights = np.exp(logits - logits.max())
+                out[token, head] = weights @ v / weights.sum()
+                lse[token, head] = logits.max() + np.log(weights.sum())
+    return out, lse

@@ -1,0 +1,218 @@
+"""paged_attention: the reference against an oracle, what must never leak, wrong calls."""
+
+import dataclasses
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from pallas_kernels import PAGE_SIZES, PagedConfig, paged_attention
+from pallas_kernels.paged_attention import decode_plan, op
+from pallas_kernels.paged_attention.config import default_config
+from tests.pallas_kernels.paged_inputs import GARBAGE, cast, make_case, oracle
+
+
+def call(case, ragged=False, **arguments):
+    arrays = [jnp.asarray(x) for x in case[:5]]
+    query_start = jnp.asarray(case.query_start) if ragged else None
+    arguments = {"layer": case.layer, "query_start": query_start, "return_lse": True} | arguments
+    out, lse = paged_attention(*arrays, **arguments)
+    return np.asarray(out, np.float64), np.asarray(lse, np.float64)
+
+
+def assert_close(actual, expected, atol=2e-6):
+    for mine, theirs in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=atol, rtol=atol)
+
+
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (5, 1)])
+def test_decode_equals_the_oracle(page_size, heads, kv_heads):
+    width = 600 // page_size + 1
+    lengths = [0, 1, page_size, width * page_size, 130]
+    case = make_case(
+        rows=5, heads=heads, kv_heads=kv_heads, page_size=page_size, width=width, lengths=lengths
+    )
+    assert_close(call(case, implementation="reference"), oracle(case))
+
+
+@hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
+@hypothesis.given(
+    seed=st.integers(0, 2**31),
+    page_size=st.sampled_from((8, 16, 64)),
+    group=st.integers(1, 4),
+    kv_heads=st.integers(1, 3),
+    window=st.sampled_from((None, 0, 5, 100)),
+    soft_cap=st.sampled_from((None, 2.0)),
+    data=st.data(),
+)
+def test_ragged_queries_equal_the_oracle(seed, page_size, group, kv_heads, window, soft_cap, data):
+    lengths = data.draw(st.lists(st.integers(0, 300), min_size=1, max_size=4))
+    queries = [data.draw(st.integers(0, min(length, 70))) for length in lengths]
+    if not sum(queries):
+        queries[0] = 1  # of a row that may be empty: the query then sees nothing
+    case = make_case(
+        seed,
+        rows=len(lengths),
+        heads=group * kv_heads,
+        kv_heads=kv_heads,
+        page_size=page_size,
+        width=300 // page_size + 1,
+        lengths=lengths,
+        query_lengths=queries,
+    )
+    result = call(case, ragged=True, local_window_size=window, logits_soft_cap=soft_cap)
+    assert_close(result, oracle(case, window, soft_cap), atol=5e-6)
+
+
+def test_tokens_of_no_row_give_zeros():
+    case = make_case(rows=2, lengths=[20, 9], query_lengths=[3, 2])
+    padded = case._replace(query=np.pad(case.query, ((0, 4), (0, 0), (0, 0)), constant_values=np.nan))
+    out, lse = call(padded, ragged=True)
+    assert_close((out[:5], lse[:5]), oracle(case))
+    assert (out[5:] == 0).all()
+    assert (lse[5:] == -np.inf).all()
+
+
+def test_window_leaves_the_first_pages_unread():
+    """Out of the window a table may hold NULL_PAGE, which is full of NaN here."""
+    case = make_case(rows=1, lengths=[48], page_size=8, width=6)
+    expected = oracle(case, window_left=10)
+    case.block_tables[0, :4] = 0
+    assert_close(call(case, local_window_size=10), expected)
+
+
+def test_rows_may_share_pages():
+    case = make_case(rows=2, lengths=[24, 20], page_size=8, width=3)
+    case.block_tables[1, :2] = case.block_tables[0, :2]
+    assert_close(call(case), oracle(case))
+
+
+def test_layer_may_be_traced_and_scale_given():
+    case = make_case(layers=3)
+    attend = jax.jit(lambda layer: call_arrays(case, layer=layer, scale=0.3))
+    assert_close([np.asarray(attend(2))], [oracle(case, scale=0.3)[0]])
+
+
+def call_arrays(case, **arguments):
+    return paged_attention(*[jnp.asarray(x) for x in case[:5]], **arguments)
+
+
+def test_quantized_pages_are_scaled():
+    case = make_case(rows=2, lengths=[30, 11])
+    rng = np.random.default_rng(1)
+    shape = case.k_pages.shape
+    codes = [rng.integers(-127, 128, shape).astype(np.int8) for _ in range(2)]
+    scales = [rng.uniform(0.001, 0.02, shape[:4]).astype(np.float32) for _ in range(2)]
+    exact = [code * scale[..., None] for code, scale in zip(codes, scales, strict=True)]
+    result = call(
+        case._replace(k_pages=codes[0], v_pages=codes[1]),
+        k_scale=jnp.asarray(scales[0]),
+        v_scale=jnp.asarray(scales[1]),
+    )
+    assert_close(result, oracle(case._replace(k_pages=exact[0], v_pages=exact[1])))
+
+
+def test_a_row_does_not_depend_on_the_others():
+    case = make_case(rows=4, lengths=[40, 17, 0, 33])
+    everything, _ = call(case)
+    for row in range(4):
+        others = case.kv_lengths.copy()
+        others[np.arange(4) != row] //= 2
+        alone, _ = call(case._replace(kv_lengths=others))
+        np.testing.assert_array_equal(alone[row], everything[row])
+
+
+WRONG = {
+    "query must have the dimensions": {"query": np.zeros((3, 4), np.float32)},
+    r"query must have shape \[tokens N H\]": {"query": np.zeros((3, 4, 8), np.float32)},
+    "without query_start query must have one token a row": {"query": np.zeros((2, 4, 16), np.float32)},
+    "multiple of the KV heads": {"query": np.zeros((3, 3, 16), np.float32)},
+    "query must have one of the dtypes": {"query": np.zeros((3, 4, 16), np.int32)},
+    "k_pages must have one of the dtypes": {"query": np.zeros((3, 4, 16), jnp.bfloat16)},
+    r"page size k_pages.shape\[3\] must be one of": {
+        "k_pages": np.zeros((2, 5, 2, 12, 16), np.float32),
+        "v_pages": np.zeros((2, 5, 2, 12, 16), np.float32),
+    },
+    "v_pages must have shape": {"v_pages": np.zeros((2, 5, 2, 8, 8), np.float32)},
+    "block_tables must hold integers": {"block_tables": np.zeros((3, 6), np.float32)},
+    "kv_lengths must have shape": {"kv_lengths": np.zeros(2, np.int32)},
+}
+WRONG_OPTIONS = {
+    "layer must lie in 0..1, got 2": {"layer": 2},
+    "layer must be an integer scalar": {"layer": 0.5},
+    "local_window_size must be": {"local_window_size": -1},
+    "logits_soft_cap must be positive": {"logits_soft_cap": 0.0},
+    "query_start must have shape": {"query_start": jnp.zeros(3, jnp.int32)},
+    "k_scale must be given for int8": {"k_scale": jnp.ones((2, 5, 2, 8))},
+    "implementation must be one of": {"implementation": "triton"},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_arrays_are_named(message):
+    case = make_case()._replace(**WRONG[message])
+    with pytest.raises(ValueError, match=message):
+        call(case)
+
+
+@pytest.mark.parametrize("message", WRONG_OPTIONS)
+def test_wrong_options_are_named(message):
+    with pytest.raises(ValueError, match=message):
+        call(make_case(), **WRONG_OPTIONS[message])
+
+
+def test_int8_pages_need_scales():
+    pages = np.zeros((2, 5, 2, 8, 16), np.int8)
+    with pytest.raises(ValueError, match="k_scale must be given"):
+        call(make_case()._replace(k_pages=pages, v_pages=pages))
+
+
+@pytest.mark.parametrize(
+    ("reason", "shapes", "arguments"),
+    [
+        ("bf16 or fp16", {"head_dim": 64}, {}),
+        ("head dim must be 64, 128 or 256", {"head_dim": 32, "dtype": jnp.bfloat16}, {}),
+        ("query_start", {"head_dim": 64, "dtype": jnp.bfloat16}, {"ragged": True}),
+        ("at most 4096 numbers", {"head_dim": 256, "heads": 34, "dtype": jnp.bfloat16}, {}),
+    ],
+)
+def test_the_kernel_says_what_it_cannot_do(reason, shapes, arguments):
+    dtype = shapes.pop("dtype", jnp.float32)
+    with pytest.raises(NotImplementedError, match=reason):
+        call(cast(make_case(**shapes), dtype), implementation="sm90", **arguments)
+
+
+def test_config_holds_itself_to_what_the_kernel_can():
+    for wrong in ({"tile": 48}, {"split": 100}, {"tile": 128, "split": 64}, {"stages": 1}):
+        with pytest.raises(ValueError, match="must be"):
+            PagedConfig(**wrong)
+
+
+def test_default_config_fits_shared_memory_and_cuts_long_rows():
+    for head_dim in (64, 128, 256):
+        for columns in range(8, decode_plan.MAX_QUERIES // head_dim + 1, 8):
+            for rows in (1, 16, 256):
+                config = default_config(rows, 8, head_dim, columns, 32768)
+                assert config.stages >= 2
+                assert 256 <= config.split <= 4096
+
+
+def test_reference_serves_a_gpu_that_has_no_kernel(monkeypatch):
+    """Without a Hopper GPU the op takes the next variant; with one named, it says why that cannot serve."""
+    monkeypatch.setitem(op.VARIANTS, "sm90", op.VARIANTS["sm90"]._replace(is_available=lambda: True))
+    case = make_case()  # f32: the kernel refuses it
+    assert_close(call(case), oracle(case))
+
+
+def test_helpers_poison_what_no_row_may_read():
+    case = make_case(rows=2, lengths=[9, 0], page_size=8, width=3)
+    assert (case.block_tables[0, 2:] == GARBAGE).all()
+    assert np.isnan(case.k_pages[:, 0]).all()
+    last = case.block_tables[0, 1]
+    assert np.isnan(case.v_pages[:, last, :, 1:]).all()
+    assert not np.isnan(case.v_pages[:, last, :, 0]).any()
+    assert dataclasses.is_dataclass(PagedConfig())
