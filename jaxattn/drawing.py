@@ -23,7 +23,7 @@ def top_k_threshold(weights: jax.Array, top_k: jax.Array, *, may_skip: bool = Tr
         k = jnp.where(top_k > 0, jnp.minimum(top_k, weights.shape[-1]), weights.shape[-1])
         return _largest(lambda t: (weights >= t).astype(jnp.int32), k)
 
-    return lax.cond((top_k > 0).any(), find, lambda: jnp.zeros(weights.shape[0]))
+    return _unless_all_stay((top_k > 0).any(), find, weights, may_skip)
 
 
 def top_p_threshold(weights: jax.Array, top_p: jax.Array, *, may_skip: bool = True) -> jax.Array:
@@ -37,7 +37,9 @@ def top_p_threshold(weights: jax.Array, top_p: jax.Array, *, may_skip: bool = Tr
     return _unless_all_stay((top_p < 1).any(), find, weights, may_skip)
 
 
-def _unless_all_stay(cuts: jax.Array, find: Any, weights: jax.Array, may_skip: bool) -> jax.Array:
+def _unless_all_stay(
+    cuts: jax.Array, find: Callable[[], jax.Array], weights: jax.Array, may_skip: bool
+) -> jax.Array:
     """What `find` finds; where it may be skipped, only if some row is cut: a choice that costs a wait."""
     return lax.cond(cuts, find, lambda: jnp.zeros(weights.shape[0])) if may_skip else find()
 

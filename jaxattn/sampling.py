@@ -286,8 +286,8 @@ def sample(
         counts: for penalties; None counts as nothing seen.
         positions: of the token being chosen. num_outputs: tokens of the output so far, for min_tokens.
         max_logprobs: width of top_tokens and top_logprobs; static.
-        kind: one of KINDS, static: the largest of the rows' kinds where the caller knows them. "any" finds out
-            at run time, for which the host waits for the device; the others never wait.
+        kind: one of KINDS, static: the largest of the rows' kinds where the caller knows them. "any" finds
+            out at run time, for which the host waits for a GPU; the others never wait.
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r}: must be one of {KINDS}")
