@@ -1,18 +1,22 @@
 """What a run stands on: its folder, its tokens, its model."""
 
 import dataclasses
+import math
 import os
 from pathlib import Path
+from typing import Any
 
+import jax
 import yaml
 
 from jaxattn.attention import IMPLEMENTATIONS
-from jaxattn.models import MODELS, ModelConfig
+from jaxattn.models import MODELS, ModelConfig, create_model, model_params
 from training.checkpoint import has_checkpoints
 from training.config import ConfigError, TrainConfig
 from training.data import DataError, TokenFiles, open_tokens, prepare
 
 CONFIG_FILE = "config.yaml"
+GPT2_WIDTH = 768
 FIXED_SECTIONS = ("data", "model")  # a run cannot change them; anything else it may
 
 
@@ -41,6 +45,17 @@ def make_model_config(config: TrainConfig, vocab_size: int) -> ModelConfig:
         return dataclasses.replace(family.presets[settings.preset], **(derived | fields))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model: {error}") from None
+
+
+def initial_params(model_config: ModelConfig, seed: int) -> dict[str, Any]:
+    """The family's own random parameters; matrices of narrow models are drawn wider.
+
+    GPT-2's N(0, 0.02) suits D = 768: the products of a matrix of D rows shrink with sqrt(D). With factor
+    sqrt(768 / D) below that, a model of D = 128 reached 1.92 instead of 2.16 bits per byte after 900 steps.
+    """
+    params = model_params(create_model(model_config, seed=seed))
+    factor = max(1.0, math.sqrt(GPT2_WIDTH / model_config.embed_dim))
+    return jax.tree.map(lambda leaf: leaf * factor if leaf.ndim >= 2 else leaf, params)
 
 
 def check_attention(config: TrainConfig) -> None:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 from tqdm.auto import tqdm
 
-from jaxattn.models import create_model, model_params
 from jaxattn.tokenizer import get_tokenizer
 from jaxattn.weights.checkpoint import write_metadata
 from training import flops
@@ -26,6 +25,7 @@ from training.sample import make_generate, write_samples
 from training.setup import (
     check_attention,
     check_same_run,
+    initial_params,
     make_model_config,
     move_aside,
     open_or_prepare,
@@ -81,7 +81,7 @@ class Trainer:
         self.loader = BatchLoader(
             self.tokens, batch_size=config.run.batch_size, seed=config.run.seed, **self._windows
         )
-        params = model_params(create_model(self.model_config, seed=config.run.seed))
+        params = initial_params(self.model_config, config.run.seed)
         self.num_parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
         self.num_matmul_parameters = flops.matmul_parameters(params, self.model_config)
         self.state = init_train_state(config, params)

@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxattn.attention import FlashAttention
-from jaxattn.models import GPT2Config, LlamaConfig, create_model, model_from_params, model_params
+from jaxattn.models import GPT2Config, LlamaConfig, cast, create_model, model_from_params, model_params
+from training import step as step_module
 from training.config import TrainConfig
 from training.data.batches import NO_TARGET, Batch, Rows, cut_rows
 from training.step import batch_gradients, batch_loss, init_train_state, make_eval_step, make_train_step
@@ -113,6 +115,21 @@ def test_nothing_crosses_the_border_of_a_document():
     assert float(jnp.abs(tokens[8]).max()) > 0
 
 
+def test_padding_the_vocabulary_changes_nothing_but_speed(monkeypatch):
+    batch = make_batch()
+    for tied in (True, False):
+        model_config = dataclasses.replace(MODELS["llama"], tie_embeddings=tied)
+        params = make_params(model_config)
+        results = []
+        for smallest in (4096, 1):
+            monkeypatch.setattr(step_module, "MIN_PADDED_VOCAB", smallest)
+            loss = lambda params: batch_loss(make_config(), model_config, params, batch, None).total  # noqa: B023
+            lowered = jax.jit(jax.value_and_grad(loss)).lower(params)
+            assert (f"x{step_module.VOCAB_MULTIPLE}xf32" in lowered.as_text()) == (smallest == 1)
+            results.append(lowered.compile()(params))
+        assert_trees_close(*results)
+
+
 def test_masters_stay_float32_and_compute_is_bfloat16():
     model_config, batch = MODELS["gpt2"], make_batch()
     losses = {}
@@ -142,6 +159,19 @@ def test_steps_smaller_than_bfloat16_can_hold_are_not_lost():
     )
     moves = jax.tree.map(lambda a, b: jnp.abs(a - b), state.params, before)
     np.testing.assert_allclose(jnp.median(moves["blocks"]["0"]["mlp"]["up"]["kernel"]), 1e-5, rtol=0.02)
+
+
+def test_frequent_tokens_get_their_whole_gradient():
+    """4,000 equal gradients on one row of the table: a bf16 sum of them would stop growing at 256."""
+    table = create_model(MODELS["gpt2"]).token_embedding
+    graph, state = nnx.split(table)
+    tokens = jnp.full((4000,), 3)
+
+    def total(state):
+        return jnp.sum(nnx.merge(graph, state)(tokens).astype(jnp.float32))
+
+    gradient = jax.grad(total)(cast(state, jnp.bfloat16))["table"]
+    np.testing.assert_allclose(gradient[3].astype(jnp.float32), 4000.0, rtol=0.005)
 
 
 def test_remat_changes_nothing_but_memory():
