@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattn.sampling import NO_TOKEN, SamplingArrays, SamplingParams, row_of
+from jaxattn.sampling import KINDS, NO_TOKEN, SamplingArrays, SamplingParams, row_of
 from jaxattn.tokenizer import Tokenizer
 from serving.buckets import make_buckets
 from serving.metrics import EngineMetrics
@@ -87,7 +87,8 @@ class Engine:
         self._to_release: list[Sequence] = []
         self._num_launched = np.zeros(max_num_seqs, np.int64)  # tokens of each row computed or under way
         self._max_tokens = np.zeros(max_num_seqs, np.int64)  # 0 for an idle row
-        self._compiled_shapes: set[tuple[int, ...]] = set()
+        self._kinds = np.zeros(max_num_seqs, np.int64)  # of sampling: indices into KINDS
+        self._compiled: set[tuple[tuple[int, ...], str]] = set()
         self._seeds = np.random.default_rng(seed)
 
     def add_request(
@@ -185,10 +186,11 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compiles every shape that a step may have, so that no request waits for the compiler."""
-        for num_rows, length in self.buckets.prefill_shapes():
-            self._run_prefill(num_rows, length, [])
-        for num_rows in self.buckets.decode_rows:
-            self._dispatch(self.steps.decode, shape=(num_rows,), num_rows=num_rows)
+        for kind in KINDS:
+            for num_rows, length in self.buckets.prefill_shapes():
+                self._run_prefill(num_rows, length, [], kind)
+            for num_rows in self.buckets.decode_rows:
+                self._run_decode(num_rows, kind)
         self.state = self.steps.release(self.state, np.zeros(len(self._max_tokens), np.bool_))
         jax.block_until_ready(self.state)
 
@@ -207,6 +209,7 @@ class Engine:
                 self.scheduler.release(sequence)
             self._to_release.clear()
             self._max_tokens[rows_mask] = 0
+            self._kinds[rows_mask] = 0
             self.state = self.steps.release(self.state, rows_mask)
         if not self._requests:
             self._in_flight.clear()  # at most one step, whose tokens nobody wants
@@ -217,11 +220,13 @@ class Engine:
         launches = []
         for num_rows, length, sequences in self.scheduler.plan_prefills(self.scheduler.admit()):
             for sequence in sequences:
+                self._kinds[sequence.row] = KINDS.index(sequence.kind)
                 self._num_launched[sequence.row] = 1
                 self._max_tokens[sequence.row] = sequence.max_tokens
                 metrics = sequence.request.metrics
                 metrics.first_scheduled_time = metrics.first_scheduled_time or now
-            output = self._run_prefill(num_rows, length, sequences)
+            kind = max((sequence.kind for sequence in sequences), key=KINDS.index)
+            output = self._run_prefill(num_rows, length, sequences, kind)
             self.metrics.num_prefills += 1
             self.metrics.num_prompt_tokens += sum(len(s.request.prompt_token_ids) for s in sequences)
             launches.append(Launch(output, list(enumerate(sequences))))
@@ -232,12 +237,15 @@ class Engine:
         if not (self._num_launched < self._max_tokens).any():
             return []
         num_rows = self.scheduler.decode_rows()
-        output = self._dispatch(self.steps.decode, shape=(num_rows,), num_rows=num_rows)
+        output = self._run_decode(num_rows, KINDS[self._kinds.max()])
         self._num_launched += 1
         self.metrics.num_decode_steps += 1
         return [Launch(output, list(self.scheduler.running.items()))]
 
-    def _run_prefill(self, num_rows: int, length: int, sequences: list[Sequence]) -> StepOutput:
+    def _run_decode(self, num_rows: int, kind: str) -> StepOutput:
+        return self._dispatch(self.steps.decode, shape=(num_rows,), num_rows=num_rows, kind=kind)
+
+    def _run_prefill(self, num_rows: int, length: int, sequences: list[Sequence], kind: str) -> StepOutput:
         batch = PrefillBatch(
             rows=np.full(num_rows, NO_ROW, np.int32),
             tokens=np.zeros((num_rows, length), np.int32),
@@ -251,15 +259,17 @@ class Engine:
             batch.tokens[index, : len(prompt)] = prompt
             batch.lengths[index] = len(prompt)
             batch.max_outputs[index] = sequence.max_tokens
-        return self._dispatch(self.steps.prefill, batch, shape=(num_rows, length))
+        return self._dispatch(self.steps.prefill, batch, shape=(num_rows, length), kind=kind)
 
-    def _dispatch(self, step: Callable[..., Any], *args: Any, shape: tuple[int, ...], **static: int) -> Any:
+    def _dispatch(
+        self, step: Callable[..., Any], *args: Any, shape: tuple[int, ...], kind: str, **static: int
+    ) -> StepOutput:
         """Puts a step into the device's queue, and has its results sent as soon as they are there."""
         start = time.perf_counter()
-        self.state, output = step(self.steps.params, self.state, *args, **static)
-        if shape not in self._compiled_shapes:
+        self.state, output = step(self.steps.params, self.state, *args, kind=kind, **static)
+        if (shape, kind) not in self._compiled:
             # Such a call returns when its program is compiled; others return at once.
-            self._compiled_shapes.add(shape)
+            self._compiled.add((shape, kind))
             if self._requests:
                 self.metrics.compile_seconds += time.perf_counter() - start
         output.sampled.tokens.copy_to_host_async()

@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass, field
 
-from jaxattn.sampling import SamplingArrays, SamplingParams
+from jaxattn.sampling import SamplingArrays, SamplingParams, kind_of
 from jaxattn.tokenizer import Detokenizer, Tokenizer
 from serving.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 
@@ -53,6 +53,7 @@ class Sequence:
         self.sample_index = sample_index
         self.max_tokens = max_tokens  # new tokens at most
         self.sampling = sampling  # its row of parameters for the device
+        self.kind = kind_of(params)  # what it needs of the sampler
         self.eos_token_ids = frozenset() if params.ignore_eos else eos_token_ids
         self.stop_token_ids = self.eos_token_ids | frozenset(params.stop_token_ids or ())
         self.row: int | None = None  # its place in the batch state, while it runs

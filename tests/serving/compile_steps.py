@@ -49,8 +49,8 @@ def main() -> None:
     )
     params = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in steps.params)
     functions = {
-        "decode": (partial(steps.decode, num_rows=NUM_ROWS), (params, state)),
-        "prefill": (steps.prefill, (params, state, _batch())),
+        "decode": (partial(steps.decode, num_rows=NUM_ROWS, kind="any"), (params, state)),
+        "prefill": (partial(steps.prefill, kind="any"), (params, state, _batch())),
     }
     pool = state.pool.k_pages
     pool_bytes = 2 * pool.size * pool.dtype.itemsize

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import subprocess
+from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,17 @@ from tests.serving.conftest import CONFIGS, MAX_MODEL_LEN, MAX_NUM_SEQS, NUM_PAG
 from tests.serving.oracle import check_invariants
 
 NUM_ROWS = MAX_NUM_SEQS
+
+
+def greedy_steps(model):
+    """The steps of a model, for greedy rows: in this file no other kind of sampling is asked for."""
+    steps = make_steps(model)
+    return SimpleNamespace(
+        params=steps.params,
+        prefill=partial(steps.prefill, kind="greedy"),
+        decode=partial(steps.decode, kind="greedy"),
+        release=steps.release,
+    )
 
 
 def make_state(name):
@@ -62,8 +75,8 @@ def test_no_step_copies_the_pool(models, name, which):
     steps = make_steps(models[name])
     state = make_state(name)
     lowered = {
-        "prefill": lambda: steps.prefill.lower(steps.params, state, make_batch([], [])),
-        "decode": lambda: steps.decode.lower(steps.params, state, num_rows=NUM_ROWS),
+        "prefill": lambda: steps.prefill.lower(steps.params, state, make_batch([], []), kind="any"),
+        "decode": lambda: steps.decode.lower(steps.params, state, num_rows=NUM_ROWS, kind="any"),
         "release": lambda: steps.release.lower(state, np.zeros(NUM_ROWS, np.bool_)),
     }
     compiled = lowered[which]().compile()
@@ -76,7 +89,7 @@ def test_no_step_copies_the_pool(models, name, which):
 
 
 def test_donated_state_is_updated_in_place(models):
-    steps = make_steps(models["llama"])
+    steps = greedy_steps(models["llama"])
     state, _ = steps.prefill(steps.params, make_state("llama"), make_batch([[1, 2, 3]], [0]))
     before = state.pool.k_pages
     address = before.unsafe_buffer_pointer()
@@ -87,7 +100,7 @@ def test_donated_state_is_updated_in_place(models):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_free_pages_hold_never_reaches_a_token(models, name):
-    steps = make_steps(models[name])
+    steps = greedy_steps(models[name])
 
     def run(state):
         state, output = steps.prefill(steps.params, state, make_batch([[1, 2, 3], [4] * 9], [0, 2]))
@@ -103,7 +116,7 @@ def test_what_free_pages_hold_never_reaches_a_token(models, name):
 
 
 def test_idle_rows_bring_no_token_and_own_no_page(models):
-    steps = make_steps(models["llama"])
+    steps = greedy_steps(models["llama"])
     state, output = steps.prefill(steps.params, make_state("llama"), make_batch([[5, 6]], [3]))
     assert (np.asarray(output.sampled.tokens)[1:] == NO_TOKEN).all()
     np.testing.assert_array_equal(output.page_usage, [1, 2])
@@ -115,7 +128,7 @@ def test_idle_rows_bring_no_token_and_own_no_page(models):
 
 
 def test_a_row_stops_by_itself_at_its_last_token(models):
-    steps = make_steps(models["llama"])
+    steps = greedy_steps(models["llama"])
     state, output = steps.prefill(steps.params, make_state("llama"), make_batch([[5, 6]], [0], max_outputs=3))
     tokens = []
     for _ in range(4):
@@ -127,7 +140,7 @@ def test_a_row_stops_by_itself_at_its_last_token(models):
 
 
 def test_a_row_stops_by_itself_at_a_stop_token(models):
-    steps = make_steps(models["llama"])
+    steps = greedy_steps(models["llama"])
     _, output = steps.prefill(steps.params, make_state("llama"), make_batch([[5, 6]], [0]))
     first = int(output.sampled.tokens[0])
     batch = make_batch([[5, 6], [5, 6]], [0, 1], stop_token_ids=[first])
@@ -136,7 +149,7 @@ def test_a_row_stops_by_itself_at_a_stop_token(models):
 
 
 def test_without_a_free_page_nothing_changes(models):
-    steps = make_steps(models["llama"])
+    steps = greedy_steps(models["llama"])
     state, _ = steps.prefill(steps.params, make_state("llama"), make_batch([[1] * 8, [2] * 16], [0, 1]))
     state = state._replace(pages=state.pages._replace(free_top=jnp.zeros_like(state.pages.free_top)))
     lengths, tables = np.asarray(state.pages.lengths), np.asarray(state.pages.block_tables)
@@ -151,7 +164,7 @@ def test_without_a_free_page_nothing_changes(models):
 
 def test_forked_rows_copy_the_page_they_share_and_go_their_own_ways(models):
     """Copy-on-write through the whole step: both rows continue as rows that never shared a page."""
-    steps = make_steps(models["llama"])
+    steps = greedy_steps(models["llama"])
 
     def run(state, rows, num_steps=6):
         outputs = []
