@@ -163,6 +163,25 @@ def copy_case(pairs, page_size=16, head_dim=128, dtype=jnp.bfloat16):
     return in_place_case(copy, (pages, pages, integers(pairs), integers(pairs)))
 
 
+def step_case(rows=16, num_layers=3, page_size=16):
+    """Copy-on-write, then layers that write their token and attend to it, as a model's decode step does."""
+    pages = jax.ShapeDtypeStruct((num_layers, 4096, 8, page_size, 128), jnp.bfloat16)
+    hidden = jax.ShapeDtypeStruct((rows, 8, 128), jnp.bfloat16)
+
+    def step(k_pages, v_pages, hidden, slots, tables, lengths, src, dst):
+        k_pages, v_pages = copy_pages(k_pages, v_pages, src, dst, implementation="sm90")
+        for layer in range(num_layers):
+            arguments = {"layer": layer, "implementation": "sm90"}
+            k_pages, v_pages = write_kv(k_pages, v_pages, hidden, 2 * hidden, slots, **arguments)
+            query = jnp.repeat(hidden, 4, axis=1)
+            out = paged_attention(query, k_pages, v_pages, tables, lengths, **arguments)
+            hidden = hidden + out[:, ::4]
+        return k_pages, v_pages, hidden
+
+    specs = (pages, pages, hidden, integers(rows), integers(rows, 128), integers(rows), *[integers(rows)] * 2)
+    return in_place_case(step, specs)
+
+
 def in_place_case(function, specs):
     """Both pools, donated, alias the results, and nothing of a pool's size is allocated."""
     pool_bytes = int(np.prod(specs[0].shape)) * specs[0].dtype.itemsize
@@ -196,6 +215,7 @@ COMPILE = {
     "kv_pages:write a decode step": write_case(256),
     "kv_pages:write a prefill, f32": write_case(5000, jnp.float32),
     "kv_pages:write a pool beyond 2^31 elements": write_case(8, num_pages=80_000),
+    "kv_pages:a decode step of three layers": step_case(),
     "kv_pages:copy": copy_case(64),
     "kv_pages:copy large pages, f32": copy_case(3, page_size=256, head_dim=256, dtype=jnp.float32),
 }
