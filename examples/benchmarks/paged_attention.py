@@ -183,7 +183,7 @@ def plot(result: dict, path: str) -> None:
     axis.set_ylabel("TB/s of K and V")
     axis.set_title(f"Decode, one query token a row, bf16, {result['device']}")
     axis.grid(axis="y", alpha=0.3)
-    axis.legend(ncols=3, fontsize=8, loc="lower center")
+    axis.legend(ncols=3, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
