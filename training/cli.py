@@ -98,11 +98,22 @@ def prepare_command(arguments: Sequence[str]) -> int:
     return 0
 
 
+class AboveTheBar(logging.Handler):
+    """Prints log lines where a progress bar may be running."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm.auto import tqdm
+
+        tqdm.write(record.getMessage())
+
+
 def show_attention_choice() -> None:
-    """jaxattn logs once which attention it chose and why; a terminal should show that line."""
+    """jaxattn logs once which attention it chose and why; a terminal should show that line, once."""
     logger = logging.getLogger("jaxattn")
-    logger.addHandler(logging.StreamHandler(sys.stdout))
+    if not any(isinstance(handler, AboveTheBar) for handler in logger.handlers):
+        logger.addHandler(AboveTheBar())
     logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def describe(trainer: Any, recipe: Any) -> list[str]:

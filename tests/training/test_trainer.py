@@ -19,6 +19,7 @@ def test_loss_falls_on_real_text(tmp_path):
     """Tiny Shakespeare: from 8 bits a byte (all alike) below 4.2; letter frequencies alone give 4.78."""
     overrides = {
         "run.dir": str(tmp_path / "run"),
+        "run.log_every": 10,
         "run.num_steps": 100,
         "run.batch_size": 16,
         "data.sequence_length": 64,
