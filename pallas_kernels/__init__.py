@@ -1,4 +1,5 @@
-"""GPU kernels of jaxattn: FlashAttention and PagedAttention, each an op with one reference and one file per architecture.
+"""GPU kernels of jaxattn: FlashAttention and PagedAttention, each an op with one reference and one file per
+architecture.
 
 The letters of every shape, those of jax.nn.dot_product_attention and a few more:
     B  batch                 T  query length          S  key length

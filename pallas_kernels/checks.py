@@ -1,4 +1,6 @@
-"""Argument checks shared by the ops: a wrong call is a ValueError that names the argument, its value and what is allowed."""
+"""Argument checks shared by the ops: a wrong call is a ValueError that names the argument, its value and what
+is allowed.
+"""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -47,7 +49,7 @@ def check_head_groups(num_heads: int, num_kv_heads: int) -> None:
     """Holds N to a multiple of K: each group of N/K query heads shares one KV head."""
     if num_heads % num_kv_heads:
         raise ValueError(
-            f"the query's heads must be a multiple of the KV heads, got N = {num_heads} and K = {num_kv_heads}"
+            f"query heads must be a multiple of the KV heads, got N = {num_heads} and K = {num_kv_heads}"
         )
 
 
@@ -60,7 +62,7 @@ def check_soft_cap(logits_soft_cap: float | None) -> None:
 def normalize_window(
     local_window_size: int | tuple[int | None, int | None] | None,
 ) -> tuple[int | None, int | None]:
-    """Turns the window argument into (left, right), each a number of keys >= 0 or None for an unbounded side."""
+    """Turns the window argument into (left, right): numbers of keys >= 0, None for an unbounded side."""
     if local_window_size is None:
         return None, None
     sides = local_window_size if isinstance(local_window_size, tuple) else (local_window_size,) * 2

@@ -1,4 +1,6 @@
-"""The one place that imports Pallas Mosaic GPU, whose API changes with each JAX release, and idioms all kernels share."""
+"""The one place that imports Pallas Mosaic GPU, whose API changes with each JAX release, and idioms all
+kernels share.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,7 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import mosaic_gpu
+
+plgpu: Any = mosaic_gpu  # its annotations do not cover what kernels use
 
 __all__ = [
     "LOG2_E",
@@ -33,7 +37,9 @@ REGISTERS = {1: None, 2: (240, 24), 3: (160, 32)}  # of compute and loading warp
 def specialize(
     warpgroups: int, warpgroup: Any, compute: Callable[[], None], load: Callable[[], None]
 ) -> None:
-    """Runs compute() in the first `warpgroups` warpgroups and load() in the one after them, whose registers they get."""
+    """Runs compute() in the first `warpgroups` warpgroups and load() in the one after them, whose registers
+    they get.
+    """
     registers = REGISTERS[warpgroups]
 
     @pl.when(warpgroup < warpgroups)
@@ -50,7 +56,9 @@ def specialize(
 
 
 def swizzled_smem(shape: Sequence[int], dtype: Any) -> Any:
-    """Shared memory laid out for wgmma and TMA: 8 x (swizzle width) tiles, the widest swizzle the last dim allows."""
+    """Shared memory laid out for wgmma and TMA: 8 x (swizzle width) tiles, the widest swizzle the last dim
+    allows.
+    """
     row_bytes = shape[-1] * jnp.dtype(dtype).itemsize
     swizzle = next(width for width in (128, 64, 32) if row_bytes % width == 0)
     tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))

@@ -1,9 +1,9 @@
 """FlashAttention backward on Hopper, in two kernels that redo the logits: same inputs, same bits.
 
-One kernel owns tiles of keys and values, streams the queries of every head of the group and sums dK and dV; the other
-owns tiles of queries, streams keys and values and sums dQ (FlashAttention-2, section 3.1; together 7 matmuls, where one
-kernel that adds dQ into global memory takes 5). Nothing is stored but the results: the logits are recomputed from the
-log-sum-exp of the forward pass.
+One kernel owns tiles of keys and values, streams the queries of every head of the group and sums dK and dV;
+the other owns tiles of queries, streams keys and values and sums dQ (FlashAttention-2, section 3.1; together
+7 matmuls, where one kernel that adds dQ into global memory takes 5). Nothing is stored but the results: the
+logits are recomputed from the log-sum-exp of the forward pass.
 
     P = exp(S - lse),  dP = dO V^T,  dS = P * (dP - delta),  delta = rowsum(dO * O) - d lse
     dV = P^T dO,  dK = scale dS^T Q,  dQ = scale dS K
@@ -34,7 +34,9 @@ from pallas_kernels.mosaic import (
 
 
 class Stream(NamedTuple):
-    """Tiles on their way through shared memory: `stages` slots of two operands, and of two statistics of their rows."""
+    """Tiles on their way through shared memory: `stages` slots of two operands, and of two statistics of
+    their rows.
+    """
 
     first: Any  # [stages, tile, H]: keys, or queries
     second: Any  # [stages, tile, Hv]: values, or output cotangents
@@ -115,8 +117,8 @@ def statistics_multiple(plan: AttentionPlan) -> int:
 def launch(plan: AttentionPlan, query, key, value, out_grad, lse2, delta, *lengths):
     """dQ [B, T, N, H], dK [B, S, K, H], dV [B, S, K, Hv] in the inputs' dtype.
 
-    lse2 f32[B, N, T] is the log-sum-exp in base 2, +inf for rows that see nothing; delta f32[B, N, T] as above; both
-    padded to statistics_multiple.
+    lse2 f32[B, N, T] is the log-sum-exp in base 2, +inf for rows that see nothing; delta f32[B, N, T] as
+    above; both padded to statistics_multiple.
     """
     arrays = (query, key, value, out_grad, lse2, delta, *lengths)
     (d_query,) = _launch(plan, plan.config.dq, _dq_body, "dq", plan.num_queries, (query,), arrays)
@@ -167,7 +169,7 @@ class Block(NamedTuple):
 
 
 class Ends(NamedTuple):
-    """Which loops a launch needs, known before it: masked ones, and ones that skip what other warpgroups see."""
+    """The loops a launch needs: masked ones, and ones that skip what other warpgroups see."""
 
     masked_left: bool
     masked_right: bool

@@ -21,7 +21,8 @@ def _check(config, **tiles: tuple[int, ...]) -> None:
 class GradientConfig:
     """Tiles of one backward kernel: each compute warpgroup holds `own` rows and streams tiles of `other`.
 
-    The dq kernel owns queries and streams keys and values; the dk,dv kernel owns keys and values and streams queries.
+    The dq kernel owns queries and streams keys and values; the dk,dv kernel owns keys and values and streams
+    queries.
     """
 
     own: int = 64
@@ -37,7 +38,8 @@ class GradientConfig:
 class FlashConfig:
     """Tile sizes and pipeline depth of the kernels of one call; validates itself.
 
-    A thread block of the forward kernel is `warpgroups` compute warpgroups with tile_q queries each, and one that loads.
+    A thread block of the forward kernel is `warpgroups` compute warpgroups with tile_q queries each, and one
+    that loads.
     """
 
     tile_q: int = 64
@@ -58,8 +60,8 @@ class FlashConfig:
 def default_config(head_dim: int) -> FlashConfig:
     """The tiles for a (padded) head dim.
 
-    Measured on an H200: three warpgroups of 64 x 128 tiles beat two that take turns by 5 to 9% at H = 64 and 128; at
-    H = 256 two hold the accumulators, and taking turns costs 10% of the causal speed.
+    Measured on an H200: three warpgroups of 64 x 128 tiles beat two that take turns by 5 to 9% at H = 64 and
+    128; at H = 256 two hold the accumulators, and taking turns costs 10% of the causal speed.
     """
     if head_dim <= 64:
         return FlashConfig(

@@ -1,7 +1,9 @@
-"""FlashAttention forward on Hopper: TMA loads, wgmma, warp specialization (FlashAttention-3, sections 3.1 and 3.2).
+"""FlashAttention forward on Hopper: TMA loads, wgmma, warp specialization (FlashAttention-3, sections 3.1 and
+3.2).
 
-A thread block owns tile_q queries a compute warpgroup and one head; one more warpgroup streams K and V tiles through
-shared memory by TMA. Two compute warpgroups take turns: while one does its softmax, the tensor cores work for the other.
+A thread block owns tile_q queries a compute warpgroup and one head; one more warpgroup streams K and V tiles
+through shared memory by TMA. Two compute warpgroups take turns: while one does its softmax, the tensor cores
+work for the other.
 """
 
 import functools

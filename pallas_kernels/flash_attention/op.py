@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,24 +66,26 @@ def flash_attention(
         out = dropout(softmax(mask(cap(scale Q K^T) + bias))) V,   cap(x) = c tanh(x / c)
 
     Query head n reads KV head n // (N/K). Query i stands at position i ("top_left") or at
-    i + kv_length - q_length ("bottom_right", the lengths being S and T where none are given); it sees key j where
-    j <= position (causal), position - left <= j <= position + right (window), segment ids are equal, and i and j
-    lie within the lengths. Rows that see no key give zeros, a log-sum-exp of -inf and zero gradients.
+    i + kv_length - q_length ("bottom_right"; S and T where no lengths are given); it sees key j where
+    j <= position (causal), position - left <= j <= position + right (window), segment ids are equal, and i
+    and j lie within the lengths. Rows that see no key give zeros, a log-sum-exp of -inf and zero gradients.
 
     Arguments:
-        query, key, value: [B, T, N, H], [B, S, K, H], [B, S, K, Hv]; bf16, fp16 or f32, one dtype; H, Hv <= 256.
+        query, key, value: [B, T, N, H], [B, S, K, H], [B, S, K, Hv]; all bf16, fp16 or f32; H, Hv <= 256.
         bias: added to the logits; each dimension of [B, N, T, S] may be 1. Its gradient is computed.
         q_segment_ids, kv_segment_ids: packed documents; both or neither.
         q_lengths, kv_lengths: tokens in use of each batch row; what lies beyond is never read into a result.
-        local_window_size: keys visible left and right of a query; an int means both sides, None in a pair no limit.
+        local_window_size: keys visible left and right of a query: an int for both sides, or a pair in which
+            None means no limit.
         scale: multiplies Q K^T; 1 / sqrt(H) by default.
-        dropout_rate, dropout_key: drops weights by a hash of (key, batch, head, query, key index), the same bits in
-            any variant and tile size, forward and backward.
+        dropout_rate, dropout_key: drops weights by a hash of (key, batch, head, query, key index), the same
+            bits in any variant and tile size, forward and backward.
         return_lse: also return the natural log-sum-exp of each row's logits, f32[B, T, N], with its gradient.
         deterministic: same inputs give the same gradient bits (the forward pass always is).
-        config: tile sizes; implementation: a name of VARIANTS. By default the first variant that can serve the call.
+        config: tile sizes, instead of default_config's.
+        implementation: a name of VARIANTS. By default the first variant that can serve the call.
 
-    Raises ValueError for wrong arguments, NotImplementedError where the implementation named cannot serve the call.
+    Raises ValueError for wrong arguments, NotImplementedError where the named variant cannot.
     From: Dao et al., FlashAttention (2022), algorithms 1 and 4; FlashAttention-2 (2023), algorithm 1.
     """
     inputs = AttentionInputs(query, key, value, bias, q_segment_ids, kv_segment_ids, q_lengths, kv_lengths)
@@ -105,7 +107,8 @@ def flash_attention(
     if spec.dropout_rate > 0:
         assert dropout_key is not None
         inputs = inputs._replace(dropout_seed=dropout_seed(dropout_key))
-    out, lse = _attend(_choose(inputs, spec, implementation), spec, inputs)
+    results: Any = _attend(_choose(inputs, spec, implementation), spec, inputs)
+    out, lse = results
     return (out, lse.swapaxes(1, 2)) if return_lse else out
 
 

@@ -11,7 +11,7 @@ from pallas_kernels.flash_attention.config import FlashConfig
 
 @dataclasses.dataclass(frozen=True)
 class AttentionPlan:
-    """Shapes, mask and tiles of a launch; hashable. T and S are the real lengths, the arrays may be padded."""
+    """Shapes, mask and tiles of a launch. T and S are the real lengths; the arrays may be padded."""
 
     batch: int
     num_queries: int

@@ -1,7 +1,9 @@
-"""Attention in fp32, one chunk of queries at a time: the oracle of every kernel, and the path where there is no kernel.
+"""Attention in fp32, one chunk of queries at a time: the oracle of every kernel, and the path where there is
+no kernel.
 
-A chunk's logits are [B, N, chunk, S] with chunk x B x N x S bounded by a constant, so the memory beyond inputs and
-outputs does not grow with T. When all queries fit in one chunk this is plain attention, without a loop.
+A chunk's logits are [B, N, chunk, S] with chunk x B x N x S bounded by a constant, so the memory beyond
+inputs and outputs does not grow with T. When all queries fit in one chunk this is plain attention, without a
+loop.
 """
 
 import math
@@ -46,10 +48,11 @@ def backward(
     out_cotangent: jax.Array,
     lse_cotangent: jax.Array,
 ) -> AttentionGradients:
-    """Recomputes each chunk's weights from the log-sum-exp and returns the gradients (FlashAttention, section 3.1).
+    """Recomputes each chunk's weights from the log-sum-exp and returns the gradients (FlashAttention, section
+    3.1).
 
-    With P the weights, dP = dO V^T and D = rowsum(dO * O), dS = P * (dP - D + dlse); a soft cap multiplies dS by
-    1 - (cap(S) / c)^2.
+    With P the weights, dP = dO V^T and D = rowsum(dO * O), dS = P * (dP - D + dlse); a soft cap multiplies dS
+    by 1 - (cap(S) / c)^2.
     """
     inputs = _zero_padding(inputs)
     out_cotangent = zero_beyond(out_cotangent, inputs.q_lengths)
@@ -90,14 +93,18 @@ def backward(
     (d_key, d_value, d_bias), (d_query, d_bias_rows) = _scan_queries(chunk_gradients, carry, inputs, *rows)
     if bias_rows:
         d_bias = jnp.moveaxis(d_bias_rows, 1, 2)
-    gradients = (d_query, d_key, d_value, d_bias)
     return AttentionGradients(
-        *(None if g is None else g.astype(x.dtype) for g, x in zip(gradients, inputs[:4], strict=True))
+        query=d_query.astype(inputs.query.dtype),
+        key=d_key.astype(inputs.key.dtype),
+        value=d_value.astype(inputs.value.dtype),
+        bias=None if inputs.bias is None else d_bias.astype(inputs.bias.dtype),
     )
 
 
 def _scan_queries(body, carry, inputs: AttentionInputs, *row_arrays):
-    """Runs body over chunks of queries; row_arrays are [B, T, ...], as are the outputs; pads T to whole chunks."""
+    """Runs body over chunks of queries; row_arrays are [B, T, ...], as are the outputs; pads T to whole
+    chunks.
+    """
     batch, num_queries, num_heads, _ = inputs.query.shape
     num_keys = inputs.key.shape[1]
     chunk = max(MIN_CHUNK, CHUNK_LOGITS // (batch * num_heads * num_keys))
@@ -130,7 +137,9 @@ def _scan_queries(body, carry, inputs: AttentionInputs, *row_arrays):
 
 
 def _logits(inputs: AttentionInputs, spec: AttentionSpec, query, bias, start):
-    """Masked logits [B, K, G, chunk, S] of a chunk of queries, and the soft cap's slope there (None without a cap)."""
+    """Masked logits [B, K, G, chunk, S] of a chunk of queries, and the soft cap's slope there (None without a
+    cap).
+    """
     num_kv_heads = inputs.key.shape[2]
     query = _split_heads(_f32(query) * spec.scale, num_kv_heads)
     logits = _einsum("btkgh,bskh->bkgts", query, _f32(inputs.key))

@@ -24,7 +24,7 @@ class AttentionSpec:
 
     @property
     def reach(self) -> tuple[int | None, int | None]:
-        """(left, right): a query at position p sees the keys p - left .. p + right; causal means right <= 0."""
+        """(left, right): position p sees the keys p - left .. p + right; causal means right <= 0."""
         left, right = self.window
         if self.is_causal:
             right = 0 if right is None else min(right, 0)

@@ -1,6 +1,7 @@
 """Which tiles a thread block works on, and in which order: index arithmetic shared by the sm_90 kernels."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -53,8 +54,8 @@ def kv_tiles(
     return KvTiles(start, full_start, jnp.clip(round_end(full_stop, tile_kv), full_start, stop), stop)
 
 
-def visible_keys(first_row, first_key, shape: tuple[int, int], offset, kv_length, reach):
-    """bool[rows, keys] of one tile, in the layout of a wgmma accumulator; kv_length None: no key is padding."""
+def visible_keys(first_row, first_key, shape: Sequence[int], offset, kv_length, reach) -> Any:
+    """bool[rows, keys] of a tile, laid out as a wgmma accumulator; kv_length None: no key is padding."""
     left, right = reach
     key = first_key + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
     row = row_iota(shape[0])
@@ -75,10 +76,11 @@ def visible_keys(first_row, first_key, shape: tuple[int, int], offset, kv_length
 
 @dataclasses.dataclass(frozen=True)
 class TileOrder:
-    """The order of thread blocks: heads in sections whose K and V fit the L2 cache; in a section, heavy tiles first.
+    """The order of thread blocks: heads in sections whose K and V fit the L2 cache; in a section, heavy tiles
+    first.
 
-    Blocks start in index order, so the longest start first. A causal tile of queries has the more work the later it
-    stands (heavy_last), a tile of keys the earlier.
+    Blocks start in index order, so the longest start first. A causal tile of queries has the more work the
+    later it stands (heavy_last), a tile of keys the earlier.
     """
 
     num_tiles: int

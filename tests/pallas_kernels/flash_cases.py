@@ -24,7 +24,9 @@ def random_inputs(shapes, dtype, seed=0):
 def check_forward(
     batch=1, t=130, s=130, n=1, k=1, h=64, hv=None, dtype=jnp.bfloat16, poison=False, **arguments
 ):
-    """The interpreted kernel against the reference on the same inputs; NaN beyond the lengths must not matter."""
+    """The interpreted kernel against the reference on the same inputs; NaN beyond the lengths must not
+    matter.
+    """
     hv = hv or h
     query, key, value = random_inputs([(batch, t, n, h), (batch, s, k, h), (batch, s, k, hv)], dtype)
     if poison:
@@ -89,46 +91,48 @@ RAGGED = {
     "s": 150,
 }
 FORWARD_CASES: dict[str, dict[str, Any]] = {
-    "plain": dict(t=128, s=128),
-    "causal": dict(batch=2, n=2, is_causal=True),
-    "causal top left, T < S": dict(t=100, s=200, is_causal=True),
-    "causal bottom right, T < S": dict(t=100, s=200, is_causal=True, causal_alignment="bottom_right"),
-    "causal bottom right, T > S": dict(t=200, s=70, is_causal=True, causal_alignment="bottom_right"),
-    "grouped heads": dict(t=65, s=65, n=4, k=2, is_causal=True),
-    "head dim 128, fp16": dict(t=70, s=129, h=128, dtype=jnp.float16),
-    "head dim 40 padded": dict(t=70, s=70, h=40),
-    "value dim": dict(t=70, s=70, h=64, hv=128),
+    "plain": {"t": 128, "s": 128},
+    "causal": {"batch": 2, "n": 2, "is_causal": True},
+    "causal top left, T < S": {"t": 100, "s": 200, "is_causal": True},
+    "causal bottom right, T < S": {"t": 100, "s": 200, "is_causal": True, "causal_alignment": "bottom_right"},
+    "causal bottom right, T > S": {"t": 200, "s": 70, "is_causal": True, "causal_alignment": "bottom_right"},
+    "grouped heads": {"t": 65, "s": 65, "n": 4, "k": 2, "is_causal": True},
+    "head dim 128, fp16": {"t": 70, "s": 129, "h": 128, "dtype": jnp.float16},
+    "head dim 40 padded": {"t": 70, "s": 70, "h": 40},
+    "value dim": {"t": 70, "s": 70, "h": 64, "hv": 128},
     "lengths": dict(RAGGED, poison=True),
     "lengths, causal bottom right": dict(
         RAGGED, poison=True, is_causal=True, causal_alignment="bottom_right"
     ),
-    "window": dict(t=260, s=260, local_window_size=(40, 20)),
-    "window, causal": dict(t=260, s=260, is_causal=True, local_window_size=(70, None)),
-    "soft cap": dict(t=70, s=70, is_causal=True, logits_soft_cap=2.0),
-    "one token": dict(t=1, s=1),
-    "tile_q 128": dict(is_causal=True, config=FlashConfig(tile_q=128, tile_kv=64, stages=2)),
-    "three warpgroups": dict(
-        is_causal=True, config=FlashConfig(tile_q=64, tile_kv=64, stages=2, warpgroups=3, ping_pong=False)
-    ),
+    "window": {"t": 260, "s": 260, "local_window_size": (40, 20)},
+    "window, causal": {"t": 260, "s": 260, "is_causal": True, "local_window_size": (70, None)},
+    "soft cap": {"t": 70, "s": 70, "is_causal": True, "logits_soft_cap": 2.0},
+    "one token": {"t": 1, "s": 1},
+    "tile_q 128": {"is_causal": True, "config": FlashConfig(tile_q=128, tile_kv=64, stages=2)},
+    "three warpgroups": {
+        "is_causal": True,
+        "config": FlashConfig(tile_q=64, tile_kv=64, stages=2, warpgroups=3, ping_pong=False),
+    },
 }
 
 BACKWARD_CASES: dict[str, dict[str, Any]] = {
-    "plain": dict(t=128, s=64),
-    "causal": dict(is_causal=True),
-    "causal bottom right, T < S": dict(t=70, s=140, is_causal=True, causal_alignment="bottom_right"),
-    "causal top left, T > S": dict(t=140, s=70, is_causal=True),
-    "grouped heads": dict(t=65, s=65, n=4, k=2, is_causal=True),
-    "head dim 128, fp16": dict(h=128, dtype=jnp.float16, is_causal=True),
-    "value dim": dict(h=64, hv=128),
+    "plain": {"t": 128, "s": 64},
+    "causal": {"is_causal": True},
+    "causal bottom right, T < S": {"t": 70, "s": 140, "is_causal": True, "causal_alignment": "bottom_right"},
+    "causal top left, T > S": {"t": 140, "s": 70, "is_causal": True},
+    "grouped heads": {"t": 65, "s": 65, "n": 4, "k": 2, "is_causal": True},
+    "head dim 128, fp16": {"h": 128, "dtype": jnp.float16, "is_causal": True},
+    "value dim": {"h": 64, "hv": 128},
     "lengths": dict(RAGGED, poison=True),
     "lengths, causal bottom right": dict(
         RAGGED, poison=True, is_causal=True, causal_alignment="bottom_right"
     ),
-    "window": dict(t=200, s=200, local_window_size=(40, 20)),
-    "soft cap": dict(is_causal=True, logits_soft_cap=2.0),
-    "two passes": dict(
-        is_causal=True, config=dataclasses.replace(SMALL, dq=GradientConfig(stages=1), dkv_passes=2)
-    ),
+    "window": {"t": 200, "s": 200, "local_window_size": (40, 20)},
+    "soft cap": {"is_causal": True, "logits_soft_cap": 2.0},
+    "two passes": {
+        "is_causal": True,
+        "config": dataclasses.replace(SMALL, dq=GradientConfig(stages=1), dkv_passes=2),
+    },
 }
 
 INTERPRET = {
@@ -182,7 +186,8 @@ def backward_case(specs, extra=(), max_spill_bytes=0, **arguments):
 
 
 LENGTHS = (jax.ShapeDtypeStruct((2,), jnp.int32),) * 2
-# What the assembler still spills, outside the loops at H = 128; at H = 256 the accumulators fill the registers.
+# What the assembler still spills, outside the loops at H = 128; at H = 256 the accumulators fill the
+# registers.
 BACKWARD_SPILLS = {64: 0, 128: 64, 256: 1024}
 COMPILE = (
     {

@@ -1,6 +1,7 @@
 """Compiles functions to sm_90a binaries on a machine with no GPU, and reads what the assembler says of them.
 
-Runs under the Python of .venv-hopper (requirements-hopper.txt), in the compile worker; `setup` comes before JAX is used.
+Runs under the Python of .venv-hopper (requirements-hopper.txt), in the compile worker; `setup` comes before
+JAX is used.
 """
 
 import os

@@ -3,9 +3,10 @@
 The interpreter knows barriers, TMA copies and wgmma on references. Missing, and added here by `install`:
 `pl.run_state`, wgmma with its left operand in registers, and stores into a wgmma accumulator.
 
-It sees: a missing commit_smem before a TMA store, two warpgroups writing one tile, a broken barrier protocol (which may
-hang: the caller keeps a clock), indices out of range, shared memory read before it was written (NaN). It does not
-see: a missing wait before data that only wgmma reads; layouts; registers. About 0.06 s per thread block and KV tile.
+It sees: a missing commit_smem before a TMA store, two warpgroups writing one tile, a broken barrier protocol
+(which may hang: the caller keeps a clock), indices out of range, shared memory read before it was written
+(NaN). It does not see: a missing wait before data that only wgmma reads; layouts; registers. About 0.06 s per
+thread block and KV tile.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ Interpreter = jaxpr_interpret.JaxprInterpreter
 
 @contextlib.contextmanager
 def interpreted():
-    """Kernels called inside run in the interpreter; a data race among them is an AssertionError at the end."""
+    """Kernels called inside run in the interpreter; a data race among them is an AssertionError."""
     install()
     try:
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
@@ -49,7 +50,8 @@ def install() -> None:
     known_inline, known_wgmma = Interpreter._interpret_inline_mgpu_p, Interpreter._interpret_wgmma_ref_p
     handlers = {discharge.run_state_p: _run_state, primitives.wgmma_accumulator_store_p: _store_accumulator}
 
-    # The interpreter's match statement compares primitives with names of this module: ours equal one of those.
+    # The interpreter's match statement compares primitives with names of this module: ours equal one of
+    # those.
     names = _Overlay(primitives, inline_mgpu_p=_AnyOf(primitives.inline_mgpu_p, *handlers))
     jaxpr_interpret.gpu_primitives = names
 

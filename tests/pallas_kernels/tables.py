@@ -3,17 +3,19 @@
 To add a kernel: write `<op>_cases.py` beside this file with two dicts and add its name to MODULES.
 
     INTERPRET: dict[str, Callable[[], None]]
-        Runs the kernel on small arrays inside `with interpreted():` (interpreter.py), compares with the reference,
-        raises where they differ. Under 64 (thread block, KV tile) steps: each costs about 0.06 s. Reductions in
-        global memory, plgpu.mma, atomics and semaphores cannot be interpreted: such a kernel has rows in COMPILE only.
+        Runs the kernel on small arrays inside `with interpreted():` (interpreter.py), compares with the
+        reference, raises where they differ. Under 64 (thread block, KV tile) steps: each costs about 0.06 s.
+        Reductions in global memory, plgpu.mma, atomics and semaphores cannot be interpreted: such a kernel
+        has rows in COMPILE only.
     COMPILE: dict[str, CompileCase]
-        The kernel at a size and config that ships. It is lowered for CUDA in every environment (shared memory that
-        overflows, shapes that wgmma does not have), and compiled to sm_90a where .venv-hopper is installed: no
-        spills, no assembler warning, temporary memory within the bound.
+        The kernel at a size and config that ships. It is lowered for CUDA in every environment (shared memory
+        that overflows, shapes that wgmma does not have), and compiled to sm_90a where .venv-hopper is
+        installed: no spills, no assembler warning, temporary memory within the bound.
 
 Names are `op:what-is-special`; they are the pytest ids.
 """
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -23,7 +25,9 @@ MODULES = ("flash_cases", "paged_cases")
 
 
 class CompileCase(NamedTuple):
-    """A function of arrays with these specs; it must use at most max_temp_bytes beside its arguments and results."""
+    """A function of arrays with these specs; it must use at most max_temp_bytes beside its arguments and
+    results.
+    """
 
     function: Callable[..., Any]
     specs: tuple[Any, ...]
@@ -34,6 +38,7 @@ class CompileCase(NamedTuple):
     keep_hlo: bool = False
 
 
+@functools.cache
 def _merge(table: str) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for module in MODULES:
@@ -42,5 +47,8 @@ def _merge(table: str) -> dict[str, Any]:
     return merged
 
 
-INTERPRET: dict[str, Callable[[], None]] = _merge("INTERPRET")
-COMPILE: dict[str, CompileCase] = _merge("COMPILE")
+def __getattr__(name: str) -> dict[str, Any]:
+    """INTERPRET and COMPILE, merged when asked for: the case modules import this one."""
+    if name in ("INTERPRET", "COMPILE"):
+        return _merge(name)
+    raise AttributeError(name)

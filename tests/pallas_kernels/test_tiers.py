@@ -1,4 +1,6 @@
-"""Every kernel of tables.py in three tiers that need no GPU: interpreted, lowered for CUDA, compiled to sm_90a."""
+"""Every kernel of tables.py in three tiers that need no GPU: interpreted, lowered for CUDA, compiled to
+sm_90a.
+"""
 
 import os
 from pathlib import Path

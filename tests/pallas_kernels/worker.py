@@ -1,7 +1,8 @@
-"""A child process that runs kernel cases under a time limit: a deadlocked kernel must fail one test, not hang them all.
+"""A child process that runs kernel cases under a time limit: a deadlocked kernel must fail one test, not hang
+them all.
 
-The parent writes a case's name to the child's stdin and reads one line of JSON from its stdout, so that many cases share
-one start of JAX. A child that does not answer in time is killed; the next case gets a fresh one.
+The parent writes a case's name to the child's stdin and reads one line of JSON from its stdout, so that many
+cases share one start of JAX. A child that does not answer in time is killed; the next case gets a fresh one.
 
     python -m tests.pallas_kernels.worker interpret|compile
 """
@@ -27,7 +28,7 @@ class Worker:
         self.answers: queue.Queue[str] = queue.Queue()
 
     def run(self, case: str, limit_seconds: float) -> dict:
-        """The child's answer to a case; raises AssertionError with its traceback, or when the time is over."""
+        """The child's answer to a case; AssertionError with its traceback, or when the time is over."""
         process = self._start()
         assert process.stdin is not None
         process.stdin.write(case + "\n")

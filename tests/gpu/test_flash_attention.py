@@ -1,0 +1,137 @@
+"""flash_attention's Hopper kernels on the device: the table of contracts, at sizes that fill the machine."""
+
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import flash_attention
+from tests.pallas_kernels.flash_cases import BACKWARD_CASES, FORWARD_CASES, poison_padding, random_inputs
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(os.environ.get("JAXATTN_TEST_GPU") != "1", reason="needs a Hopper GPU"),
+]
+
+RAGGED = {"q_lengths": jnp.array([0, 500, 900]), "kv_lengths": jnp.array([900, 77, 0])}
+BOTTOM = {"is_causal": True, "causal_alignment": "bottom_right"}
+LARGE = {
+    "full": {"t": 1024, "s": 1024},
+    "causal": {"t": 1024, "s": 1024, "is_causal": True},
+    "odd": {"t": 777, "s": 999, "is_causal": True},
+    "bottom right, T < S": {"t": 333, "s": 999, **BOTTOM},
+    "bottom right, T > S": {"t": 999, "s": 333, **BOTTOM},
+    "one query": {"t": 1, "s": 4001},
+    "one key": {"t": 300, "s": 1},
+    "grouped heads": {"t": 500, "s": 500, "n": 8, "k": 2, "is_causal": True},
+    "one KV head": {"t": 500, "s": 500, "n": 8, "k": 1},
+    "lengths": {"t": 900, "s": 900, "batch": 3, "poison": True, **RAGGED},
+    "lengths, bottom right": {"t": 900, "s": 900, "batch": 3, "poison": True, **RAGGED, **BOTTOM},
+    "window": {"t": 3001, "s": 3001, "local_window_size": (300, 40)},
+    "window, causal": {"t": 3000, "s": 3000, "is_causal": True, "local_window_size": (300, None)},
+    "soft cap": {"t": 513, "s": 513, "is_causal": True, "logits_soft_cap": 10.0},
+    "long": {"t": 8192, "s": 8192, "n": 1, "k": 1, "is_causal": True},
+}
+SMALL = {name: case for name, case in (FORWARD_CASES | BACKWARD_CASES).items() if "config" not in case}
+CASES = {f"H={h} {name}": {"h": h} | case for h in (64, 128, 256) for name, case in LARGE.items()}
+CASES |= {f"small, {name}": case for name, case in SMALL.items()}
+CASES |= {
+    f"H={h} causal": {"t": 700, "s": 700, "h": h, "is_causal": True} for h in (32, 40, 80, 96, 160, 192)
+}
+CASES |= {"value dim 256": {"t": 300, "s": 300, "h": 64, "hv": 256}}
+CASES |= {f"fp16 {name}": {"h": 128, "dtype": jnp.float16} | case for name, case in LARGE.items()}
+
+
+def rms(actual, expected):
+    actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))
+    assert np.isfinite(actual).all()
+    return np.sqrt(np.mean((actual - expected) ** 2)) / max(np.sqrt(np.mean(expected**2)), 1e-6)
+
+
+def run(implementation, arrays, out_grad, lse_grad, arguments):
+    call = functools.partial(flash_attention, return_lse=True, implementation=implementation, **arguments)
+
+    @jax.jit
+    def step(arrays, out_grad, lse_grad):
+        results, vjp = jax.vjp(call, *arrays)
+        return results, vjp((out_grad.astype(results[0].dtype), lse_grad))
+
+    return step(arrays, out_grad, lse_grad)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forward_and_backward(name):
+    case = {"batch": 1, "n": 2, "k": 2, "h": 64, "poison": False} | CASES[name]
+    batch, t, s, n, k, h, poison = (
+        case.pop(key, 130) for key in ("batch", "t", "s", "n", "k", "h", "poison")
+    )
+    hv, dtype = case.pop("hv", h), case.pop("dtype", jnp.bfloat16)
+    shapes = [(batch, t, n, h), (batch, s, k, h), (batch, s, k, hv), (batch, t, n, hv)]
+    *arrays, out_grad = random_inputs(shapes, dtype)
+    lse_grad = jax.random.normal(jax.random.key(9), (batch, t, n))
+    exact = [x.astype(jnp.float32) for x in arrays]
+    (expected, expected_lse), expected_grads = run("reference", exact, out_grad, lse_grad, case)
+    if poison:
+        arrays = poison_padding(*arrays, **case)
+    (out, lse), grads = run("sm90", arrays, out_grad, lse_grad, case)
+    limit = {"bfloat16": 5e-3, "float16": 7e-4}[jnp.dtype(dtype).name]
+    assert rms(out, expected) < limit
+    np.testing.assert_allclose(lse, expected_lse, atol=1e-4, rtol=1e-4)
+    for actual, wanted in zip(grads, expected_grads, strict=True):
+        assert rms(actual, wanted) < limit
+
+
+def naive(query, key, value, is_causal):
+    """Standard attention in the dtype of its arguments, logits and softmax in fp32."""
+    logits = jnp.einsum("btnh,bsnh->bnts", query, key, preferred_element_type=jnp.float32)
+    logits *= query.shape[-1] ** -0.5
+    if is_causal:
+        visible = jnp.tril(jnp.ones(logits.shape[-2:], bool))
+        logits = jnp.where(visible, logits, -jnp.inf)
+    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(logits).astype(query.dtype), value)
+
+
+@pytest.mark.parametrize("h", [64, 128, 256])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_error_at_most_twice_the_naive_one(h, is_causal):
+    arrays = random_inputs([(2, 512, 4, h)] * 4, jnp.bfloat16)
+    *qkv, out_grad = arrays
+    ours = functools.partial(flash_attention, is_causal=is_causal, implementation="sm90")
+    exact = functools.partial(flash_attention, is_causal=is_causal, implementation="reference")
+
+    def results(function, dtype):
+        out, vjp = jax.vjp(function, *(x.astype(dtype) for x in qkv))
+        return [np.asarray(x, np.float32) for x in (out, *vjp(out_grad.astype(dtype)))]
+
+    truth = results(exact, jnp.float32)
+    for one, other, true in zip(
+        results(ours, jnp.bfloat16),
+        results(lambda *a: naive(*a, is_causal), jnp.bfloat16),
+        truth,
+        strict=True,
+    ):
+        assert np.abs(one - true).max() <= 2 * np.abs(other - true).max() + 1e-3
+
+
+def test_same_bits_every_time():
+    arrays = random_inputs([(2, 1000, 4, 128)] * 4, jnp.bfloat16)
+    *qkv, out_grad = arrays
+    call = functools.partial(flash_attention, is_causal=True, deterministic=True, implementation="sm90")
+    step = jax.jit(lambda qkv, out_grad: (call(*qkv), jax.vjp(call, *qkv)[1](out_grad)))
+    first = jax.tree.map(np.asarray, step(qkv, out_grad))
+    for _ in range(100):
+        again = jax.tree.map(np.asarray, step(qkv, out_grad))
+        assert all(
+            (a == b).all() for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True)
+        )
+
+
+def test_chosen_by_default_and_memory_is_linear():
+    spec = jax.ShapeDtypeStruct((4, 4096, 16, 128), jnp.bfloat16)
+    call = functools.partial(flash_attention, is_causal=True)
+    compiled = jax.jit(call).lower(spec, spec, spec).compile()
+    assert "flash_attention_forward" in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 4096 * 16 * 4 * 4
