@@ -52,7 +52,8 @@ def _kernel(plan: CombinePlan, out, lse, lengths, merged, merged_lse):
     kv_head, column = lax.div(head, jnp.int32(plan.group)), lax.rem(head, jnp.int32(plan.group))
     length = lengths[row]
     first = jnp.int32(0) if plan.window_left is None else jnp.maximum(length - 1 - plan.window_left, 0)
-    first, stop = lax.div(first, jnp.int32(plan.split)), ceil_div(length, plan.split)
+    first = lax.div(first, jnp.int32(plan.split))
+    stop = jnp.minimum(ceil_div(length, plan.split), plan.num_splits)
     layout = plgpu.Layout.WGMMA.reduce(1)
     chunk = min(plan.num_splits, CHUNK)
 

@@ -199,7 +199,8 @@ def for_each_unit(plan: Plan, lengths, visit, carry):
 
     def load_length(index):
         last = jnp.minimum(program + index * stride, plan.num_units - 1)
-        return lengths[div(last, plan.num_splits * plan.num_kv_heads)]
+        length = lengths[div(last, plan.num_splits * plan.num_kv_heads)]
+        return jnp.minimum(length, plan.table_width * plan.page_size)
 
     def step(index, state):
         length, next_length, carry = state
