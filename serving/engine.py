@@ -28,6 +28,10 @@ from serving.step import PrefillBatch, StepOutput, init_engine_state, make_steps
 
 logger = logging.getLogger(__name__)
 
+# They serve greedy rows as well. Drawing takes a small part of a prefill's time; one more program for each of
+# the many shapes of prefills would take seconds to compile.
+PREFILL_KINDS = KINDS[1:]
+
 
 class Launch(NamedTuple):
     """A step under way: what it will bring, and whose entries those are."""
@@ -186,10 +190,11 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compiles every shape that a step may have, so that no request waits for the compiler."""
-        for kind in KINDS:
-            for num_rows, length in self.buckets.prefill_shapes():
+        for num_rows, length in self.buckets.prefill_shapes():
+            for kind in PREFILL_KINDS:
                 self._run_prefill(num_rows, length, [], kind)
-            for num_rows in self.buckets.decode_rows:
+        for num_rows in self.buckets.decode_rows:
+            for kind in KINDS:
                 self._run_decode(num_rows, kind)
         self.state = self.steps.release(self.state, np.zeros(len(self._max_tokens), np.bool_))
         jax.block_until_ready(self.state)
@@ -226,6 +231,7 @@ class Engine:
                 metrics = sequence.request.metrics
                 metrics.first_scheduled_time = metrics.first_scheduled_time or now
             kind = max((sequence.kind for sequence in sequences), key=KINDS.index)
+            kind = kind if kind in PREFILL_KINDS else PREFILL_KINDS[0]
             output = self._run_prefill(num_rows, length, sequences, kind)
             self.metrics.num_prefills += 1
             self.metrics.num_prompt_tokens += sum(len(s.request.prompt_token_ids) for s in sequences)

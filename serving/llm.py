@@ -104,6 +104,10 @@ class LLM:
         """Counters since the LLM was made, or since `metrics.reset()`."""
         return self.engine.metrics
 
+    def warm_up(self) -> None:
+        """Compiles every program that any request may need, instead of each when it is first needed."""
+        self.engine.warm_up()
+
     def generate(
         self,
         prompts: Any,
