@@ -1,11 +1,12 @@
 """`jaxattn-train`: trains from a recipe; `jaxattn-train prepare`: text to tokens."""
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from training.config import ConfigError, TrainConfig, find_recipe, load_recipe, recipe_names
@@ -58,15 +59,15 @@ def train_command(arguments: Sequence[str]) -> int:
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     options = parser.parse_intermixed_args(arguments)
     config = load_recipe(options.recipe, options.overrides)
-    if not options.quiet:
-        show_attention_choice()
     from training.trainer import Trainer  # late: errors in a recipe show at once, without loading JAX
 
     trainer = Trainer(config, fresh=options.fresh, progress=not options.quiet)
-    if not options.quiet:
+    if options.quiet:
+        result = trainer.run()
+    else:
         print("\n".join(describe(trainer, find_recipe(options.recipe))), flush=True)
-    result = trainer.run()
-    if not options.quiet:
+        with show_attention_choice():
+            result = trainer.run()
         print("\n".join(summarize(result)))
     return INTERRUPTED if result.stopped_by == "interrupt" else 0
 
@@ -107,13 +108,20 @@ class AboveTheBar(logging.Handler):
         tqdm.write(record.getMessage())
 
 
-def show_attention_choice() -> None:
+@contextlib.contextmanager
+def show_attention_choice() -> Iterator[None]:
     """jaxattn logs once which attention it chose and why; a terminal should show that line, once."""
-    logger = logging.getLogger("jaxattn")
-    if not any(isinstance(handler, AboveTheBar) for handler in logger.handlers):
-        logger.addHandler(AboveTheBar())
+    logger, handler = logging.getLogger("jaxattn"), AboveTheBar()
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 def describe(trainer: Any, recipe: Any) -> list[str]:

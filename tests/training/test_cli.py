@@ -91,7 +91,7 @@ def test_prepare_says_what_it_made(recipe, tmp_path, capsys):
     assert f"data.tokens={tmp_path / 'tokens'}" in text
 
 
-def test_a_run_says_what_it_does_and_goes_on_where_it_stopped(recipe, tmp_path, capsys, caplog):
+def test_a_run_says_what_it_does_and_goes_on_where_it_stopped(recipe, tmp_path, capsys):
     assert main([str(recipe)]) == 0
     text = capsys.readouterr().out
     for words in (
