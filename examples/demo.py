@@ -7,7 +7,6 @@
 """
 
 import argparse
-import json
 import logging
 import sys
 import textwrap
@@ -18,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs from a checkout, installed or not
 
 from examples import assets
+from examples.benchmarks import report
 
 OPENINGS = [
     "The state of the Union is",
@@ -45,8 +45,7 @@ QUESTIONS = [
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("jaxattn").setLevel(logging.INFO)  # says once which attention runs, and why
+    show_attention_choice()
     started = time.perf_counter()
     device, on_hopper = describe_device()
     sizes = "Hopper kernels, full sizes" if on_hopper else "no Hopper GPU: no kernels, small sizes"
@@ -61,9 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     seconds = time.perf_counter() - started
     print(f"\nDone in {seconds / 60:.1f} minutes. Model, curve, samples: {trained.run_dir}")
     if args.result:
-        figures = {"device": device, "seconds": seconds, "training": training_figures(trained)}
-        figures |= {"continuations": continued, "answers": answered}
-        Path(args.result).write_text(json.dumps(figures, indent=1) + "\n")
+        figures = {"seconds": seconds, "training": training_figures(trained)}
+        report.save(args.result, figures | {"continuations": continued, "answers": answered})
     return 0
 
 
@@ -85,6 +83,14 @@ def describe_device() -> tuple[str, bool]:
 
     device = jax.devices()[0]
     return f"{device.device_kind} ({device.platform}), {len(jax.devices())} in use", is_hopper()
+
+
+def show_attention_choice() -> None:
+    """jaxattn logs once which attention runs, and why: that line belongs on the screen."""
+    logger = logging.getLogger("jaxattn")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.addHandler(logging.StreamHandler(sys.stdout))
 
 
 def heading(text: str) -> None:
@@ -128,7 +134,7 @@ def continue_openings(run_dir: Path) -> dict[str, Any]:
         SamplingParams(temperature=0.8, top_p=0.95, max_tokens=48, seed=i) for i in range(len(OPENINGS))
     ]
     outputs = llm.generate(OPENINGS, params)
-    return report(llm, outputs, "opening", OPENINGS, "continuation")
+    return print_answers(llm, outputs, "opening", OPENINGS, "continuation")
 
 
 def answer_questions() -> dict[str, Any]:
@@ -138,10 +144,10 @@ def answer_questions() -> dict[str, Any]:
     llm = LLM(assets.smollm2(), max_num_seqs=8, max_model_len=512)
     conversations = [[{"role": "user", "content": question}] for question in QUESTIONS]
     outputs = llm.chat(conversations, SamplingParams(temperature=0.0, max_tokens=64))
-    return report(llm, outputs, "prompt", QUESTIONS, "answer")
+    return print_answers(llm, outputs, "prompt", QUESTIONS, "answer")
 
 
-def report(llm: Any, outputs: list[Any], left: str, prompts: list[str], right: str) -> dict[str, Any]:
+def print_answers(llm: Any, outputs: list[Any], left: str, prompts: list[str], right: str) -> dict[str, Any]:
     """Prints the table and the engine's summary; returns both as plain figures."""
     rows = [
         (

@@ -1,4 +1,4 @@
-"""The house rules that a reader relies on: imports go one way, importing costs little and touches no device."""
+"""The house rules that a reader relies on: imports go one way, cost little and touch no device."""
 
 import ast
 import subprocess
