@@ -103,7 +103,7 @@ class RunConfig:
     remat: bool = setting(False, "recompute each layer in the backward pass: less memory, a third more time")
     attention: str | None = setting(None, "implementation of attention; by default the best for the device")
     loss_chunk_tokens: int | None = setting(
-        None, "tokens whose logits exist at once; by default as many as take 512 MiB", at_least=1
+        None, "tokens whose logits exist at once; by default as many as take 4 GiB", at_least=1
     )
     max_seconds: float | None = setting(None, "stop, with a checkpoint, after this long", above=0)
     max_bad_steps: int = setting(10, "NaN or infinite gradients in a row that end the run", at_least=1)

