@@ -57,30 +57,21 @@ class FlashConfig:
             raise ValueError(f"ping_pong takes two warpgroups, got warpgroups={self.warpgroups}")
 
 
-def default_config(head_dim: int) -> FlashConfig:
-    """The tiles for a (padded) head dim.
+def default_config(head_dim: int, crowded: bool = False) -> FlashConfig:
+    """The tiles for a (padded) head dim; crowded: a window's left side or a soft cap need registers too.
 
     Measured on an H200: three warpgroups of 64 x 128 tiles beat two that take turns by 5 to 9% at H = 64 and
-    128; at H = 256 two hold the accumulators, and taking turns costs 10% of the causal speed.
+    128, but leave each thread 160 registers, which a crowded kernel would spill at H = 128. At H = 256 two
+    hold the accumulators, and taking turns costs 10% of the causal speed.
     """
     if head_dim <= 64:
-        return FlashConfig(
-            tile_kv=128,
-            stages=3,
-            warpgroups=3,
-            ping_pong=False,
-            dq=GradientConfig(other=128),
-            dkv=GradientConfig(other=128),
-        )
+        gradient = GradientConfig(other=64 if crowded else 128)
+        return FlashConfig(tile_kv=128, stages=3, warpgroups=3, ping_pong=False, dq=gradient, dkv=gradient)
+    if head_dim <= 128 and crowded:
+        return FlashConfig(tile_kv=128, stages=2)
     if head_dim <= 128:
         return FlashConfig(
             tile_kv=128, stages=2, warpgroups=3, ping_pong=False, dq=GradientConfig(warpgroups=3)
         )
-    return FlashConfig(
-        tile_kv=64,
-        stages=2,
-        ping_pong=False,
-        dq=GradientConfig(stages=1),
-        dkv=GradientConfig(stages=1),
-        dkv_passes=2,
-    )
+    single = GradientConfig(stages=1)
+    return FlashConfig(tile_kv=64, stages=2, ping_pong=False, dq=single, dkv=single, dkv_passes=2)

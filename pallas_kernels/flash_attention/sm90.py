@@ -78,6 +78,7 @@ def _lengths(inputs: AttentionInputs) -> list[jax.Array]:
 def _plan_fields(inputs: AttentionInputs, spec: AttentionSpec) -> dict[str, Any]:
     batch, num_queries, num_heads, head_dim = inputs.query.shape
     head_dim, value_dim = (dim + -dim % HEAD_MULTIPLE for dim in (head_dim, inputs.value.shape[3]))
+    crowded = spec.reach[0] is not None or spec.logits_soft_cap is not None
     return {
         "batch": batch,
         "num_queries": num_queries,
@@ -93,7 +94,7 @@ def _plan_fields(inputs: AttentionInputs, spec: AttentionSpec) -> dict[str, Any]
         "logits_soft_cap": spec.logits_soft_cap,
         "has_q_lengths": inputs.q_lengths is not None,
         "has_kv_lengths": inputs.kv_lengths is not None,
-        "config": spec.config or default_config(max(head_dim, value_dim)),
+        "config": spec.config or default_config(max(head_dim, value_dim), crowded),
     }
 
 

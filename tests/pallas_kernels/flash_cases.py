@@ -186,9 +186,9 @@ def backward_case(specs, extra=(), max_spill_bytes=0, **arguments):
 
 
 LENGTHS = (jax.ShapeDtypeStruct((2,), jnp.int32),) * 2
-# What the assembler still spills, outside the loops at H = 128; at H = 256 the accumulators fill the
+# Bytes that the assembler still spills: a register or a few at H = 128; at H = 256 the accumulators fill the
 # registers.
-BACKWARD_SPILLS = {64: 0, 128: 64, 256: 1024}
+BACKWARD_SPILLS = {64: 0, 128: 32, 256: 1100}
 COMPILE = (
     {
         f"flash_attention:forward H={h} {'causal' if causal else 'full'}": forward_case(
@@ -212,11 +212,23 @@ COMPILE = (
         "flash_attention:forward soft cap": forward_case(shapes(), is_causal=True, logits_soft_cap=30.0),
         # Zeroing what lies beyond the lengths copies the values, and padding the rest.
         "flash_attention:forward lengths": unbounded(forward_case(shapes(), LENGTHS, is_causal=True)),
-        "flash_attention:forward odd, full": unbounded(forward_case(shapes(t=333, s=777))),
+        "flash_attention:forward odd, full": unbounded(
+            forward_case(shapes(t=333, s=777))._replace(max_spill_bytes=8)
+        ),
         "flash_attention:backward grouped heads": backward_case(shapes(k=1, h=64), is_causal=True),
+        "flash_attention:backward window": backward_case(
+            shapes(), is_causal=True, local_window_size=(256, None), max_spill_bytes=256
+        ),
+        "flash_attention:backward soft cap": backward_case(
+            shapes(h=64), is_causal=True, logits_soft_cap=30.0
+        ),
         "flash_attention:backward lengths, odd": unbounded(
             backward_case(
-                shapes(t=333, s=777, h=64), LENGTHS, is_causal=True, causal_alignment="bottom_right"
+                shapes(t=333, s=777, h=64),
+                LENGTHS,
+                is_causal=True,
+                causal_alignment="bottom_right",
+                max_spill_bytes=8,
             )
         ),
     }
