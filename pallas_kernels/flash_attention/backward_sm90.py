@@ -19,6 +19,7 @@ from jax import lax
 
 from pallas_kernels.flash_attention.config import GradientConfig
 from pallas_kernels.flash_attention.plan import AttentionPlan
+from pallas_kernels.flash_attention.streams import Ends, Owned, Stream, run_tiles
 from pallas_kernels.flash_attention.tiles import KvTiles, TileOrder, kv_tiles, visible_keys
 from pallas_kernels.mosaic import (
     LOG2_E,
@@ -29,83 +30,7 @@ from pallas_kernels.mosaic import (
     register_zeros,
     row_iota,
     specialize,
-    swizzled_smem,
 )
-
-
-class Stream(NamedTuple):
-    """Tiles on their way through shared memory: `stages` slots of two operands, and of two statistics of
-    their rows.
-    """
-
-    first: Any  # [stages, tile, H]: keys, or queries
-    second: Any  # [stages, tile, Hv]: values, or output cotangents
-    lse: Any  # f32[stages, tile], with queries
-    delta: Any
-    loaded: Any
-    consumed: Any
-
-    @classmethod
-    def types(cls, plan: AttentionPlan, config: GradientConfig, with_statistics: bool) -> "Stream":
-        tiles = (config.stages, config.other)
-        statistic = plgpu.SMEM(tiles, jnp.float32) if with_statistics else None
-        loaded = plgpu.Barrier(num_barriers=config.stages, num_arrivals=4 if with_statistics else 2)
-        consumed = plgpu.Barrier(num_barriers=config.stages, num_arrivals=config.warpgroups)
-        first, second = (swizzled_smem((*tiles, dim), plan.dtype) for dim in (plan.head_dim, plan.value_dim))
-        return cls(first, second, statistic, statistic, loaded, consumed)
-
-    def load(self, slot, first, second, lse=None, delta=None):
-        """Starts the copies into a slot."""
-        for source, target in zip((first, second, lse, delta), self[:4], strict=True):
-            if source is not None:
-                plgpu.copy_gmem_to_smem(source, target.at[slot], self.loaded.at[slot])
-
-    def wait_loaded(self, slot):
-        plgpu.barrier_wait(self.loaded.at[slot])
-
-    def release(self, slot):
-        plgpu.barrier_arrive(self.consumed.at[slot])
-
-    def wait_consumed(self, slot):
-        plgpu.barrier_wait(self.consumed.at[slot])
-
-    def skip(self, slot):
-        """Releases a tile that other warpgroups use and this one does not."""
-        self.wait_loaded(slot)
-        self.release(slot)
-
-
-class Owned(NamedTuple):
-    """What each compute warpgroup holds for the whole kernel; its results leave through the same memory."""
-
-    first: Any  # [warpgroups, own, H]: queries, or keys
-    second: Any  # [warpgroups, own, Hv]: output cotangents, or values
-    lse: Any  # f32[warpgroups, own], with queries
-    delta: Any
-    loaded: Any
-
-    @classmethod
-    def types(cls, plan: AttentionPlan, config: GradientConfig, with_statistics: bool) -> "Owned":
-        rows = (config.warpgroups, config.own)
-        statistic = plgpu.SMEM(rows, jnp.float32) if with_statistics else None
-        first, second = (swizzled_smem((*rows, dim), plan.dtype) for dim in (plan.head_dim, plan.value_dim))
-        arrivals = 4 if with_statistics else 2
-        return cls(
-            first,
-            second,
-            statistic,
-            statistic,
-            plgpu.Barrier(num_barriers=config.warpgroups, num_arrivals=arrivals),
-        )
-
-    def at(self, warpgroup) -> "Owned":
-        return Owned(*(None if ref is None else ref.at[warpgroup] for ref in self))
-
-    def load(self, *sources):
-        """Copies this warpgroup's rows in and waits for them."""
-        for source, target in zip(sources, self[:4], strict=False):
-            plgpu.copy_gmem_to_smem(source, target, self.loaded)
-        plgpu.barrier_wait(self.loaded)
 
 
 def statistics_multiple(plan: AttentionPlan) -> int:
@@ -166,29 +91,6 @@ class Block(NamedTuple):
     q_length: Any
     kv_length: Any
     tiles: KvTiles  # of the streamed operands
-
-
-class Ends(NamedTuple):
-    """The loops a launch needs: masked ones, and ones that skip what other warpgroups see."""
-
-    masked_left: bool
-    masked_right: bool
-    idle_right: bool
-
-
-def _run_tiles(all_tiles: KvTiles, own: KvTiles, step, skip, carry, ends: Ends):
-    """The warpgroup's loops over the block's tiles: only the ends of its own range need a mask."""
-    own = own.clamp(all_tiles)
-    masked = functools.partial(step, masked=True)
-    if ends.masked_left:
-        lax.fori_loop(all_tiles.start, own.start, skip, None)
-        carry = lax.fori_loop(own.start, own.full_start, masked, carry)
-    carry = lax.fori_loop(own.full_start, own.full_stop, step, carry)
-    if ends.masked_right:
-        carry = lax.fori_loop(own.full_stop, own.stop, masked, carry)
-    if ends.masked_right or ends.idle_right:
-        lax.fori_loop(own.stop, all_tiles.stop, skip, None)
-    return carry
 
 
 def _weights(plan: AttentionPlan, logits, lse2, visible):
@@ -279,7 +181,7 @@ def _dq_rows(plan: AttentionPlan, block: Block, warpgroup, sources, d_q, owned: 
     idle = plan.has_q_lengths or plan.num_queries % (config.own * config.warpgroups) > 0
     ends = Ends(plan.reach[0] is not None, plan.reach[1] is not None or ragged, idle)
     acc = register_zeros((config.own, plan.head_dim))
-    acc = _run_tiles(block.tiles, own, step, skip, acc, ends)
+    acc = run_tiles(block.tiles, own, step, skip, acc, ends)
     owned.first[...] = (acc * plan.scale).astype(plan.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(owned.first, d_q.at[by_row])
@@ -402,7 +304,7 @@ def _dkv_rows(
         slot_of = lambda tile: lax.rem(first_index + tile, jnp.int32(config.stages))
         step = functools.partial(_dkv_tile, plan, which, block, first_key, slot_of, owned, stream)
         skip = lambda tile, _: stream.skip(slot_of(tile))
-        return _run_tiles(tiles, own, step, skip, carry, ends)
+        return run_tiles(tiles, own, step, skip, carry, ends)
 
     dims = {"dkv": (plan.head_dim, plan.value_dim), "dk": (plan.head_dim,), "dv": (plan.value_dim,)}[which]
     carry = tuple(register_zeros((config.own, dim)) for dim in dims)
