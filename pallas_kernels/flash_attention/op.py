@@ -14,6 +14,7 @@ from pallas_kernels.flash_attention import reference, sm90
 from pallas_kernels.flash_attention.config import FlashConfig
 from pallas_kernels.flash_attention.dropout import dropout_seed
 from pallas_kernels.flash_attention.spec import AttentionGradients, AttentionInputs, AttentionSpec
+from pallas_kernels.variants import choose
 
 ALIGNMENTS = ("top_left", "bottom_right")
 MAX_HEAD_DIM = 256
@@ -107,7 +108,7 @@ def flash_attention(
     if spec.dropout_rate > 0:
         assert dropout_key is not None
         inputs = inputs._replace(dropout_seed=dropout_seed(dropout_key))
-    results: Any = _attend(_choose(inputs, spec, implementation), spec, inputs)
+    results: Any = _attend(choose(VARIANTS, implementation, inputs, spec), spec, inputs)
     out, lse = results
     return (out, lse.swapaxes(1, 2)) if return_lse else out
 
@@ -151,21 +152,6 @@ def _check_dropout(rate: float, key: jax.Array | None) -> float:
     if rate > 0 and key is None:
         raise ValueError(f"dropout_key must be given when dropout_rate > 0, got None with rate {rate!r}")
     return float(rate)
-
-
-def _choose(inputs: AttentionInputs, spec: AttentionSpec, implementation: str | None) -> str:
-    """The variant that was named, or the first that is at home on this device and can serve the call."""
-    if implementation is not None:
-        checks.check_choice("implementation", implementation, VARIANTS)
-        reason = VARIANTS[implementation].unsupported(inputs, spec)
-        if reason:
-            raise NotImplementedError(f"implementation={implementation!r} cannot serve this call: {reason}")
-        return implementation
-    return next(
-        name
-        for name, variant in VARIANTS.items()
-        if variant.is_available() and not variant.unsupported(inputs, spec)
-    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

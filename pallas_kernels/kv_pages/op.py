@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import checks
 from pallas_kernels.device import is_hopper
 from pallas_kernels.kv_pages import copy_sm90, pool, reference, write_sm90
+from pallas_kernels.variants import choose
 
 Pools = tuple[Float[Array, "L P K Z H"], Float[Array, "L P K Z H"]]
 
@@ -67,7 +68,7 @@ def write_kv(
         checks.check_dtype(name, array, pool.FLOATS)
     pool.check_indices("slots", slots, shape[:1], "tokens")
     index = pool.check_layer(layer, k_pages.shape[0])
-    return _write(_choose(k_pages, implementation), k_pages, v_pages, key, value, slots, index)
+    return _write(choose(VARIANTS, implementation, k_pages), k_pages, v_pages, key, value, slots, index)
 
 
 def copy_pages(
@@ -97,22 +98,7 @@ def copy_pages(
     checks.check_rank("src_pages", src_pages, "C")
     for name, pages in (("src_pages", src_pages), ("dst_pages", dst_pages)):
         pool.check_indices(name, pages, src_pages.shape, "C")
-    return _copy(_choose(k_pages, implementation), k_pages, v_pages, src_pages, dst_pages)
-
-
-def _choose(pages: jax.Array, implementation: str | None) -> str:
-    """The variant that was named, or the first that is at home on this device and can serve the pool."""
-    if implementation is not None:
-        checks.check_choice("implementation", implementation, VARIANTS)
-        reason = VARIANTS[implementation].unsupported(pages)
-        if reason:
-            raise NotImplementedError(f"implementation={implementation!r} cannot serve this pool: {reason}")
-        return implementation
-    return next(
-        name
-        for name, variant in VARIANTS.items()
-        if variant.is_available() and not variant.unsupported(pages)
-    )
+    return _copy(choose(VARIANTS, implementation, k_pages), k_pages, v_pages, src_pages, dst_pages)
 
 
 # Jitted, so that the layers of an unrolled model share one trace and one lowered kernel.

@@ -15,6 +15,7 @@ from pallas_kernels.kv_pages import pool
 from pallas_kernels.paged_attention import decode_plan, decode_sm90, reference
 from pallas_kernels.paged_attention.config import PagedConfig
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
+from pallas_kernels.variants import choose
 
 MAX_HEAD_DIM = 256
 
@@ -91,7 +92,7 @@ def paged_attention(
         logits_soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
         config=config,
     )
-    out, lse = _forward(_choose(inputs, spec, implementation), spec, inputs)
+    out, lse = _forward(choose(VARIANTS, implementation, inputs, spec), spec, inputs)
     return (out, lse) if return_lse else out
 
 
@@ -127,21 +128,6 @@ def _check_arrays(inputs: PagedInputs) -> None:
         if array is not None:
             checks.check_shape(name, array, (num_layers, num_pages, num_kv_heads, page_size), "L P K Z")
             checks.check_dtype(name, array, (jnp.float32,))
-
-
-def _choose(inputs: PagedInputs, spec: PagedSpec, implementation: str | None) -> str:
-    """The variant that was named, or the first that is at home on this device and can serve the call."""
-    if implementation is not None:
-        checks.check_choice("implementation", implementation, VARIANTS)
-        reason = VARIANTS[implementation].unsupported(inputs, spec)
-        if reason:
-            raise NotImplementedError(f"implementation={implementation!r} cannot serve this call: {reason}")
-        return implementation
-    return next(
-        name
-        for name, variant in VARIANTS.items()
-        if variant.is_available() and not variant.unsupported(inputs, spec)
-    )
 
 
 # Jitted, so that the layers of an unrolled model share one trace and one lowered kernel.
