@@ -19,7 +19,6 @@ ALLOWED = {
 KERNEL_CALLERS = {
     "jaxattn/attention.py",
     "jaxattn/page_pool.py",
-    "jaxattn/block_mask.py",
     "jaxattn/__init__.py",
 }
 

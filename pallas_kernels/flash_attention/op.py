@@ -54,7 +54,6 @@ def flash_attention(
     local_window_size: int | tuple[int | None, int | None] | None = None,
     scale: float | None = None,
     logits_soft_cap: float | None = None,
-    block_mask: None = None,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
     return_lse: bool = False,
@@ -93,8 +92,6 @@ def flash_attention(
     _check_arrays(inputs)
     checks.check_choice("causal_alignment", causal_alignment, ALIGNMENTS)
     checks.check_soft_cap(logits_soft_cap)
-    if block_mask is not None:
-        raise NotImplementedError("block_mask is not supported yet")
     spec = AttentionSpec(
         scale=float(1 / math.sqrt(query.shape[-1]) if scale is None else scale),
         is_causal=bool(is_causal),
