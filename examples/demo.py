@@ -7,7 +7,6 @@
 """
 
 import argparse
-import logging
 import sys
 import textwrap
 import time
@@ -18,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # runs from a checkout, i
 
 from examples import assets
 from examples.benchmarks import report
+from training.cli import show_attention_choice
 
 OPENINGS = [
     "The state of the Union is",
@@ -45,15 +45,15 @@ QUESTIONS = [
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    show_attention_choice()
     started = time.perf_counter()
     device, on_hopper = describe_device()
     sizes = "Hopper kernels, full sizes" if on_hopper else "no Hopper GPU: no kernels, small sizes"
     print(f"Device: {device}; {sizes}.")
     try:
-        trained = train(args, on_hopper)
-        continued = continue_openings(trained.run_dir)
-        answered = answer_questions()
+        with show_attention_choice():
+            trained = train(args, on_hopper)
+            continued = continue_openings(trained.run_dir)
+            answered = answer_questions()
     except (FileNotFoundError, ValueError) as error:
         print(f"demo: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -83,14 +83,6 @@ def describe_device() -> tuple[str, bool]:
 
     device = jax.devices()[0]
     return f"{device.device_kind} ({device.platform}), {len(jax.devices())} in use", is_hopper()
-
-
-def show_attention_choice() -> None:
-    """jaxattn logs once which attention runs, and why: that line belongs on the screen."""
-    logger = logging.getLogger("jaxattn")
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    logger.addHandler(logging.StreamHandler(sys.stdout))
 
 
 def heading(text: str) -> None:
