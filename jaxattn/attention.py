@@ -85,8 +85,7 @@ def dot_product_attention(
         is_causal: query i sees keys 0..i ("top_left"), or keys 0..i + S - T ("bottom_right", the lengths in
             the place of S and T where they are given).
         query_seq_lengths, key_value_seq_lengths: tokens in use of each batch row.
-        local_window_size: keys visible to the left and right of a query; an int means both sides, None no
-            limit.
+        local_window_size: keys visible left and right of a query; an int means both sides, None no limit.
         implementation: a name of IMPLEMENTATIONS ("sm90", "cudnn", "xla", "reference"); by default the first
             that the device has and that can do all that is asked.
         return_residual: also return the log-sum-exp of each row's logits, f32 BTN or TN.
