@@ -4,9 +4,20 @@ import functools
 
 import jax
 
+NUM_MULTIPROCESSORS = 132  # of an H100 or H200, where no GPU is there to be asked
+
 
 @functools.cache
 def is_hopper() -> bool:
     """Says whether the first device of the default backend is an NVIDIA GPU of compute capability 9.x."""
     device = jax.devices()[0]
     return device.platform == "gpu" and str(getattr(device, "compute_capability", "")).startswith("9.")
+
+
+def num_multiprocessors() -> int:
+    """Counts the multiprocessors of the device that is compiled for: an abstract one where there is such."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None:
+        return abstract.num_cores
+    device = jax.devices()[0]
+    return device.core_count if device.platform == "gpu" else NUM_MULTIPROCESSORS

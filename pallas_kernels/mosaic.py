@@ -9,17 +9,23 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, memref
 
 plgpu: Any = mosaic_gpu  # its annotations do not cover what kernels use
 
 __all__ = [
     "LOG2_E",
     "SMEM_BYTES",
+    "TMA_ALIGNMENT",
+    "add_to_counter",
     "broadcast_columns",
     "broadcast_rows",
     "ceil_div",
     "div",
+    "opaque",
     "pl",
     "plgpu",
     "register_zeros",
@@ -27,10 +33,12 @@ __all__ = [
     "row_iota",
     "specialize",
     "swizzled_smem",
+    "traced",
 ]
 
 LOG2_E = 1.4426950408889634
 SMEM_BYTES = 232_448  # what one thread block may use on sm_90
+TMA_ALIGNMENT = 128  # bytes, of a TMA copy's end in shared memory
 REGISTERS = {1: None, 2: (240, 24), 3: (160, 32)}  # of compute and loading warpgroups; they share 65,536
 
 
@@ -55,11 +63,11 @@ def specialize(
         load()
 
 
-def swizzled_smem(shape: Sequence[int], dtype: Any) -> Any:
+def swizzled_smem(shape: Sequence[int], dtype: Any, row: int | None = None) -> Any:
     """Shared memory laid out for wgmma and TMA: 8 x (swizzle width) tiles, the widest swizzle the last dim
-    allows.
+    allows, or rows of `row` elements: both operands of a wgmma have the same.
     """
-    row_bytes = shape[-1] * jnp.dtype(dtype).itemsize
+    row_bytes = (row or shape[-1]) * jnp.dtype(dtype).itemsize
     swizzle = next(width for width in (128, 64, 32) if row_bytes % width == 0)
     tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))
     return plgpu.SMEM(tuple(shape), dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
@@ -90,6 +98,18 @@ def broadcast_columns(x: jax.Array, rows: int) -> jax.Array:
     return lax.broadcast_in_dim(x, (rows, x.shape[0]), [1])
 
 
+def opaque(x: Any) -> Any:
+    """x, of which the compiler knows nothing: it computes what follows from x where it is used, instead of
+    once, in registers that live through a loop.
+    """
+    return lax.optimization_barrier(jnp.int32(x) if isinstance(x, int) else x)
+
+
+def traced(tree: Any) -> Any:
+    """A tree's integers as values of the kernel: pl.run_state cannot close over constants."""
+    return jax.tree.map(lambda x: lax.add(x, jnp.int32(0)), tree)
+
+
 def div(x: Any, y: int) -> jax.Array:
     """x // y for x >= 0, without the sign handling of Python's floor division."""
     return lax.div(jnp.int32(x), jnp.int32(y))
@@ -98,3 +118,20 @@ def div(x: Any, y: int) -> jax.Array:
 def ceil_div(x: Any, y: int) -> jax.Array:
     """ceil(x / y) for x >= 0."""
     return div(x + (y - 1), y)
+
+
+def add_to_counter(counter: Any, target: Any, offset: int) -> None:
+    """target[0] = offset + counter[0]++ in Mosaic's own terms, for the body of plgpu.inline_mgpu: counter is
+    i32[1] in global memory and target i32[1] in shared memory. The whole warpgroup calls it.
+    """
+    i32 = ir.IntegerType.get_signless(32)
+    zero = arith.constant(ir.IndexType.get(), 0)
+    with mgpu_utils.single_thread(scope=mgpu_utils.ThreadSubset.WARPGROUP):
+        drawn = mgpu_utils.inline_ptx(
+            "atom.add.relaxed.gpu.global.s32 $0, [$1], 1;",
+            mgpu_utils.memref_ptr(counter),
+            result_types=i32,
+            has_side_effects=True,
+        )
+        memref.store(arith.addi(drawn, arith.constant(i32, offset)), target, [zero])
+    mgpu_utils.warpgroup_barrier()

@@ -17,14 +17,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.flash_attention.config import GradientConfig
+from pallas_kernels.flash_attention.extras import Extras, Footprint, prepare
 from pallas_kernels.flash_attention.plan import AttentionPlan
+from pallas_kernels.flash_attention.scores import TilePlace, logit_gradients, weigh
+from pallas_kernels.flash_attention.spec import AttentionInputs
 from pallas_kernels.flash_attention.streams import Ends, Owned, Stream, run_tiles
-from pallas_kernels.flash_attention.tiles import KvTiles, TileOrder, kv_tiles, visible_keys
+from pallas_kernels.flash_attention.tiles import NO_TILES, KvTiles, TileOrder, kv_tiles
 from pallas_kernels.mosaic import (
-    LOG2_E,
     broadcast_columns,
     broadcast_rows,
+    opaque,
     pl,
     plgpu,
     register_zeros,
@@ -39,24 +41,27 @@ def statistics_multiple(plan: AttentionPlan) -> int:
     return math.lcm(dq.own * dq.warpgroups, dkv.other)
 
 
-def launch(plan: AttentionPlan, query, key, value, out_grad, lse2, delta, *lengths):
+def launch(plan: AttentionPlan, inputs: AttentionInputs, query, key, value, out_grad, lse2, delta):
     """dQ [B, T, N, H], dK [B, S, K, H], dV [B, S, K, Hv] in the inputs' dtype.
 
-    lse2 f32[B, N, T] is the log-sum-exp in base 2, +inf for rows that see nothing; delta f32[B, N, T] as
-    above; both padded to statistics_multiple.
+    query, key and value are those of the inputs, padded; lse2 f32[B, N, T] is the log-sum-exp in base 2, +inf
+    for rows that see nothing; delta f32[B, N, T] as above; both padded to statistics_multiple.
     """
-    arrays = (query, key, value, out_grad, lse2, delta, *lengths)
-    (d_query,) = _launch(plan, plan.config.dq, _dq_body, "dq", plan.num_queries, (query,), arrays)
+    arrays = (query, key, value, out_grad, lse2, delta)
+    (d_query,) = _launch(plan, inputs, "dq", (query,), arrays)
     if plan.config.dkv_passes == 1:
-        d_key, d_value = _launch(plan, plan.config.dkv, _dkv_body, "dkv", plan.num_keys, (key, value), arrays)
+        d_key, d_value = _launch(plan, inputs, "dkv", (key, value), arrays)
     else:  # both accumulators do not fit in registers
-        (d_key,) = _launch(plan, plan.config.dkv, _dkv_body, "dk", plan.num_keys, (key,), arrays)
-        (d_value,) = _launch(plan, plan.config.dkv, _dkv_body, "dv", plan.num_keys, (value,), arrays)
+        (d_key,) = _launch(plan, inputs, "dk", (key,), arrays)
+        (d_value,) = _launch(plan, inputs, "dv", (value,), arrays)
     return d_query, d_key, d_value
 
 
-def _launch(plan: AttentionPlan, config: GradientConfig, body, which: str, num_rows: int, like, arrays):
+def _launch(plan: AttentionPlan, inputs: AttentionInputs, which: str, like, arrays):
     owns_queries = which == "dq"
+    body, config = (_dq_body, plan.config.dq) if owns_queries else (_dkv_body, plan.config.dkv)
+    num_rows = plan.num_queries if owns_queries else plan.num_keys
+    extras = prepare(plan, inputs, Footprint(config.own, config.other, config.warpgroups, owns_queries))
     num_heads = plan.num_heads if owns_queries else plan.num_kv_heads
     streamed = plan.num_keys if owns_queries else plan.num_queries * plan.group
     order = TileOrder.plan(
@@ -79,7 +84,7 @@ def _launch(plan: AttentionPlan, config: GradientConfig, body, which: str, num_r
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name=f"flash_attention_{which}",
-    )(*arrays)
+    )(*arrays, extras)
 
 
 class Block(NamedTuple):
@@ -91,18 +96,15 @@ class Block(NamedTuple):
     q_length: Any
     kv_length: Any
     tiles: KvTiles  # of the streamed operands
+    extras: Extras
 
 
-def _weights(plan: AttentionPlan, logits, lse2, visible):
-    """P = exp(S - lse) from Q K^T, and dS / (P (dP - delta)) where a soft cap bends the logits, else None."""
-    slope, scale = None, plan.scale * LOG2_E
-    if plan.logits_soft_cap is not None:
-        logits = jnp.tanh(logits * (plan.scale / plan.logits_soft_cap))
-        slope, scale = 1 - logits * logits, plan.logits_soft_cap * LOG2_E
-    weights = jnp.exp2(logits * scale - lse2)
-    if visible is not None:
-        weights = jnp.where(visible, weights, 0.0)
-    return weights, slope
+def _opaque(warpgroup, owned: Owned, slot):
+    """(warpgroup, its rows, slot) of one tile: descriptors of shared memory are computed where they are used,
+    instead of once, in registers that live through the loop.
+    """
+    warpgroup = opaque(warpgroup)
+    return warpgroup, owned.at(warpgroup), opaque(slot)
 
 
 def _matmul(x, y, shape):
@@ -124,15 +126,15 @@ def _add_matmul(acc, x, y):
 
 
 def _dq_body(plan: AttentionPlan, order: TileOrder, which: str, *refs):
-    q, k, v, d_out, lse2, delta, *lengths, d_q, owned, stream = refs
+    q, k, v, d_out, lse2, delta, extras, d_q, owned, stream = refs
     config = plan.config.dq
     warpgroup = lax.axis_index("warpgroup")
     tile, batch_head = order.locate(lax.axis_index("block"))
     batch, head = plan.split_heads(batch_head, plan.num_heads)
-    q_length, kv_length = plan.lengths_of(batch, lengths)
+    q_length, kv_length = plan.lengths_of(batch, extras)
     rows = config.own * config.warpgroups
-    tiles = _keys_of(plan, tile * rows, rows, q_length, kv_length)
-    block = Block(batch, head, tile * rows, q_length, kv_length, tiles)
+    block = Block(batch, head, tile * rows, q_length, kv_length, NO_TILES, extras)
+    block = block._replace(tiles=_keys_of(plan, block, block.first_row, config.warpgroups))
     specialize(
         config.warpgroups,
         warpgroup,
@@ -141,9 +143,12 @@ def _dq_body(plan: AttentionPlan, order: TileOrder, which: str, *refs):
     )
 
 
-def _keys_of(plan: AttentionPlan, first_row, num_rows: int, q_length, kv_length) -> KvTiles:
-    offset = plan.offset(q_length, kv_length)
-    return kv_tiles(first_row, num_rows, offset, q_length, kv_length, plan.reach, plan.config.dq.other)
+def _keys_of(plan: AttentionPlan, block: Block, first_row, count: int) -> KvTiles:
+    """What `count` warpgroups' rows see."""
+    config, q_length, kv_length = plan.config.dq, block.q_length, block.kv_length
+    offset, rows = plan.offset(q_length, kv_length), config.own * count
+    tiles = kv_tiles(first_row, rows, offset, q_length, kv_length, plan.reach, config.other)
+    return block.extras.visits(tiles, block.batch, block.head, first_row, config.own, config.other, count)
 
 
 def _dq_stream(plan: AttentionPlan, block: Block, k, v, stream: Stream):
@@ -153,7 +158,8 @@ def _dq_stream(plan: AttentionPlan, block: Block, k, v, stream: Stream):
     def load(tile, _):
         slot = lax.rem(tile - tiles.start, jnp.int32(config.stages))
         pl.when(tile - tiles.start >= config.stages)(lambda: stream.wait_consumed(slot))
-        source = (block.batch, pl.ds(tile * config.other, config.other), kv_head)
+        first_key = block.extras.tile_at(tile, block.batch, block.head, block.first_row, config.other)
+        source = (block.batch, pl.ds(first_key * config.other, config.other), kv_head)
         stream.load(slot, k.at[source], v.at[source])
 
     lax.fori_loop(tiles.start, tiles.stop, load, None)
@@ -164,7 +170,7 @@ def _dq_stream(plan: AttentionPlan, block: Block, k, v, stream: Stream):
 
 def _dq_rows(plan: AttentionPlan, block: Block, warpgroup, sources, d_q, owned: Owned, stream: Stream):
     config = plan.config.dq
-    owned = owned.at(warpgroup)
+    all_owned, owned = owned, owned.at(warpgroup)
     first_row = block.first_row + warpgroup * config.own
     rows = pl.ds(first_row, config.own)
     q, d_out, lse2, delta = sources
@@ -174,12 +180,13 @@ def _dq_rows(plan: AttentionPlan, block: Block, warpgroup, sources, d_q, owned: 
         broadcast_rows(plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1)), config.other)
         for ref in (owned.lse, owned.delta)
     ]
-    own = _keys_of(plan, first_row, config.own, block.q_length, block.kv_length)
-    step = functools.partial(_dq_tile, plan, block, first_row, statistics, owned, stream)
+    own = _keys_of(plan, block, first_row, 1)
+    step = functools.partial(_dq_tile, plan, block, warpgroup, statistics, all_owned, stream)
     skip = lambda tile, _: stream.skip(lax.rem(tile - block.tiles.start, jnp.int32(config.stages)))
-    ragged = plan.has_kv_lengths or plan.num_keys % config.other > 0
+    ragged = plan.has_kv_lengths or plan.has_segments or plan.num_keys % config.other > 0
     idle = plan.has_q_lengths or plan.num_queries % (config.own * config.warpgroups) > 0
-    ends = Ends(plan.reach[0] is not None, plan.reach[1] is not None or ragged, idle)
+    in_list = plan.has_block_mask  # its partial tiles come first
+    ends = Ends(plan.has_masked_start or in_list, plan.reach[1] is not None or ragged, idle)
     acc = register_zeros((config.own, plan.head_dim))
     acc = run_tiles(block.tiles, own, step, skip, acc, ends)
     owned.first[...] = (acc * plan.scale).astype(plan.dtype)
@@ -191,7 +198,7 @@ def _dq_rows(plan: AttentionPlan, block: Block, warpgroup, sources, d_q, owned: 
 def _dq_tile(
     plan: AttentionPlan,
     block: Block,
-    first_row,
+    warpgroup,
     statistics,
     owned: Owned,
     stream: Stream,
@@ -202,24 +209,25 @@ def _dq_tile(
     config = plan.config.dq
     lse2, delta = statistics
     shape = (config.own, config.other)
-    slot = lax.rem(tile - block.tiles.start, jnp.int32(config.stages))
-    visible = None
-    if masked:
-        offset = plan.offset(block.q_length, block.kv_length)
-        visible = visible_keys(first_row, tile * config.other, shape, offset, block.kv_length, plan.reach)
+    warpgroup, owned, slot = _opaque(
+        warpgroup, owned, lax.rem(tile - block.tiles.start, jnp.int32(config.stages))
+    )
+    first_row = block.first_row + warpgroup * config.own
+    extras, row = block.extras, (block.batch, block.head, first_row)
+    first_key = extras.tile_at(tile, *row, config.other) * config.other
+    elements = extras.elements_at(tile, *row, shape) if masked else None
+    place = TilePlace(*row, first_key, block.q_length, block.kv_length, shape, elements=elements)
     stream.wait_loaded(slot)
 
     def multiply(logits_acc, d_weights_acc):
         plgpu.wgmma(logits_acc, owned.first, stream.first.at[slot].transpose((1, 0)))
         plgpu.wgmma(d_weights_acc, owned.second, stream.second.at[slot].transpose((1, 0)))
-        weights, slope = _weights(plan, plgpu.wgmma_accumulator_load(logits_acc, wait_n=1), lse2, visible)
-        return weights, slope, d_weights_acc[...]
+        logits = plgpu.wgmma_accumulator_load(logits_acc, wait_n=1)
+        weights = weigh(plan, extras, place, logits, lse2, masked)
+        return logit_gradients(plan, weights, d_weights_acc[...], delta)
 
     acc_type = plgpu.ACC(shape, jnp.float32)
-    weights, slope, d_weights = pl.run_scoped(multiply, acc_type, acc_type)
-    d_logits = weights * (d_weights - delta)
-    if slope is not None:
-        d_logits *= slope
+    d_logits = pl.run_scoped(multiply, acc_type, acc_type)
     acc = _add_matmul(acc, d_logits.astype(plan.dtype), stream.first.at[slot])
     stream.release(slot)
     return acc
@@ -229,18 +237,15 @@ def _dq_tile(
 
 
 def _dkv_body(plan: AttentionPlan, order: TileOrder, which: str, *refs):
-    num_outputs = 2 if which == "dkv" else 1
-    q, k, v, d_out, lse2, delta, *rest = refs
-    *rest, owned, stream = rest
-    lengths, outputs = rest[:-num_outputs], rest[-num_outputs:]
+    q, k, v, d_out, lse2, delta, extras, *outputs, owned, stream = refs
     config = plan.config.dkv
     warpgroup = lax.axis_index("warpgroup")
     tile, batch_head = order.locate(lax.axis_index("block"))
     batch, kv_head = plan.split_heads(batch_head, plan.num_kv_heads)
-    q_length, kv_length = plan.lengths_of(batch, lengths)
+    q_length, kv_length = plan.lengths_of(batch, extras)
     rows = config.own * config.warpgroups
-    tiles = _queries_of(plan, tile * rows, rows, q_length, kv_length)
-    block = Block(batch, kv_head, tile * rows, q_length, kv_length, tiles)
+    block = Block(batch, kv_head, tile * rows, q_length, kv_length, NO_TILES, extras)
+    block = block._replace(tiles=_queries_of(plan, block, block.first_row, config.warpgroups))
     specialize(
         config.warpgroups,
         warpgroup,
@@ -249,14 +254,15 @@ def _dkv_body(plan: AttentionPlan, order: TileOrder, which: str, *refs):
     )
 
 
-def _queries_of(plan: AttentionPlan, first_key, num_keys: int, q_length, kv_length) -> KvTiles:
+def _queries_of(plan: AttentionPlan, block: Block, first_key, count: int) -> KvTiles:
     """The mirror image of _keys_of. Queries past the end are zeros and need no mask."""
-    left, right = plan.reach
-    offset = -plan.offset(q_length, kv_length)
-    reach = (right, left)
-    return kv_tiles(
-        first_key, num_keys, offset, kv_length, q_length, reach, plan.config.dkv.other, mask_end=False
+    config, q_length, kv_length = plan.config.dkv, block.q_length, block.kv_length
+    (left, right), offset, keys = plan.reach, -plan.offset(q_length, kv_length), config.own * count
+    tiles = kv_tiles(
+        first_key, keys, offset, kv_length, q_length, (right, left), config.other, mask_end=False
     )
+    head = block.head * plan.group  # a block mask for each query head comes without groups
+    return block.extras.visits(tiles, block.batch, head, first_key, config.own, config.other, count)
 
 
 def _dkv_stream(plan: AttentionPlan, block: Block, sources, stream: Stream):
@@ -271,7 +277,8 @@ def _dkv_stream(plan: AttentionPlan, block: Block, sources, stream: Stream):
             index = group * per_head + tile - tiles.start
             slot = lax.rem(index, jnp.int32(config.stages))
             pl.when(index >= config.stages)(lambda: stream.wait_consumed(slot))
-            rows = pl.ds(tile * config.other, config.other)
+            place = block.extras.tile_at(tile, block.batch, head, block.first_row, config.other)
+            rows = pl.ds(place * config.other, config.other)
             by_row, by_head = (block.batch, rows, head), (block.batch, head, rows)
             stream.load(slot, q.at[by_row], d_out.at[by_row], lse2.at[by_head], delta.at[by_head])
 
@@ -290,19 +297,20 @@ def _dkv_rows(
     plan: AttentionPlan, which: str, block: Block, warpgroup, sources, outputs, owned: Owned, stream
 ):
     config, tiles = plan.config.dkv, block.tiles
-    owned = owned.at(warpgroup)
+    all_owned, owned = owned, owned.at(warpgroup)
     first_key = block.first_row + warpgroup * config.own
     by_row = (block.batch, pl.ds(first_key, config.own), block.head)
     owned.load(*(source.at[by_row] for source in sources))
-    own = _queries_of(plan, first_key, config.own, block.q_length, block.kv_length)
+    own = _queries_of(plan, block, first_key, 1)
     idle = plan.has_kv_lengths or plan.num_keys % (config.own * config.warpgroups) > 0
-    ends = Ends(plan.reach[1] is not None, plan.reach[0] is not None, idle)
+    ends = Ends(plan.has_masked_tail or plan.has_block_mask, plan.has_masked_start, idle)
     per_head = tiles.stop - tiles.start
 
     def attend_head(group, carry):
         first_index = group * per_head - tiles.start
         slot_of = lambda tile: lax.rem(first_index + tile, jnp.int32(config.stages))
-        step = functools.partial(_dkv_tile, plan, which, block, first_key, slot_of, owned, stream)
+        head = block.head * plan.group + group
+        step = functools.partial(_dkv_tile, plan, which, block, head, warpgroup, slot_of, all_owned, stream)
         skip = lambda tile, _: stream.skip(slot_of(tile))
         return run_tiles(tiles, own, step, skip, carry, ends)
 
@@ -312,7 +320,8 @@ def _dkv_rows(
     live = None
     if plan.has_kv_lengths:
         live = first_key + row_iota(config.own) < block.kv_length
-    scales = {"dkv": (plan.scale, 1.0), "dk": (plan.scale,), "dv": (1.0,)}[which]
+    upscale = 1 / (1 - plan.dropout_rate)
+    scales = {"dkv": (plan.scale, upscale), "dk": (plan.scale,), "dv": (upscale,)}[which]
     staging = {"dkv": (owned.first, owned.second), "dk": (owned.first,), "dv": (owned.second,)}[which]
     for acc, scale, smem in zip(carry, scales, staging, strict=True):
         if live is not None:
@@ -328,7 +337,8 @@ def _dkv_tile(
     plan: AttentionPlan,
     which: str,
     block: Block,
-    first_key,
+    head,
+    warpgroup,
     slot_of,
     owned: Owned,
     stream: Stream,
@@ -338,42 +348,42 @@ def _dkv_tile(
 ):
     config = plan.config.dkv
     shape = (config.own, config.other)
-    slot = slot_of(tile)
-    visible = None
-    if masked:
-        left, right = plan.reach
-        offset = -plan.offset(block.q_length, block.kv_length)
-        visible = visible_keys(first_key, tile * config.other, shape, offset, None, (right, left))
+    warpgroup, owned, slot = _opaque(warpgroup, owned, slot_of(tile))
+    first_key = block.first_row + warpgroup * config.own
+    lengths = block.q_length, block.kv_length
+    extras, row = block.extras, (block.batch, head, first_key)
+    first_query = extras.tile_at(tile, *row, config.other) * config.other
+    elements = extras.elements_at(tile, *row, shape) if masked else None
+    place = TilePlace(
+        block.batch, head, first_query, first_key, *lengths, shape, keys_first=True, elements=elements
+    )
     by_column = plgpu.Layout.WGMMA.reduce(0)
     queries, out_grads = stream.first.at[slot], stream.second.at[slot]
 
-    def weigh(logits):
+    def weigh_tile(logits):
         lse2 = broadcast_columns(plgpu.load(stream.lse.at[slot], layout=by_column), config.own)
-        return _weights(plan, logits, lse2, visible)
+        return weigh(plan, extras, place, logits, lse2, masked)
 
     stream.wait_loaded(slot)
     if which == "dv":
-        weights, _ = weigh(_matmul(owned.first, queries.transpose((1, 0)), shape))
-        accumulate = lambda refs: plgpu.wgmma(refs[0], weights.astype(plan.dtype), out_grads)
+        kept = weigh_tile(_matmul(owned.first, queries.transpose((1, 0)), shape)).kept
+        accumulate = lambda refs: plgpu.wgmma(refs[0], kept.astype(plan.dtype), out_grads)
     else:
 
         def multiply(logits_acc, d_weights_acc):
             plgpu.wgmma(logits_acc, owned.first, queries.transpose((1, 0)))
             plgpu.wgmma(d_weights_acc, owned.second, out_grads.transpose((1, 0)))
-            weights, slope = weigh(plgpu.wgmma_accumulator_load(logits_acc, wait_n=1))
-            return weights, slope, d_weights_acc[...]
+            weights = weigh_tile(plgpu.wgmma_accumulator_load(logits_acc, wait_n=1))
+            return weights, d_weights_acc[...]
 
         acc_type = plgpu.ACC(shape, jnp.float32)
-        weights, slope, d_weights = pl.run_scoped(multiply, acc_type, acc_type)
-
+        weights, d_weights = pl.run_scoped(multiply, acc_type, acc_type)
         delta = broadcast_columns(plgpu.load(stream.delta.at[slot], layout=by_column), config.own)
-        d_logits = weights * (d_weights - delta)
-        if slope is not None:
-            d_logits *= slope
+        d_logits = logit_gradients(plan, weights, d_weights, delta)
 
         def accumulate(refs):
             if which == "dkv":
-                plgpu.wgmma(refs[1], weights.astype(plan.dtype), out_grads)
+                plgpu.wgmma(refs[1], weights.kept.astype(plan.dtype), out_grads)
             plgpu.wgmma(refs[0], d_logits.astype(plan.dtype), queries)
 
     carry = pl.run_state(accumulate)(tuple(plgpu.ACC.init(acc) for acc in carry))

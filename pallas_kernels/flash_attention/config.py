@@ -5,6 +5,7 @@ import dataclasses
 MAX_STAGES = 8
 TILES = (64, 128, 192, 256)
 STREAMED_TILES = (64, 128)
+SHORT = 1024  # queries
 
 
 def _check(config, **tiles: tuple[int, ...]) -> None:
@@ -35,6 +36,24 @@ class GradientConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class FusedConfig:
+    """Tiles of the fused backward kernel: a thread block owns 128 keys and streams tile_q queries at a time.
+
+    tile_q is 64 at H = 128, and 128 at H = 64, where half of dQ's columns would be too few for a warpgroup;
+    other head dims take the two kernels.
+    """
+
+    tile_q: int = 64
+    stages: int = 2
+
+    def __post_init__(self):
+        if self.tile_q not in STREAMED_TILES:
+            raise ValueError(f"tile_q must be one of {STREAMED_TILES}, got {self.tile_q}")
+        if not 1 <= self.stages <= MAX_STAGES:
+            raise ValueError(f"stages must lie in 1..{MAX_STAGES}, got {self.stages}")
+
+
+@dataclasses.dataclass(frozen=True)
 class FlashConfig:
     """Tile sizes and pipeline depth of the kernels of one call; validates itself.
 
@@ -46,10 +65,13 @@ class FlashConfig:
     tile_kv: int = 128  # keys (and values) loaded at a time
     stages: int = 2  # KV tiles in flight
     warpgroups: int = 2
+    q_stages: int = 1  # 2: the next item's queries are loaded while this one's are used
+    overlap: bool = False  # a tile's softmax runs while its warpgroup's matmul of the tile before does
     ping_pong: bool = True  # one warpgroup's softmax runs while the other's matmuls do
     dq: GradientConfig = GradientConfig()
     dkv: GradientConfig = GradientConfig()
     dkv_passes: int = 1  # 2: one kernel for dK, one for dV
+    fused: FusedConfig | None = None  # None: always the kernels that a deterministic backward takes
 
     def __post_init__(self):
         _check(self, tile_q=TILES, tile_kv=TILES)
@@ -57,21 +79,42 @@ class FlashConfig:
             raise ValueError(f"ping_pong takes two warpgroups, got warpgroups={self.warpgroups}")
 
 
-def default_config(head_dim: int, crowded: bool = False) -> FlashConfig:
-    """The tiles for a (padded) head dim; crowded: a window's left side or a soft cap need registers too.
+def default_config(
+    head_dim: int,
+    crowded: bool = False,
+    num_queries: int | None = None,
+    in_blocks: bool = False,
+    busy: bool = False,
+    has_lengths: bool = False,
+) -> FlashConfig:
+    """The tiles for a (padded) head dim; crowded: more than products and a causal mask needs registers too;
+    in_blocks: thread blocks that divide the 128 x 128 of a block mask, and most lengths, so that no bias need
+    be padded; busy: what each tile does beside (dropout's hash, segment ids, a bias) takes the registers that
+    overlap needs; has_lengths: they take registers, too many for three warpgroups at H = 128.
 
-    Measured on an H200: three warpgroups of 64 x 128 tiles beat two that take turns by 5 to 9% at H = 64 and
-    128, but leave each thread 160 registers, which a crowded kernel would spill at H = 128. At H = 256 two
-    hold the accumulators, and taking turns costs 10% of the causal speed.
+    Measured on an H200 (forward, causal, T = 16384): at H = 64 three warpgroups that overlap reach 538
+    TFLOP/s, without overlap 500, two 421. At H = 128 three, with no registers to overlap, reach 728, two that
+    overlap 706; but a crowded kernel would spill the 160 registers a thread that three leave. At H = 256
+    two hold the accumulators, and taking turns costs 10% of the causal speed. At H = 128 and num_queries =
+    1024 blocks of 192 rows leave most of a last block empty: two that overlap reach 481, three 443.
+    The fused backward pays for sums of dQ in fp32 in global memory: at H = 128, causal, it shows 345 TFLOP/s
+    at 1,024 tokens where the two kernels show 358, but 540 against 511 at 4,096.
     """
+    ahead = {"q_stages": 2, "ping_pong": False}
+    short = has_lengths or (num_queries is not None and num_queries <= SHORT)
+    fused = None if short else FusedConfig(tile_q=128 if head_dim <= 64 else 64)
+    if in_blocks and head_dim <= 128:
+        gradient = GradientConfig(other=64 if crowded or head_dim > 64 else 128)
+        return FlashConfig(overlap=True, dq=gradient, dkv=gradient, **ahead)
     if head_dim <= 64:
-        gradient = GradientConfig(other=64 if crowded else 128)
-        return FlashConfig(tile_kv=128, stages=3, warpgroups=3, ping_pong=False, dq=gradient, dkv=gradient)
-    if head_dim <= 128 and crowded:
-        return FlashConfig(tile_kv=128, stages=2)
+        dq = GradientConfig(other=64 if crowded else 128)
+        return FlashConfig(stages=3, warpgroups=3, overlap=not busy, dq=dq, fused=fused, **ahead)
+    if head_dim <= 128 and busy:
+        return FlashConfig(q_stages=2)
+    if head_dim <= 128 and (crowded or short):
+        dq = GradientConfig() if crowded else GradientConfig(warpgroups=3)
+        return FlashConfig(overlap=True, dq=dq, **ahead)
     if head_dim <= 128:
-        return FlashConfig(
-            tile_kv=128, stages=2, warpgroups=3, ping_pong=False, dq=GradientConfig(warpgroups=3)
-        )
+        return FlashConfig(warpgroups=3, dq=GradientConfig(warpgroups=3), fused=fused, **ahead)
     single = GradientConfig(stages=1)
     return FlashConfig(tile_kv=64, stages=2, ping_pong=False, dq=single, dkv=single, dkv_passes=2)

@@ -28,10 +28,26 @@ def keep_mask(
     A counter hash: each query's row is mixed once, then each key once, in 32-bit words, so that a kernel can
     recompute it in the backward pass. Indices broadcast against each other.
     """
+    return survives(hash_row(seed, batch, head, query), key, rate)
+
+
+def hash_row(seed, batch, head, query):
+    """The hash of a row of weights: 32 well-mixed bits."""
     row = _mix(_u32(batch) * _u32(_BATCH) + seed[0])
     row = _mix(row ^ (_u32(head) * _u32(_HEAD) + seed[1]))
-    row = _mix(row ^ (_u32(query) * _u32(_QUERY)))
+    return _mix(row ^ (_u32(query) * _u32(_QUERY)))
+
+
+def survives(row, key, rate: float):
+    """Which keys survive in rows of these hashes."""
     return _mix(row ^ (_u32(key) * _u32(_KEY))) >= _u32(min(round(rate * 2**32), 2**32 - 1))
+
+
+def shift_seed(
+    seed: UInt32[Array, "2"], first_batch: Integer[Array, ""] | int, first_head: Integer[Array, ""] | int
+) -> UInt32[Array, "2"]:
+    """The seed under which batch row 0 and head 0 drop what first_batch and first_head drop under `seed`."""
+    return seed + jnp.stack([_u32(first_batch) * _u32(_BATCH), _u32(first_head) * _u32(_HEAD)])
 
 
 def _mix(x):

@@ -1,9 +1,10 @@
 """FlashAttention forward on Hopper: TMA loads, wgmma, warp specialization (FlashAttention-3, sections 3.1 and
 3.2).
 
-A thread block owns tile_q queries a compute warpgroup and one head; one more warpgroup streams K and V tiles
-through shared memory by TMA. Two compute warpgroups take turns: while one does its softmax, the tensor cores
-work for the other.
+A thread block stays on its multiprocessor and works through items: tile_q queries a compute warpgroup, of one
+head. One more warpgroup streams queries, keys and values through shared memory by TMA and runs ahead of the
+others, into the next item: nothing waits for the first loads of an item, or for the last stores of another.
+What happens to one tile is in forward_tile.py.
 """
 
 import functools
@@ -14,8 +15,26 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.device import num_multiprocessors
+from pallas_kernels.flash_attention.extras import Extras, Footprint, prepare
+from pallas_kernels.flash_attention.forward_tile import (
+    FLOOR,
+    KeyValueRing,
+    Rows,
+    Softmax,
+    Steps,
+    Tile,
+    add_sink,
+    attend_ahead,
+    attend_first,
+    attend_last,
+    attend_tile,
+    skip_tile,
+    take_turn,
+)
 from pallas_kernels.flash_attention.plan import AttentionPlan
-from pallas_kernels.flash_attention.tiles import KvTiles, TileOrder, kv_tiles, visible_keys
+from pallas_kernels.flash_attention.spec import AttentionInputs
+from pallas_kernels.flash_attention.tiles import KvTiles, Schedule, TileOrder, kv_tiles
 from pallas_kernels.mosaic import (
     LOG2_E,
     broadcast_rows,
@@ -28,7 +47,7 @@ from pallas_kernels.mosaic import (
     swizzled_smem,
 )
 
-FLOOR = -1e30  # the running maximum before a key was seen: finite, so that no difference is NaN
+ITEM_COST = 1  # of what an item costs beside its KV tiles, in their time
 
 
 class ForwardPlan(AttentionPlan):
@@ -43,16 +62,20 @@ class ForwardPlan(AttentionPlan):
         return math.ceil(self.num_queries / self.block_rows)
 
     @property
-    def has_masked_tail(self) -> bool:
+    def has_masked_end(self) -> bool:
         """Whether the last KV tiles of some rows need a mask."""
-        ragged = self.has_kv_lengths or self.num_keys % self.config.tile_kv > 0
-        return ragged or self.reach[1] is not None
+        return self.has_masked_tail or self.has_kv_lengths or self.num_keys % self.config.tile_kv > 0
+
+    @property
+    def has_masked_first(self) -> bool:
+        """Whether the first KV tiles may: a list holds its partial tiles first."""
+        return self.has_masked_start or self.has_block_mask
 
     @property
     def has_idle_tiles(self) -> bool:
         """Whether a warpgroup may see fewer KV tiles than its thread block."""
         ragged = self.has_q_lengths or self.num_queries % self.block_rows > 0
-        return ragged or self.reach != (None, None)
+        return ragged or self.has_segments or self.reach != (None, None)
 
     @property
     def order(self) -> TileOrder:
@@ -63,30 +86,42 @@ class ForwardPlan(AttentionPlan):
             kv_bytes=self.num_keys * self.token_bytes,
         )
 
+    @property
+    def schedule(self) -> Schedule:
+        order = self.order
+        costs = tuple(ITEM_COST + self.num_kv_tiles(tile) for tile in range(order.num_tiles))
+        # What segments and a block mask leave of an item is not known here: the hardware deals them out.
+        is_known = not (self.has_segments or self.has_block_mask)
+        num_blocks = min(order.num_blocks, num_multiprocessors()) if is_known else order.num_blocks
+        return Schedule(order, num_blocks, costs)
+
+    def num_kv_tiles(self, row_tile: int) -> int:
+        """How many KV tiles the rows of a block see, where no lengths are given."""
+        left, right = self.reach
+        first = row_tile * self.block_rows + (self.num_keys - self.num_queries if self.bottom_right else 0)
+        stop = self.num_keys if right is None else min(first + self.block_rows + right, self.num_keys)
+        start = 0 if left is None else max(first - left, 0)
+        return max(0, math.ceil(stop / self.config.tile_kv) - start // self.config.tile_kv)
+
 
 class Buffers(NamedTuple):
-    """Shared memory of a thread block."""
+    """Shared memory of a thread block, but for keys and values."""
 
-    q: Any  # [warpgroups, tile_q, H]
-    k: Any  # [stages, tile_kv, H]
-    v: Any  # [stages, tile_kv, Hv]
-    out: Any  # [warpgroups, tile_q, Hv], or None where q's space serves
-    lse: Any  # f32[warpgroups, tile_q]
+    q: Any  # [q_stages x warpgroups, tile_q, H]
+    out: Any  # [q_stages x warpgroups, tile_q, Hv], or None where q's space serves
+    lse: Any  # f32[q_stages x warpgroups, tile_q]
 
 
 class Barriers(NamedTuple):
-    """What the warpgroups wait for."""
+    """What the warpgroups wait for, but for keys and values; one a buffer."""
 
     q_loaded: Any
-    k_loaded: Any
-    v_loaded: Any
-    k_consumed: Any
-    v_consumed: Any
+    q_free: Any  # its queries were used, and the output that took their place was stored
     turn: Any  # whose turn the tensor cores are, or None
 
 
 class Work(NamedTuple):
-    """Where a thread block stands."""
+    """An item: where it stands."""
 
     batch: Any
     head: Any
@@ -94,246 +129,271 @@ class Work(NamedTuple):
     first_row: Any
     q_length: Any
     kv_length: Any
-    tiles: KvTiles  # those any warpgroup of the block sees
+    tiles: KvTiles  # those any warpgroup of the block sees; places in a list, with a block mask
 
 
-def launch(plan: ForwardPlan, query, key, value, *lengths):
+def launch(plan: ForwardPlan, inputs: AttentionInputs, query, key, value):
     """Launches the kernel: (out [B, T, N, Hv], lse f32[B, N, T]); T and S come padded to multiples of 8.
 
     A vector is copied without bounds: the log-sum-exp has whole row tiles.
     """
     config = plan.config
-    q_shape = (config.warpgroups, config.tile_q, plan.head_dim)
-    out_shape = (config.warpgroups, config.tile_q, plan.value_dim)
-    kv_stages = (config.stages, config.tile_kv)
-    out_smem = None if plan.head_dim == plan.value_dim else swizzled_smem(out_shape, plan.dtype)
+    num_buffers = config.q_stages * config.warpgroups
+    q_shape, out_shape = ((num_buffers, config.tile_q, dim) for dim in (plan.head_dim, plan.value_dim))
     buffers = Buffers(
         q=swizzled_smem(q_shape, plan.dtype),
-        k=swizzled_smem((*kv_stages, plan.head_dim), plan.dtype),
-        v=swizzled_smem((*kv_stages, plan.value_dim), plan.dtype),
-        out=out_smem,
-        lse=plgpu.SMEM((config.warpgroups, config.tile_q), jnp.float32),
+        out=None if plan.head_dim == plan.value_dim else swizzled_smem(out_shape, plan.dtype),
+        lse=plgpu.SMEM((num_buffers, config.tile_q), jnp.float32),
     )
-    loaded = plgpu.Barrier(num_barriers=config.stages)
-    consumed = plgpu.Barrier(num_barriers=config.stages, num_arrivals=config.warpgroups)
     turn = plgpu.Barrier(num_arrivals=2) if config.ping_pong else None
-    barriers = Barriers(
-        plgpu.Barrier(num_barriers=config.warpgroups), loaded, loaded, consumed, consumed, turn
-    )
+    per_buffer = plgpu.Barrier(num_barriers=num_buffers)
     batch, rows, heads, _ = query.shape
+    schedule = plan.schedule
+    # Its own jit holds the table: a custom partitioning takes no function with constants.
+    items = jax.jit(lambda: jnp.asarray(schedule.table()))()
+    extras = prepare(plan, inputs, Footprint(config.tile_q, config.tile_kv, config.warpgroups))
     return plgpu.kernel(
         functools.partial(_forward_body, plan),
         out_type=(
             jax.ShapeDtypeStruct((batch, rows, heads, plan.value_dim), plan.dtype),
             jax.ShapeDtypeStruct((batch, heads, plan.num_row_tiles * plan.block_rows), jnp.float32),
         ),
-        grid=(plan.order.num_blocks,),
+        grid=(schedule.num_blocks,),
         grid_names=("block",),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
-        scratch_types=(buffers, barriers),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        scratch_types=(buffers, Barriers(per_buffer, per_buffer, turn), KeyValueRing.types(plan)),
+        # Rows are reduced within four lanes, and need no shared memory.
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         kernel_name="flash_attention_forward",
-    )(query, key, value, *lengths)
+    )(query, key, value, items, extras)
 
 
-def _forward_body(plan: ForwardPlan, q, k, v, *refs):
-    *lengths, out, lse, buffers, barriers = refs
-    config = plan.config
+def _forward_body(plan: ForwardPlan, q, k, v, items, extras, out, lse, buffers, barriers, ring):
     warpgroup = lax.axis_index("warpgroup")
-    work = _find_work(plan, lengths)
     specialize(
-        config.warpgroups,
+        plan.config.warpgroups,
         warpgroup,
-        compute=lambda: attend_rows(plan, work, warpgroup, q, out, lse, buffers, barriers),
-        load=lambda: stream_tiles(plan, work, k, v, buffers, barriers),
+        compute=lambda: attend_items(plan, warpgroup, items, extras, out, lse, buffers, barriers, ring),
+        load=lambda: load_items(plan, items, extras, q, k, v, buffers, barriers, ring),
     )
 
 
-def _find_work(plan: ForwardPlan, lengths) -> Work:
-    tile, batch_head = plan.order.locate(lax.axis_index("block"))
+def _find_work(plan: ForwardPlan, items, turn, extras: Extras) -> Work:
+    tile, batch_head = plan.order.locate(items[lax.axis_index("block"), 1 + turn])
     batch, head = plan.split_heads(batch_head, plan.num_heads)
-    q_length, kv_length = plan.lengths_of(batch, lengths)
+    q_length, kv_length = plan.lengths_of(batch, extras)
+    if plan.has_masked_end:  # a mask known to be the same for every item would be kept in registers
+        kv_length = lax.optimization_barrier(kv_length)
     first_row = tile * plan.block_rows
-    tiles = _tiles_of_rows(plan, first_row, plan.block_rows, q_length, kv_length)
+    tiles = _tiles_of_rows(plan, extras, batch, head, first_row, q_length, kv_length, plan.config.warpgroups)
     return Work(batch, head, lax.div(head, jnp.int32(plan.group)), first_row, q_length, kv_length, tiles)
 
 
-def _tiles_of_rows(plan: ForwardPlan, first_row, num_rows: int, q_length, kv_length) -> KvTiles:
+def _tiles_of_rows(
+    plan: ForwardPlan, extras: Extras, batch, head, first_row, q_length, kv_length, count: int
+) -> KvTiles:
+    """What the rows of `count` warpgroups see."""
+    tile_q, tile_kv = plan.config.tile_q, plan.config.tile_kv
     offset = plan.offset(q_length, kv_length)
-    return kv_tiles(first_row, num_rows, offset, q_length, kv_length, plan.reach, plan.config.tile_kv)
+    tiles = kv_tiles(first_row, count * tile_q, offset, q_length, kv_length, plan.reach, tile_kv)
+    return extras.visits(tiles, batch, head, first_row, tile_q, tile_kv, count)
 
 
-def stream_tiles(plan: ForwardPlan, work: Work, k, v, buffers: Buffers, barriers: Barriers):
-    """The loading warpgroup: keeps `stages` K and V tiles in flight."""
-    config, tiles = plan.config, work.tiles
-
-    def load(tile, _):
-        index = tile - tiles.start
-        slot = lax.rem(index, jnp.int32(config.stages))
-        source = (work.batch, pl.ds(tile * config.tile_kv, config.tile_kv), work.kv_head)
-        for gmem, smem, loaded, consumed in (
-            (k, buffers.k, barriers.k_loaded, barriers.k_consumed),
-            (v, buffers.v, barriers.v_loaded, barriers.v_consumed),
-        ):
-            pl.when(index >= config.stages)(functools.partial(plgpu.barrier_wait, consumed.at[slot]))
-            plgpu.copy_gmem_to_smem(gmem.at[source], smem.at[slot], loaded.at[slot])
-
-    lax.fori_loop(tiles.start, tiles.stop, load, None)
-
-    def drain(tile, _):
-        slot = lax.rem(tile - tiles.start, jnp.int32(config.stages))
-        plgpu.barrier_wait(barriers.k_consumed.at[slot])
-        plgpu.barrier_wait(barriers.v_consumed.at[slot])
-
-    # Every arrival is seen before the block ends.
-    lax.fori_loop(jnp.maximum(tiles.start, tiles.stop - config.stages), tiles.stop, drain, None)
+# --- the loading warpgroup ---
 
 
-def attend_rows(plan: ForwardPlan, work: Work, warpgroup, q, out, lse, buffers: Buffers, barriers: Barriers):
-    """A compute warpgroup: online softmax over the KV tiles that its tile_q rows see."""
+def load_items(
+    plan: ForwardPlan,
+    items,
+    extras: Extras,
+    q,
+    k,
+    v,
+    buffers: Buffers,
+    barriers: Barriers,
+    ring: KeyValueRing,
+):
+    """Keeps q_stages items' queries and `stages` K and V tiles in flight."""
     config = plan.config
-    first_row = work.first_row + warpgroup * config.tile_q
-    rows = pl.ds(first_row, config.tile_q)
-    own = _tiles_of_rows(plan, first_row, config.tile_q, work.q_length, work.kv_length)
-    tiles = work.tiles
-    q_smem, lse_smem = buffers.q.at[warpgroup], buffers.lse.at[warpgroup]
-    plgpu.copy_gmem_to_smem(q.at[work.batch, rows, work.head], q_smem, barriers.q_loaded.at[warpgroup])
-    plgpu.barrier_wait(barriers.q_loaded.at[warpgroup])
-    pl.when(tiles.stop > tiles.start)(functools.partial(plgpu.barrier_wait, barriers.k_loaded.at[0]))
-    if config.ping_pong:
-        pl.when(warpgroup == 1)(functools.partial(_take_turn, barriers))
+    num_items = items[lax.axis_index("block"), 0]
 
-    skip = functools.partial(_skip_tile, plan, tiles, barriers)
-    attend = functools.partial(_attend_tile, plan, work, first_row, q_smem, buffers, barriers)
-    carry = (
-        register_zeros((config.tile_q, plan.value_dim)),
-        row_full(config.tile_q, FLOOR),
-        row_full(config.tile_q, 0.0),
-    )
-    # The rows' own range lies within the block's. Only its ends need a mask.
-    own = own.clamp(tiles)
-    masked = functools.partial(attend, masked=True)
-    if plan.reach[0] is not None:
-        lax.fori_loop(tiles.start, own.start, skip, None)
-        carry = lax.fori_loop(own.start, own.full_start, masked, carry)
-    carry = lax.fori_loop(own.full_start, own.full_stop, attend, carry)
-    if plan.has_masked_tail:
-        carry = lax.fori_loop(own.full_stop, own.stop, masked, carry)
-    if plan.has_idle_tiles:
-        lax.fori_loop(own.stop, tiles.stop, skip, None)
-    if config.ping_pong:
-        pl.when(warpgroup == 0)(functools.partial(_take_turn, barriers))
+    def load_queries(work, turn):
+        for warpgroup in range(config.warpgroups):
+            buffer = _buffer_of(plan, turn, warpgroup)
+            rows = pl.ds(work.first_row + warpgroup * config.tile_q, config.tile_q)
+            free = functools.partial(plgpu.barrier_wait, barriers.q_free.at[buffer])
+            pl.when(turn >= config.q_stages)(free)
+            plgpu.copy_gmem_to_smem(
+                q.at[work.batch, rows, work.head], buffers.q.at[buffer], barriers.q_loaded.at[buffer]
+            )
 
-    acc, row_max, row_sum = carry
-    live = row_sum > 0
-    if plan.has_q_lengths:
-        live = live & (first_row + row_iota(config.tile_q) < work.q_length)
-    norm = jnp.where(live, 1 / row_sum, 0.0)
-    out_smem = q_smem if buffers.out is None else buffers.out.at[warpgroup]
-    out_smem[...] = jnp.where(
-        broadcast_rows(live, plan.value_dim), acc * broadcast_rows(norm, plan.value_dim), 0.0
-    ).astype(plan.dtype)
-    lse_smem[...] = jnp.where(live, (row_max + jnp.log2(row_sum)) * (1 / LOG2_E), -jnp.inf)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(out_smem, out.at[work.batch, rows, work.head])
-    plgpu.copy_smem_to_gmem(lse_smem, lse.at[work.batch, work.head, rows])
+    def load_item(turn, position):
+        work = _find_work(plan, items, turn, extras)
+        count = work.tiles.stop - work.tiles.start
+
+        def source(gmem, step):
+            place = work.tiles.stop - 1 - step
+            tile = extras.tile_at(place, work.batch, work.head, work.first_row, config.tile_kv)
+            return gmem.at[work.batch, pl.ds(tile * config.tile_kv, config.tile_kv), work.kv_head]
+
+        # The first keys come before the wait for a free buffer: where warpgroups take turns, one that has
+        # finished an item must start the next for the other to finish.
+        pl.when(count > 0)(lambda: ring.load_keys(position, source(k, 0)))
+        load_queries(work, turn)
+
+        def load_tile(step, _):
+            ring.load_values(position + step, source(v, step))
+            pl.when(step + 1 < count)(lambda: ring.load_keys(position + step + 1, source(k, step + 1)))
+
+        lax.fori_loop(0, count, load_tile, None)
+        return position + count
+
+    stop = lax.fori_loop(0, num_items, load_item, jnp.int32(0))
+    ring.drain(stop)
+
+    def drain_queries(turn, _):
+        for warpgroup in range(config.warpgroups):
+            plgpu.barrier_wait(barriers.q_free.at[_buffer_of(plan, turn, warpgroup)])
+
+    lax.fori_loop(jnp.maximum(0, num_items - config.q_stages), num_items, drain_queries, None)
+
+
+def _buffer_of(plan: ForwardPlan, turn, warpgroup):
+    stage = lax.rem(turn, jnp.int32(plan.config.q_stages)) if plan.config.q_stages > 1 else 0
+    return stage * plan.config.warpgroups + warpgroup
+
+
+# --- a compute warpgroup ---
+
+
+def attend_items(
+    plan: ForwardPlan,
+    warpgroup,
+    items,
+    extras: Extras,
+    out,
+    lse,
+    buffers: Buffers,
+    barriers: Barriers,
+    ring: KeyValueRing,
+):
+    """Attends to its rows of each item of the thread block."""
+    num_items = items[lax.axis_index("block"), 0]
+    if plan.config.ping_pong:
+        pl.when(warpgroup == 1)(functools.partial(take_turn, barriers.turn))
+
+    def attend_item(turn, position):
+        work = _find_work(plan, items, turn, extras)
+        buffer = _buffer_of(plan, turn, warpgroup)
+        plgpu.barrier_wait(barriers.q_loaded.at[buffer])
+
+        def release():
+            if plan.config.q_stages > 1:
+                pl.when(turn > 0)(lambda: _release_buffer(plan, barriers, turn - 1, warpgroup))
+
+        first_row = work.first_row + warpgroup * plan.config.tile_q
+        lengths = work.q_length, work.kv_length
+        rows = Rows(work.batch, work.head, first_row, *lengths, extras, buffers.q.at[buffer], position)
+        acc, softmax = attend_rows(plan, work.tiles, rows, ring, barriers.turn, release)
+        out_smem = (buffers.q if buffers.out is None else buffers.out).at[buffer]
+        lse_smem = buffers.lse.at[buffer]
+        finish_rows(plan, rows, acc, softmax, out_smem, lse_smem)
+        if (
+            plan.config.warpgroups > 2
+        ):  # found again: where the item stands would take registers from the tiles
+            work = _find_work(plan, items, lax.optimization_barrier(turn), extras)
+        to = pl.ds(work.first_row + warpgroup * plan.config.tile_q, plan.config.tile_q)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out_smem, out.at[work.batch, to, work.head])
+        plgpu.copy_smem_to_gmem(lse_smem, lse.at[work.batch, work.head, to])
+        if plan.config.q_stages == 1:
+            _release_buffer(plan, barriers, turn, warpgroup)
+        return position + work.tiles.stop - work.tiles.start
+
+    lax.fori_loop(0, num_items, attend_item, jnp.int32(0))
+    if plan.config.ping_pong:
+        pl.when(warpgroup == 0)(functools.partial(take_turn, barriers.turn))
+    if plan.config.q_stages > 1:
+        _release_buffer(plan, barriers, num_items - 1, warpgroup)
     plgpu.wait_smem_to_gmem(0)
 
 
-def _take_turn(barriers: Barriers):
-    plgpu.barrier_arrive(barriers.turn)
-    plgpu.barrier_wait(barriers.turn)
+def _release_buffer(plan: ForwardPlan, barriers: Barriers, turn, warpgroup):
+    """Gives the loader an item's buffer, once the copy of its output has been read."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    plgpu.barrier_arrive(barriers.q_free.at[_buffer_of(plan, turn, warpgroup)])
 
 
-def _skip_tile(plan: ForwardPlan, tiles: KvTiles, barriers: Barriers, tile, _):
-    """Releases a tile that other warpgroups of the block use and this one does not."""
-    slot = lax.rem(tile - tiles.start, jnp.int32(plan.config.stages))
-    plgpu.barrier_wait(barriers.v_loaded.at[slot])
-    _wait_next_keys(plan, tiles, barriers, tile)
-    plgpu.barrier_arrive(barriers.k_consumed.at[slot])
-    plgpu.barrier_arrive(barriers.v_consumed.at[slot])
-    if plan.config.ping_pong:
-        _take_turn(barriers)
-        _take_turn(barriers)
+def attend_rows(plan: ForwardPlan, tiles: KvTiles, rows: Rows, ring: KeyValueRing, turn, release):
+    """Online softmax over the block's KV tiles that the rows see, from the last to the first: (acc, softmax).
 
-
-def _wait_next_keys(plan: ForwardPlan, tiles: KvTiles, barriers: Barriers, tile):
-    """Whoever enters tile i has already waited for its keys."""
-    slot = lax.rem(tile + 1 - tiles.start, jnp.int32(plan.config.stages))
-    pl.when(tile + 1 < tiles.stop)(lambda: plgpu.barrier_wait(barriers.k_loaded.at[slot]))
-
-
-def _attend_tile(
-    plan: ForwardPlan,
-    work: Work,
-    first_row,
-    q_smem,
-    buffers: Buffers,
-    barriers: Barriers,
-    tile,
-    carry,
-    masked=False,
-):
+    Only the ends of the rows' own range need a mask. That range may be empty. release() frees the buffer of
+    the item before, whose output may still be on its way: called late enough not to wait for it.
+    """
     config = plan.config
-    acc, row_max, row_sum = carry
-    slot = lax.rem(tile - work.tiles.start, jnp.int32(config.stages))
+    own = _tiles_of_rows(
+        plan, rows.extras, rows.batch, rows.head, rows.first_row, rows.q_length, rows.kv_length, 1
+    ).clamp(tiles)
+    steps = Steps(*(tiles.stop - tile for tile in (own.stop, own.full_stop, own.full_start, own.start)))
+    skip = functools.partial(skip_tile, ring, rows, turn)
+    tile = Tile(plan, ring, rows, tiles.stop - 1, turn)
+    acc = register_zeros((config.tile_q, plan.value_dim))
+    softmax = Softmax(row_full(config.tile_q, FLOOR), row_full(config.tile_q, 0.0))
+    if plan.has_idle_tiles:
+        lax.fori_loop(0, steps.start, skip, None)
+    attend = _attend_overlapped if config.overlap else _attend_in_order
+    acc, softmax = attend(plan, steps, tile, acc, softmax, release)
+    if plan.has_masked_first:
+        lax.fori_loop(steps.stop, tiles.stop - tiles.start, skip, None)
+    return acc, softmax
 
-    def multiply_keys(logits_acc):
-        plgpu.wgmma(logits_acc, q_smem, buffers.k.at[slot].transpose((1, 0)))
-        if config.ping_pong:
-            _take_turn(barriers)  # our matmul is queued: the other warpgroup may queue its own
-        return logits_acc[...]
 
-    logits = pl.run_scoped(multiply_keys, plgpu.ACC((config.tile_q, config.tile_kv), jnp.float32))
-    plgpu.barrier_arrive(barriers.k_consumed.at[slot])
+def _attend_in_order(plan: ForwardPlan, steps: Steps, tile: Tile, acc, softmax: Softmax, release):
+    attend = functools.partial(attend_tile, tile)
+    masked = functools.partial(attend, masked=True)
+    carry = (acc, softmax)
+    if plan.has_masked_end:
+        carry = lax.fori_loop(steps.start, steps.masked_stop, masked, carry)
+    release()
+    carry = lax.fori_loop(steps.masked_stop, steps.full_stop, attend, carry)
+    if plan.has_masked_first:
+        carry = lax.fori_loop(steps.full_stop, steps.stop, masked, carry)
+    return carry
 
-    scale = plan.scale * LOG2_E  # exp2 is the hardware's exponential
-    if plan.logits_soft_cap is not None:
-        logits = jnp.tanh(logits * (plan.scale / plan.logits_soft_cap))
-        scale = plan.logits_soft_cap * LOG2_E
-    if masked:
-        logits = jnp.where(
-            visible_keys(
-                first_row,
-                tile * config.tile_kv,
-                logits.shape,
-                plan.offset(work.q_length, work.kv_length),
-                work.kv_length,
-                plan.reach,
-            ),
-            logits,
-            -jnp.inf,
-        )
 
-    # The scale is applied where the maximum is subtracted: one fused multiply-add an element.
-    new_max = jnp.maximum(row_max, logits.max(axis=1) * scale)
-    alpha = jnp.exp2(row_max - new_max)
-    weights = jnp.exp2(logits * scale - broadcast_rows(new_max, config.tile_kv))
-    acc *= broadcast_rows(alpha, plan.value_dim)
-    row_sum *= alpha
-    weights16 = weights.astype(plan.dtype)
+def _attend_overlapped(plan: ForwardPlan, steps: Steps, tile: Tile, acc, softmax: Softmax, release):
+    """As _attend_in_order, the softmax always one tile ahead (FlashAttention-3, algorithm 2)."""
+    config = plan.config
+    second = jnp.minimum(steps.start + 1, steps.stop)
+    masked_stop = jnp.maximum(steps.masked_stop, second)
+    full_stop = jnp.maximum(steps.full_stop, second)
+    weights16 = register_zeros((config.tile_q, config.tile_kv)).astype(plan.dtype)
+    first = functools.partial(attend_first, tile, masked=plan.has_masked_end or plan.has_masked_first)
+    attend = functools.partial(attend_ahead, tile)
+    masked = functools.partial(attend, masked=True)
+    softmax, weights16 = lax.fori_loop(steps.start, second, first, (softmax, weights16))
+    release()
+    carry = (acc, softmax, weights16)
+    if plan.has_masked_end:
+        carry = lax.fori_loop(second, masked_stop, masked, carry)
+    carry = lax.fori_loop(masked_stop, full_stop, attend, carry)
+    if plan.has_masked_first:
+        carry = lax.fori_loop(full_stop, steps.stop, masked, carry)
+    acc, softmax, weights16 = carry
+    last = functools.partial(attend_last, tile, weights16)
+    return lax.fori_loop(jnp.maximum(steps.stop - 1, steps.start), steps.stop, last, acc), softmax
 
-    def end_softmax():
-        if config.ping_pong:
-            plgpu.barrier_arrive(barriers.turn)
-        plgpu.barrier_wait(barriers.v_loaded.at[slot])
-        if config.ping_pong:
-            plgpu.barrier_wait(barriers.turn)
 
-    # At 64 x 256 accumulators the sum would hold the weights' registers across the barrier.
-    if plan.value_dim <= 128:
-        row_sum += weights.sum(axis=1)
-        acc, row_sum, new_max, weights16 = lax.optimization_barrier((acc, row_sum, new_max, weights16))
-        end_softmax()
-    else:
-        end_softmax()
-        row_sum += weights.sum(axis=1)
-
-    def multiply_values(acc_ref):
-        plgpu.wgmma(acc_ref, weights16, buffers.v.at[slot])
-        _wait_next_keys(plan, work.tiles, barriers, tile)
-
-    acc = pl.run_state(multiply_values)(plgpu.ACC.init(acc))
-    plgpu.barrier_arrive(barriers.v_consumed.at[slot])
-    return acc, new_max, row_sum
+def finish_rows(plan: ForwardPlan, rows: Rows, acc, softmax: Softmax, out_smem, lse_smem):
+    """Divides by the sum of the weights; rows that saw nothing give 0 and -inf."""
+    if rows.extras.sinks is not None:
+        acc, softmax = add_sink(rows.extras.sinks[rows.head] * LOG2_E, acc, softmax)
+    live = softmax.sum > 0
+    if plan.has_q_lengths:
+        live = live & (rows.first_row + row_iota(plan.config.tile_q) < rows.q_length)
+    norm = jnp.where(live, 1 / ((1 - plan.dropout_rate) * softmax.sum), 0.0)
+    out_smem[...] = jnp.where(
+        broadcast_rows(live, plan.value_dim), acc * broadcast_rows(norm, plan.value_dim), 0.0
+    ).astype(plan.dtype)
+    lse_smem[...] = jnp.where(live, (softmax.max + jnp.log2(softmax.sum)) * (1 / LOG2_E), -jnp.inf)

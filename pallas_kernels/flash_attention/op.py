@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Integer
 
 from pallas_kernels import checks, device
-from pallas_kernels.flash_attention import reference, sm90
+from pallas_kernels.flash_attention import mapped, reference, sm90
+from pallas_kernels.flash_attention.block_tiles import BlockTiles, check_block_tiles
 from pallas_kernels.flash_attention.config import FlashConfig
 from pallas_kernels.flash_attention.dropout import dropout_seed
 from pallas_kernels.flash_attention.spec import AttentionGradients, AttentionInputs, AttentionSpec
@@ -18,6 +20,7 @@ from pallas_kernels.variants import choose
 
 ALIGNMENTS = ("top_left", "bottom_right")
 MAX_HEAD_DIM = 256
+SAVED_NAMES = ("attention_out", "attention_lse")  # what the backward pass takes from the forward pass
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -45,10 +48,13 @@ def flash_attention(
     value: Float[Array, "B S K Hv"],
     *,
     bias: Float[Array, "#B #N #T #S"] | None = None,
+    alibi_slopes: Float[Array, "N"] | Float[Array, "B N"] | None = None,
+    sinks: Float[Array, "N"] | None = None,
     q_segment_ids: Integer[Array, "B T"] | None = None,
     kv_segment_ids: Integer[Array, "B S"] | None = None,
     q_lengths: Int[Array, "B"] | None = None,
     kv_lengths: Int[Array, "B"] | None = None,
+    block_mask: BlockTiles | None = None,
     is_causal: bool = False,
     causal_alignment: str = "top_left",
     local_window_size: int | tuple[int | None, int | None] | None = None,
@@ -63,7 +69,8 @@ def flash_attention(
 ) -> Float[Array, "B T N Hv"] | tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
     """Computes exact attention without storing the T x S weights.
 
-        out = dropout(softmax(mask(cap(scale Q K^T) + bias))) V,   cap(x) = c tanh(x / c)
+        out = dropout(softmax(mask(cap(scale Q K^T) + bias - slope |position - key|))) V
+        cap(x) = c tanh(x / c)
 
     Query head n reads KV head n // (N/K). Query i stands at position i ("top_left") or at
     i + kv_length - q_length ("bottom_right"; S and T where no lengths are given); it sees key j where
@@ -72,9 +79,16 @@ def flash_attention(
 
     Arguments:
         query, key, value: [B, T, N, H], [B, S, K, H], [B, S, K, Hv]; all bf16, fp16 or f32; H, Hv <= 256.
-        bias: added to the logits; each dimension of [B, N, T, S] may be 1. Its gradient is computed.
+            The kernels take 16 bits; f32 is computed by XLA in chunks of queries, exact to fp32.
+        bias: added to the logits; each dimension of [B, N, T, S] may be 1. Its gradient is computed. What is
+            below -1e30 hides a key.
+        alibi_slopes: a slope for each head, [N] or [B, N]: linear biases (Press et al., 2022) that are never
+            stored. They are constants of a model: no gradient flows to them.
+        sinks: a logit for each head, f32[N], that takes its share of every row's softmax and has no value. It
+            counts in the log-sum-exp: that of a row that sees no key is the sink.
         q_segment_ids, kv_segment_ids: packed documents; both or neither.
         q_lengths, kv_lengths: tokens in use of each batch row; what lies beyond is never read into a result.
+        block_mask: the tiles of keys that a tile of queries visits, and which elements of them are visible.
         local_window_size: keys visible left and right of a query: an int for both sides, or a pair in which
             None means no limit.
         scale: multiplies Q K^T; 1 / sqrt(H) by default.
@@ -88,7 +102,21 @@ def flash_attention(
     Raises ValueError for wrong arguments, NotImplementedError where the named variant cannot.
     From: Dao et al., FlashAttention (2022), algorithms 1 and 4; FlashAttention-2 (2023), algorithm 1.
     """
-    inputs = AttentionInputs(query, key, value, bias, q_segment_ids, kv_segment_ids, q_lengths, kv_lengths)
+    if alibi_slopes is not None and alibi_slopes.ndim == 1:
+        alibi_slopes = alibi_slopes[None]
+    inputs = AttentionInputs(
+        query,
+        key,
+        value,
+        bias,
+        sinks,
+        alibi_slopes,
+        q_segment_ids,
+        kv_segment_ids,
+        q_lengths,
+        kv_lengths,
+        block_mask=block_mask,
+    )
     _check_arrays(inputs)
     checks.check_choice("causal_alignment", causal_alignment, ALIGNMENTS)
     checks.check_soft_cap(logits_soft_cap)
@@ -105,9 +133,46 @@ def flash_attention(
     if spec.dropout_rate > 0:
         assert dropout_key is not None
         inputs = inputs._replace(dropout_seed=dropout_seed(dropout_key))
-    results: Any = _attend(choose(VARIANTS, implementation, inputs, spec), spec, inputs)
+    results: Any = _attend(choose(VARIANTS, implementation, inputs, spec), spec, mapped.vary(inputs))
     out, lse = results
     return (out, lse.swapaxes(1, 2)) if return_lse else out
+
+
+def flash_attention_gradients(
+    query: Float[Array, "B T N H"],
+    out: Float[Array, "B T N Hv"],
+    lse: Float[Array, "B T N"],
+    out_grad: Float[Array, "B T N Hv"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K Hv"],
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    deterministic: bool = False,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
+    """Computes what some keys and values have part in the gradients of attention over more of them.
+
+    `out` and `lse`, the output and the log-sum-exp of each row, are those over all its keys: the sum of the
+    query's gradients over all blocks of keys is its gradient, and those of a block of keys and values are
+    complete. From: Dao et al., FlashAttention (2022), algorithm 4. Arguments as of flash_attention.
+    """
+    inputs = AttentionInputs(query, key, value)
+    _check_arrays(inputs)
+    checks.check_shape("out", out, (*query.shape[:3], value.shape[3]), "B T N Hv")
+    checks.check_shape("lse", lse, query.shape[:3], "B T N")
+    checks.check_soft_cap(logits_soft_cap)
+    spec = AttentionSpec(
+        scale=float(1 / math.sqrt(query.shape[-1]) if scale is None else scale),
+        is_causal=bool(is_causal),
+        logits_soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
+        deterministic=bool(deterministic),
+    )
+    implementation = choose(VARIANTS, implementation, inputs, spec)
+    inputs, out, lse, out_grad = mapped.vary((inputs, out, lse.swapaxes(1, 2), out_grad))
+    gradients = _backward(implementation, spec, inputs, out, lse, out_grad, jnp.zeros_like(lse))
+    return gradients.query, gradients.key, gradients.value
 
 
 def _check_arrays(inputs: AttentionInputs) -> None:
@@ -130,6 +195,12 @@ def _check_arrays(inputs: AttentionInputs) -> None:
         sizes = (batch, num_heads, num_queries, num_keys)
         checks.check_shape("bias", inputs.bias, [(1, size) for size in sizes], "B|1 N|1 T|1 S|1")
         checks.check_dtype("bias", inputs.bias, FLOATS)
+    if inputs.alibi_slopes is not None:
+        checks.check_shape("alibi_slopes", inputs.alibi_slopes, ((1, batch), num_heads), "N] or [B N")
+        checks.check_dtype("alibi_slopes", inputs.alibi_slopes, FLOATS)
+    if inputs.sinks is not None:
+        checks.check_shape("sinks", inputs.sinks, (num_heads,), "N")
+        checks.check_dtype("sinks", inputs.sinks, FLOATS)
     if (inputs.q_segment_ids is None) != (inputs.kv_segment_ids is None):
         raise ValueError("q_segment_ids and kv_segment_ids must be given together, got one of them")
     for name, array, shape, letters in (
@@ -141,6 +212,8 @@ def _check_arrays(inputs: AttentionInputs) -> None:
         if array is not None:
             checks.check_shape(name, array, shape, letters)
             checks.check_integers(name, array)
+    if inputs.block_mask is not None:
+        check_block_tiles(inputs.block_mask, batch, num_heads, num_queries, num_keys)
 
 
 def _check_dropout(rate: float, key: jax.Array | None) -> float:
@@ -159,18 +232,19 @@ def _attend(implementation: str, spec: AttentionSpec, inputs: AttentionInputs) -
 # Jitted, so that the layers of an unrolled model share one trace and one lowered kernel.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _forward(implementation: str, spec: AttentionSpec, inputs: AttentionInputs):
-    return VARIANTS[implementation].forward(inputs, spec)
+    return mapped.forward(lambda inputs: VARIANTS[implementation].forward(inputs, spec), inputs)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _backward(
     implementation: str, spec: AttentionSpec, inputs: AttentionInputs, out, lse, out_grad, lse_grad
 ):
-    return VARIANTS[implementation].backward(inputs, spec, out, lse, out_grad, lse_grad)
+    function = lambda inputs, *arrays: VARIANTS[implementation].backward(inputs, spec, *arrays)
+    return mapped.backward(function, inputs, (out, lse), (out_grad, lse_grad))
 
 
 def _attend_forward(implementation: str, spec: AttentionSpec, inputs: AttentionInputs):
-    out, lse = _forward(implementation, spec, inputs)
+    out, lse = map(checkpoint_name, _forward(implementation, spec, inputs), SAVED_NAMES)
     return (out, lse), (inputs, out, lse)
 
 

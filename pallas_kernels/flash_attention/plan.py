@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.flash_attention.config import FlashConfig
+from pallas_kernels.flash_attention.config import FlashConfig, FusedConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,19 @@ class AttentionPlan:
     has_q_lengths: bool
     has_kv_lengths: bool
     config: FlashConfig
+    has_segments: bool = False
+    has_block_mask: bool = False
+    dropout_rate: float = 0.0
+
+    @property
+    def has_masked_start(self) -> bool:
+        """Whether the first KV tiles that rows see may need a mask."""
+        return self.reach[0] is not None or self.has_segments
+
+    @property
+    def has_masked_tail(self) -> bool:
+        """Whether the last ones may, for another reason than the end of the keys."""
+        return self.reach[1] is not None or self.has_segments
 
     @property
     def group(self) -> int:
@@ -35,18 +48,26 @@ class AttentionPlan:
         return self.num_heads // self.num_kv_heads
 
     @property
+    def fused(self) -> FusedConfig:
+        """Tiles of the fused backward kernel, in a config that has them."""
+        assert self.config.fused is not None
+        return self.config.fused
+
+    @property
+    def has_ragged_keys(self) -> bool:
+        """Whether the last tile of 128 keys may hold keys past the end."""
+        return self.has_kv_lengths or self.num_keys % 128 > 0
+
+    @property
     def token_bytes(self) -> int:
         """Of one token's K and V, or Q and dO, of one head."""
         return (self.head_dim + self.value_dim) * jnp.dtype(self.dtype).itemsize
 
-    def lengths_of(self, batch, lengths):
+    def lengths_of(self, batch, extras):
         """(q_length, kv_length) of a batch row: read where they were given, else T and S."""
-        q_length, kv_length = jnp.int32(self.num_queries), jnp.int32(self.num_keys)
-        lengths = list(lengths)
-        if self.has_q_lengths:
-            q_length = lengths.pop(0)[batch]
-        if self.has_kv_lengths:
-            kv_length = lengths.pop(0)[batch]
+        q_lengths, kv_lengths = extras.q_lengths, extras.kv_lengths
+        q_length = jnp.int32(self.num_queries) if q_lengths is None else q_lengths[batch]
+        kv_length = jnp.int32(self.num_keys) if kv_lengths is None else kv_lengths[batch]
         return q_length, kv_length
 
     def offset(self, q_length, kv_length):

@@ -12,24 +12,31 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.flash_attention.block_tiles import visible_elements
 from pallas_kernels.flash_attention.dropout import keep_mask
 from pallas_kernels.flash_attention.spec import AttentionGradients, AttentionInputs, AttentionSpec
 
 CHUNK_LOGITS = 1 << 24  # fp32 logits alive at once: 64 MiB, enough to keep every core busy
 MIN_CHUNK = 16
+HIDDEN = -1e30  # what a bias below this is added to is hidden, as by -inf
 
 
 def forward(inputs: AttentionInputs, spec: AttentionSpec) -> tuple[jax.Array, jax.Array]:
     """Computes softmax(mask(cap(scale Q K^T) + bias)) V and the log-sum-exp f32[B, N, T] of each row."""
-
     inputs = _zero_padding(inputs)
+
+    sinks = None if inputs.sinks is None else _f32(inputs.sinks).reshape(inputs.key.shape[2], -1, 1)
 
     def attend_chunk(_, chunk):
         start, query, bias = chunk
         logits, _ = _logits(inputs, spec, query, bias, start)
         row_max = jnp.max(logits, axis=-1)
+        if sinks is not None:
+            row_max = jnp.maximum(row_max, sinks)
         weights = _exp_minus(logits, row_max)
         row_sum = jnp.sum(weights, axis=-1)
+        if sinks is not None:
+            row_sum += jnp.exp(sinks - row_max)
         if inputs.dropout_seed is not None:
             weights *= _dropout(inputs, spec, query, start)
         out = _mix(weights, _f32(inputs.value))
@@ -37,6 +44,8 @@ def forward(inputs: AttentionInputs, spec: AttentionSpec) -> tuple[jax.Array, ja
         return None, (out * norm[..., None], _from_groups(row_max + jnp.log(row_sum)))
 
     _, (out, lse) = _scan_queries(attend_chunk, None, inputs, inputs.query)
+    if inputs.q_lengths is not None:
+        lse = jnp.where(_inside(lse, inputs.q_lengths)[..., None], lse, -jnp.inf)
     return out.astype(inputs.query.dtype), lse.swapaxes(1, 2)
 
 
@@ -98,7 +107,22 @@ def backward(
         key=d_key.astype(inputs.key.dtype),
         value=d_value.astype(inputs.value.dtype),
         bias=None if inputs.bias is None else d_bias.astype(inputs.bias.dtype),
+        sinks=sink_gradient(inputs, lse, row_terms(out, lse, out_cotangent, lse_cotangent)),
     )
+
+
+def row_terms(out, lse, out_cotangent, lse_cotangent):
+    """delta f32[B, N, T] = rowsum(dO * O) - dlse, zero in rows without a log-sum-exp."""
+    products = jnp.einsum("bthd,bthd->bht", out_cotangent, out, preferred_element_type=jnp.float32)
+    return jnp.where(jnp.isneginf(lse), 0.0, products - lse_cotangent)
+
+
+def sink_gradient(inputs: AttentionInputs, lse, delta):
+    """A sink's weight is exp(sink - lse) in every row; it has no value, so that its dP is zero."""
+    if inputs.sinks is None:
+        return None
+    weights = jnp.exp(_f32(inputs.sinks)[:, None] - jnp.where(jnp.isneginf(lse), jnp.inf, lse))
+    return -jnp.sum(weights * delta, axis=(0, 2)).astype(inputs.sinks.dtype)
 
 
 def _scan_queries(body, carry, inputs: AttentionInputs, *row_arrays):
@@ -149,21 +173,23 @@ def _logits(inputs: AttentionInputs, spec: AttentionSpec, query, bias, start):
         logits, slope = spec.logits_soft_cap * capped, 1 - capped * capped
     if bias is not None:
         grouped = (num_kv_heads, -1) if bias.shape[1] > 1 else (1, 1)
-        logits += _f32(bias).reshape(bias.shape[0], *grouped, *bias.shape[2:])
+        bias = _f32(bias).reshape(bias.shape[0], *grouped, *bias.shape[2:])
+        logits += jnp.where(bias < HIDDEN, -jnp.inf, bias)
+    if inputs.alibi_slopes is not None:
+        slopes = _f32(inputs.alibi_slopes).reshape(-1, num_kv_heads, logits.shape[2], 1, 1)
+        position, kv_index = _positions(inputs, spec, start, query.shape[1])
+        logits -= slopes * jnp.abs(position - kv_index)[:, None, None]
     visible = _visible(inputs, spec, start, query.shape[1])
     if visible is not None:
-        logits = jnp.where(visible[:, None, None], logits, -jnp.inf)
+        logits = jnp.where(visible, logits, -jnp.inf)
     return logits, slope
 
 
 def _visible(inputs: AttentionInputs, spec: AttentionSpec, start, chunk: int):
-    """bool[B|1, chunk, S]: which keys each query sees; None when all do."""
+    """bool[B|1, K|1, G|1, chunk, S]: which keys each query sees; None when all do."""
     num_queries, num_keys = inputs.query.shape[1], inputs.key.shape[1]
     q_index = (start + jnp.arange(chunk))[None, :, None]
-    kv_index = jnp.arange(num_keys)[None, None, :]
-    q_lengths = _column(inputs.q_lengths, num_queries)
-    kv_lengths = _column(inputs.kv_lengths, num_keys)
-    position = q_index + (kv_lengths - q_lengths if spec.bottom_right else 0)
+    position, kv_index = _positions(inputs, spec, start, chunk)
     left, right = spec.reach
     conditions = []
     if left is not None:
@@ -171,21 +197,35 @@ def _visible(inputs: AttentionInputs, spec: AttentionSpec, start, chunk: int):
     if right is not None:
         conditions.append(kv_index <= position + right)
     if inputs.q_lengths is not None:
-        conditions.append(q_index < q_lengths)
+        conditions.append(q_index < inputs.q_lengths[:, None, None])
     if inputs.kv_lengths is not None:
-        conditions.append(kv_index < kv_lengths)
+        conditions.append(kv_index < inputs.kv_lengths[:, None, None])
     if inputs.q_segment_ids is not None and inputs.kv_segment_ids is not None:
         padding = (0, max(0, -(-num_queries // chunk) * chunk - num_queries))
         q_ids = lax.dynamic_slice_in_dim(
             jnp.pad(inputs.q_segment_ids, ((0, 0), padding)), start, chunk, axis=1
         )
         conditions.append(q_ids[:, :, None] == inputs.kv_segment_ids[:, None, :])
+    conditions = [condition[:, None, None] for condition in conditions]
+    if inputs.block_mask is not None:
+        elements = visible_elements(inputs.block_mask, start + jnp.arange(chunk), num_keys)
+        grouped = (inputs.key.shape[2], -1) if elements.shape[1] > 1 else (1, 1)
+        conditions.append(elements.reshape(elements.shape[0], *grouped, *elements.shape[2:]))
     if not conditions:
         return None
     visible = conditions[0]
     for condition in conditions[1:]:
         visible = visible & condition
     return visible
+
+
+def _positions(inputs: AttentionInputs, spec: AttentionSpec, start, chunk: int):
+    """Where each query of a chunk stands, i32[B|1, chunk, 1], and the index of each key, i32[1, 1, S]."""
+    num_queries, num_keys = inputs.query.shape[1], inputs.key.shape[1]
+    position = (start + jnp.arange(chunk))[None, :, None]
+    if spec.bottom_right:
+        position += _column(inputs.kv_lengths, num_keys) - _column(inputs.q_lengths, num_queries)
+    return position, jnp.arange(num_keys)[None, None, :]
 
 
 def _column(lengths, default: int):
@@ -210,8 +250,12 @@ def zero_beyond(x, lengths):
     """Zeros rows of x [B, T, N, H] from lengths [B] on."""
     if lengths is None:
         return x
-    inside = jnp.arange(x.shape[1]) < lengths[:, None]
-    return jnp.where(inside[..., None, None], x, 0)
+    return jnp.where(_inside(x, lengths)[..., None, None], x, 0)
+
+
+def _inside(x, lengths):
+    """bool[B, T] of x [B, T, ...]: which rows lie within lengths [B]."""
+    return jnp.arange(x.shape[1]) < lengths[:, None]
 
 
 def _dropout(inputs: AttentionInputs, spec: AttentionSpec, query, start):

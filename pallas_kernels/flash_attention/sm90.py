@@ -1,12 +1,20 @@
 """The Hopper variant of flash_attention: what it can serve, and the shapes and padding its kernels want."""
 
+import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.flash_attention import backward_sm90, forward_sm90, reference
-from pallas_kernels.flash_attention.config import default_config
+from pallas_kernels.flash_attention import (
+    backward_fused_sm90,
+    backward_sm90,
+    bias_gradient_sm90,
+    forward_sm90,
+    reference,
+)
+from pallas_kernels.flash_attention.config import FlashConfig, default_config
 from pallas_kernels.flash_attention.forward_sm90 import ForwardPlan
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.spec import AttentionGradients, AttentionInputs, AttentionSpec
@@ -15,6 +23,7 @@ from pallas_kernels.mosaic import LOG2_E
 ROW_MULTIPLE = (
     8  # TMA moves 8-row tiles: it would read or write past a batch row whose length is not a multiple
 )
+FORWARD_HEAD_MULTIPLE = 32  # 64 bytes, the narrower of the swizzles that cost no speed
 HEAD_MULTIPLE = 64  # 128 bytes, the width of the swizzle
 
 
@@ -24,24 +33,35 @@ def unsupported(inputs: AttentionInputs, spec: AttentionSpec) -> str | None:
         return f"it takes bfloat16 and float16, got {inputs.query.dtype}"
     if spec.scale <= 0:
         return f"it takes a positive scale, got {spec.scale}"
-    for name, given in (
-        ("bias", inputs.bias is not None),
-        ("segment ids", inputs.q_segment_ids is not None),
-        ("dropout", spec.dropout_rate > 0),
-    ):
-        if given:
-            return f"it does not take {name} yet"
+    if inputs.block_mask is not None:
+        return _why_not_block_mask(inputs, plan_of(inputs, spec).config)
+    return None
+
+
+def _why_not_block_mask(inputs: AttentionInputs, config: FlashConfig) -> str | None:
+    """Why the kernels cannot follow a block mask; its tiles must be made of whole ones of theirs."""
+    assert inputs.block_mask is not None
+    if inputs.bias is not None:
+        return "it does not take a bias with a block_mask"
+    if inputs.block_mask.num_kv.shape[1] > 1 and inputs.key.shape[2] < inputs.query.shape[2]:
+        return "it does not take a block_mask for each query head where heads share keys"
+    tile_q, tile_kv = inputs.block_mask.tile
+    dq, dkv = config.dq, config.dkv
+    rows = math.lcm(config.tile_q * config.warpgroups, dq.own * dq.warpgroups, dkv.other)
+    columns = math.lcm(config.tile_kv, dq.other, dkv.own * dkv.warpgroups)
+    if tile_q % rows or tile_kv % columns:
+        return f"it takes block masks with tiles in multiples of {rows} x {columns}, got {tile_q} x {tile_kv}"
     return None
 
 
 def forward(inputs: AttentionInputs, spec: AttentionSpec) -> tuple[jax.Array, jax.Array]:
     """The output [B, T, N, Hv] and the log-sum-exp f32[B, N, T]."""
-    plan = ForwardPlan(**_plan_fields(inputs, spec))
+    plan = ForwardPlan(**_plan_fields(inputs, spec, FORWARD_HEAD_MULTIPLE))
     num_queries, value_dim = inputs.query.shape[1], inputs.value.shape[-1]
     # Weights beyond the lengths are 0, but 0 x NaN is NaN.
     value = reference.zero_beyond(inputs.value, inputs.kv_lengths)
-    arrays = [_pad(x) for x in (inputs.query, inputs.key, value)]
-    out, lse = forward_sm90.launch(plan, *arrays, *_lengths(inputs))
+    arrays = [_pad(x, FORWARD_HEAD_MULTIPLE) for x in (inputs.query, inputs.key, value)]
+    out, lse = forward_sm90.launch(plan, inputs, *arrays)
     return out[:, :num_queries, :, :value_dim], lse[:, :, :num_queries]
 
 
@@ -54,31 +74,50 @@ def backward(
     lse_grad: jax.Array,
 ) -> AttentionGradients:
     """Gradients of query, key and value."""
-    plan = AttentionPlan(**_plan_fields(inputs, spec))
+    plan = plan_of(inputs, spec)
     out_grad = reference.zero_beyond(out_grad, inputs.q_lengths)
     query = reference.zero_beyond(inputs.query, inputs.q_lengths)
     key, value = (reference.zero_beyond(x, inputs.kv_lengths) for x in (inputs.key, inputs.value))
-    products = jnp.einsum("bthd,bthd->bht", out_grad, out, preferred_element_type=jnp.float32)
-    sees_nothing = jnp.isneginf(lse)
-    delta = jnp.where(sees_nothing, 0.0, products - lse_grad)
-    lse2 = jnp.where(sees_nothing, jnp.inf, lse * LOG2_E)  # exp2(logits - inf) = 0
-    arrays = [_pad(x) for x in (query, key, value, out_grad)]
-    tile = backward_sm90.statistics_multiple(plan)
+    delta = reference.row_terms(out, lse, out_grad, lse_grad)
+    lse2 = jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2_E)  # exp2(logits - inf) = 0
+    arrays = [_pad(x, HEAD_MULTIPLE) for x in (query, key, value, out_grad)]
+    is_fused = not spec.deterministic and backward_fused_sm90.serves(plan, inputs)
+    kernels = backward_fused_sm90 if is_fused else backward_sm90
+    tile = math.lcm(kernels.statistics_multiple(plan), backward_sm90.statistics_multiple(plan))
     statistics = [_pad_rows(lse2, 2, tile, jnp.inf), _pad_rows(delta, 2, tile)]
-    gradients = backward_sm90.launch(plan, *arrays, *statistics, *_lengths(inputs))
-    return AttentionGradients(
-        *(g[:, : x.shape[1], :, : x.shape[3]] for g, x in zip(gradients, inputs[:3], strict=True))
+    gradients = kernels.launch(plan, inputs, *arrays, *statistics)
+    d_bias = None
+    if inputs.bias is not None:
+        d_bias = bias_gradient_sm90.launch(plan, inputs, *arrays, *statistics)
+    d_query, d_key, d_value = (
+        g[:, : x.shape[1], :, : x.shape[3]] for g, x in zip(gradients, inputs[:3], strict=True)
     )
+    return AttentionGradients(d_query, d_key, d_value, d_bias, reference.sink_gradient(inputs, lse, delta))
 
 
-def _lengths(inputs: AttentionInputs) -> list[jax.Array]:
-    return [x.astype(jnp.int32) for x in (inputs.q_lengths, inputs.kv_lengths) if x is not None]
+def plan_of(
+    inputs: AttentionInputs, spec: AttentionSpec, head_multiple: int = HEAD_MULTIPLE
+) -> AttentionPlan:
+    """What the kernels of a call are built from, those of the backward pass where no head_multiple is given;
+    reads only the shapes and dtypes of the inputs.
+    """
+    return AttentionPlan(**_plan_fields(inputs, spec, head_multiple))
 
 
-def _plan_fields(inputs: AttentionInputs, spec: AttentionSpec) -> dict[str, Any]:
+def _plan_fields(inputs: AttentionInputs, spec: AttentionSpec, head_multiple: int) -> dict[str, Any]:
     batch, num_queries, num_heads, head_dim = inputs.query.shape
-    head_dim, value_dim = (dim + -dim % HEAD_MULTIPLE for dim in (head_dim, inputs.value.shape[3]))
-    crowded = spec.reach[0] is not None or spec.logits_soft_cap is not None
+    head_dim, value_dim = (dim + -dim % head_multiple for dim in (head_dim, inputs.value.shape[3]))
+    has_segments, has_bias = inputs.q_segment_ids is not None, inputs.bias is not None
+    busy = spec.dropout_rate > 0 or has_segments or has_bias
+    crowded = busy or any(x is not None for x in (spec.reach[0], spec.logits_soft_cap, inputs.alibi_slopes))
+    has_lengths = inputs.q_lengths is not None or inputs.kv_lengths is not None
+    has_bias_rows = inputs.bias is not None and inputs.bias.shape[2] > 1
+    in_blocks = inputs.block_mask is not None or has_bias_rows
+    config = default_config(max(head_dim, value_dim), crowded, num_queries, in_blocks, busy, has_lengths)
+    if head_dim != value_dim:  # the output cannot take the queries' place, but takes that of the next queries
+        config = dataclasses.replace(config, q_stages=1)
+    if inputs.alibi_slopes is not None:
+        config = dataclasses.replace(config, dkv_passes=2)
     return {
         "batch": batch,
         "num_queries": num_queries,
@@ -94,13 +133,16 @@ def _plan_fields(inputs: AttentionInputs, spec: AttentionSpec) -> dict[str, Any]
         "logits_soft_cap": spec.logits_soft_cap,
         "has_q_lengths": inputs.q_lengths is not None,
         "has_kv_lengths": inputs.kv_lengths is not None,
-        "config": spec.config or default_config(max(head_dim, value_dim), crowded),
+        "config": spec.config or config,
+        "has_block_mask": inputs.block_mask is not None,
+        "has_segments": has_segments,
+        "dropout_rate": spec.dropout_rate,
     }
 
 
-def _pad(x: jax.Array) -> jax.Array:
+def _pad(x: jax.Array, head_multiple: int) -> jax.Array:
     """[B, T, N, H] with T and H as the kernels want them."""
-    x, head_dim = _pad_rows(x, 1, ROW_MULTIPLE), -x.shape[3] % HEAD_MULTIPLE
+    x, head_dim = _pad_rows(x, 1, ROW_MULTIPLE), -x.shape[3] % head_multiple
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, head_dim))) if head_dim else x
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, Float, Int, Integer, UInt32
 
+from pallas_kernels.flash_attention.block_tiles import BlockTiles
 from pallas_kernels.flash_attention.config import FlashConfig
 
 
@@ -32,23 +33,27 @@ class AttentionSpec:
 
 
 class AttentionInputs(NamedTuple):
-    """The arrays of a call: gradients flow to the first four."""
+    """The arrays of a call: gradients flow to the first five."""
 
     query: Float[Array, "B T N H"]
     key: Float[Array, "B S K H"]
     value: Float[Array, "B S K Hv"]
     bias: Float[Array, "#B #N #T #S"] | None = None
+    sinks: Float[Array, "N"] | None = None
+    alibi_slopes: Float[Array, "#B N"] | None = None
     q_segment_ids: Integer[Array, "B T"] | None = None
     kv_segment_ids: Integer[Array, "B S"] | None = None
     q_lengths: Int[Array, "B"] | None = None
     kv_lengths: Int[Array, "B"] | None = None
     dropout_seed: UInt32[Array, "2"] | None = None
+    block_mask: BlockTiles | None = None
 
 
 class AttentionGradients(NamedTuple):
-    """Cotangents of AttentionInputs' first four fields."""
+    """Cotangents of AttentionInputs' first five fields."""
 
     query: jax.Array
     key: jax.Array
     value: jax.Array
     bias: jax.Array | None = None
+    sinks: jax.Array | None = None

@@ -1,15 +1,15 @@
 """Which tiles a thread block works on, and in which order: index arithmetic shared by the sm_90 kernels."""
 
 import dataclasses
-from collections.abc import Sequence
+import heapq
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from pallas_kernels.mosaic import broadcast_rows, ceil_div, div, plgpu, row_iota
+from pallas_kernels.mosaic import ceil_div, div
 
-FAR = 1 << 30  # beyond any sequence
 L2_BYTES = 32 << 20  # of 50 MiB: what the K and V that thread blocks share at one time may take
 
 
@@ -27,6 +27,9 @@ class KvTiles(NamedTuple):
         stop = jnp.clip(self.stop, start, outer.stop)
         full_start = jnp.clip(self.full_start, start, stop)
         return KvTiles(start, full_start, jnp.clip(self.full_stop, full_start, stop), stop)
+
+
+NO_TILES = KvTiles(0, 0, 0, 0)
 
 
 def kv_tiles(
@@ -52,26 +55,6 @@ def kv_tiles(
     full_start = jnp.clip(ceil_div(full_start, tile_kv), start, stop)
     round_end = div if mask_end or right is not None else ceil_div
     return KvTiles(start, full_start, jnp.clip(round_end(full_stop, tile_kv), full_start, stop), stop)
-
-
-def visible_keys(first_row, first_key, shape: Sequence[int], offset, kv_length, reach) -> Any:
-    """bool[rows, keys] of a tile, laid out as a wgmma accumulator; kv_length None: no key is padding."""
-    left, right = reach
-    key = first_key + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
-    row = row_iota(shape[0])
-    visible = None
-    if right is not None:
-        last = row + (first_row + offset + right)
-        visible = key <= broadcast_rows(
-            last if kv_length is None else jnp.minimum(last, kv_length - 1), shape[1]
-        )
-    elif kv_length is not None:
-        # Through a row vector, where a splat would do: broadcast rows tell the compiler their layout.
-        visible = key <= broadcast_rows(jnp.minimum(row + FAR, kv_length - 1), shape[1])
-    if left is not None:
-        not_before = key >= broadcast_rows(row + (first_row + offset - left), shape[1])
-        visible = not_before if visible is None else visible & not_before
-    return visible
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +83,11 @@ class TileOrder:
     def num_blocks(self) -> int:
         return self.num_tiles * self.num_heads
 
+    def tile_of(self, block: int) -> int:
+        """The tile of a thread block, for the host."""
+        tile = block % (self.num_tiles * self.section) // self.section
+        return self.num_tiles - 1 - tile if self.heavy_last else tile
+
     def locate(self, block):
         """(tile, head) of a thread block."""
         index = lax.rem(block, jnp.int32(self.num_tiles * self.section))
@@ -110,3 +98,29 @@ class TileOrder:
             index, jnp.int32(self.section)
         )
         return tile, head
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Which items of an order each of num_blocks persistent thread blocks works on.
+
+    Dealt beforehand as a queue would deal them: each item to the block that is free first. A fixed pattern
+    (every 132nd item) leaves multiprocessors idle for up to 40% of the time where a block has few items.
+    """
+
+    order: TileOrder
+    num_blocks: int
+    costs: tuple[int, ...]  # of each tile of a head
+
+    def table(self) -> np.ndarray:
+        """i32[num_blocks, 1 + most items a block has]: how many items a block has, and which."""
+        items: list[list[int]] = [[] for _ in range(self.num_blocks)]
+        free = [(0, block) for block in range(self.num_blocks)]
+        for item in range(self.order.num_blocks):
+            time, block = free[0]
+            items[block].append(item)
+            heapq.heapreplace(free, (time + self.costs[self.order.tile_of(item)], block))
+        table = np.zeros((self.num_blocks, 1 + max(map(len, items))), np.int32)
+        for row, mine in zip(table, items, strict=True):
+            row[: 1 + len(mine)] = len(mine), *mine
+        return table

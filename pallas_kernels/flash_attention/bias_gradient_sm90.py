@@ -1,0 +1,140 @@
+"""The gradient of a bias on Hopper: dS = P * (dP - delta), summed over the dimensions along which the bias
+was broadcast.
+
+Each thread block owns one tile of the sums and recomputes the tiles of dS that fall on it, in a fixed order:
+nothing of size T x S is stored but the gradient of a bias of that size. Where the sums run over queries or
+keys, those of each batch row and head are left to XLA, so that there are blocks enough.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.flash_attention.extras import Extras, Footprint, prepare
+from pallas_kernels.flash_attention.plan import AttentionPlan
+from pallas_kernels.flash_attention.scores import TilePlace, logit_gradients, weigh
+from pallas_kernels.flash_attention.spec import AttentionInputs
+from pallas_kernels.flash_attention.tiles import kv_tiles
+from pallas_kernels.mosaic import broadcast_rows, pl, plgpu, register_zeros, swizzled_smem
+
+TILE = 64  # queries, and keys: small, so that thread blocks share an SM and hide each other's loads
+
+
+class Buffers(NamedTuple):
+    """Shared memory of a thread block."""
+
+    q: Any  # [64, H]
+    k: Any
+    v: Any  # [64, Hv]
+    d_out: Any
+    lse: Any  # f32[64]
+    delta: Any
+    sums: Any  # [64, 64], on their way out
+
+
+def launch(plan: AttentionPlan, inputs: AttentionInputs, query, key, value, out_grad, lse2, delta):
+    """The gradient in the bias's shape and dtype; arguments as the other backward kernels take them."""
+    bias = inputs.bias
+    assert bias is not None
+    sums_tiles = bias.shape[2] == 1 or bias.shape[3] == 1
+    num_tiles = [math.ceil(length / TILE) for length in (plan.num_queries, plan.num_keys)]
+    sizes = (plan.batch, plan.num_heads, *num_tiles)
+    kept = [size > 1 or (sums_tiles and axis < 2) for axis, size in enumerate(bias.shape)]
+    grid = [size if keep else 1 for size, keep in zip(sizes, kept, strict=True)]
+    dtype = jnp.float32 if sums_tiles else bias.dtype
+    matrix = lambda dim: swizzled_smem((TILE, dim), plan.dtype)
+    vector = plgpu.SMEM((TILE,), jnp.float32)
+    by_query, by_value = matrix(plan.head_dim), matrix(plan.value_dim)
+    sums = swizzled_smem((TILE, TILE), dtype)
+    (out,) = plgpu.kernel(
+        functools.partial(_body, plan, sizes, kept),
+        out_type=(jax.ShapeDtypeStruct((*grid[:2], grid[2] * TILE, grid[3] * TILE), dtype),),
+        grid=(math.prod(grid),),
+        grid_names=("block",),
+        num_threads=1,
+        thread_name="warpgroup",
+        scratch_types=(
+            Buffers(by_query, by_query, by_value, by_value, vector, vector, sums),
+            plgpu.Barrier(num_arrivals=6),
+        ),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="flash_attention_dbias",
+    )(query, key, value, out_grad, lse2, delta, prepare(plan, inputs, Footprint(TILE, TILE, 1)))
+    rows, columns = (n if keep else TILE for n, keep in zip(bias.shape[2:], kept[2:], strict=True))
+    out = out[:, :, :rows, :columns]
+    broadcast = tuple(axis for axis in range(4) if bias.shape[axis] == 1 and out.shape[axis] > 1)
+    return jnp.sum(out, axis=broadcast, keepdims=True).astype(bias.dtype)
+
+
+def _body(plan: AttentionPlan, sizes, kept, *refs):
+    *sources, extras, out, buffers, loaded = refs
+    block = lax.axis_index("block")
+    num_steps = math.prod(size for size, keep in zip(sizes, kept, strict=True) if not keep)
+
+    def step(index, sums):
+        batch, head, q_tile, kv_tile = _locate(sizes, kept, block, index)
+        q_length, kv_length = plan.lengths_of(batch, extras)
+        lengths = q_length, kv_length
+        place = TilePlace(batch, head, q_tile * TILE, kv_tile * TILE, *lengths, shape=(TILE, TILE))
+        offset = plan.offset(*lengths)
+        seen = kv_tiles(place.first_query, TILE, offset, *lengths, plan.reach, TILE)
+        seen = extras.visits(seen, batch, head, place.first_query, TILE, TILE, 1)
+        is_seen = (seen.start <= kv_tile) & (kv_tile < seen.stop)
+        add = lambda _, sums: sums + _gradients(plan, extras, place, sources, buffers, loaded)
+        return lax.fori_loop(0, is_seen.astype(jnp.int32), add, sums)
+
+    sums = lax.fori_loop(0, num_steps, step, register_zeros((TILE, TILE)))
+    buffers.sums[...] = sums.astype(buffers.sums.dtype)
+    plgpu.commit_smem()
+    batch, head, q_tile, kv_tile = _locate(sizes, kept, block, 0)
+    target = out.at[batch, head, pl.ds(q_tile * TILE, TILE), pl.ds(kv_tile * TILE, TILE)]
+    plgpu.copy_smem_to_gmem(buffers.sums, target)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _locate(sizes, kept, block, step):
+    """(batch, head, query tile, key tile): dimensions that are kept from the block's index, others from the
+    step's.
+    """
+    place, rest = [], {True: jnp.int32(block), False: jnp.int32(step)}
+    for size, keep in zip(reversed(sizes), reversed(kept), strict=True):
+        place.append(lax.rem(rest[keep], jnp.int32(size)))
+        rest[keep] = lax.div(rest[keep], jnp.int32(size))
+    return reversed(place)
+
+
+def _gradients(plan: AttentionPlan, extras: Extras, place: TilePlace, sources, buffers: Buffers, loaded):
+    """dS of one tile."""
+    q, k, v, d_out, lse2, delta = sources
+    kv_head = lax.div(place.head, jnp.int32(plan.group))
+    rows, keys = pl.ds(place.first_query, TILE), pl.ds(place.first_key, TILE)
+    by_row, by_key = (place.batch, rows, place.head), (place.batch, keys, kv_head)
+    by_head = (place.batch, place.head, rows)
+    for source, target in zip(
+        (q.at[by_row], k.at[by_key], v.at[by_key], d_out.at[by_row], lse2.at[by_head], delta.at[by_head]),
+        buffers,
+        strict=False,
+    ):
+        plgpu.copy_gmem_to_smem(source, target, loaded)
+    plgpu.barrier_wait(loaded)
+    lse2, delta = (
+        broadcast_rows(plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1)), TILE)
+        for ref in (buffers.lse, buffers.delta)
+    )
+
+    def multiply(logits_acc, d_weights_acc):
+        plgpu.wgmma(logits_acc, buffers.q, buffers.k.transpose((1, 0)))
+        plgpu.wgmma(d_weights_acc, buffers.d_out, buffers.v.transpose((1, 0)))
+        logits = plgpu.wgmma_accumulator_load(logits_acc, wait_n=1)
+        weights = weigh(plan, extras, place, logits, lse2, masked=True)
+        weights = weights._replace(slopes=weights.values)  # the bias is added after the soft cap
+        return logit_gradients(plan, weights, d_weights_acc[...], delta)
+
+    acc_type = plgpu.ACC((TILE, TILE), jnp.float32)
+    gradients = pl.run_scoped(multiply, acc_type, acc_type)
+    plgpu.commit_smem()  # our reads come before the copies that replace what they read
+    return gradients

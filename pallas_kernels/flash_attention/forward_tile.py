@@ -1,0 +1,279 @@
+"""What the forward kernel does with one KV tile: a compute warpgroup's stages, from Q K^T to P V.
+
+The logits are multiplied, bent and masked (modify_logits), turned into weights under a running maximum
+(softmax_update) and multiplied with the values (FlashAttention-2, algorithm 1).
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.flash_attention.extras import Extras
+from pallas_kernels.flash_attention.plan import AttentionPlan
+from pallas_kernels.flash_attention.scores import TilePlace, bend, survivors, visible
+from pallas_kernels.mosaic import broadcast_rows, pl, plgpu, swizzled_smem
+
+FLOOR = -1e30  # the running maximum before a key was seen: finite, so that no difference is NaN
+
+
+class Rows(NamedTuple):
+    """The tile_q rows of an item that a compute warpgroup attends with."""
+
+    batch: Any
+    head: Any
+    first_row: Any
+    q_length: Any
+    kv_length: Any
+    extras: Extras
+    q_smem: Any  # [tile_q, H]
+    position: Any  # of the item's first KV tile among all that the thread block streams
+
+
+class Softmax(NamedTuple):
+    """Running statistics of each row, in base 2."""
+
+    max: jax.Array  # f32[tile_q]
+    sum: jax.Array  # f32[tile_q]
+
+    def add(self, weights) -> "Softmax":
+        return self._replace(sum=self.sum + weights.sum(axis=1))
+
+
+class Steps(NamedTuple):
+    """KV tiles of an item, counted from its last: [start, stop) are seen, those outside
+    [masked_stop, full_stop) need a mask.
+    """
+
+    start: Any
+    masked_stop: Any
+    full_stop: Any
+    stop: Any
+
+
+class KeyValueRing(NamedTuple):
+    """K and V tiles on their way through shared memory: `stages` slots, filled in turn."""
+
+    k: Any  # [stages, tile_kv, H]
+    v: Any  # [stages, tile_kv, Hv]
+    k_loaded: Any
+    v_loaded: Any
+    k_consumed: Any
+    v_consumed: Any
+
+    @classmethod
+    def types(cls, plan: AttentionPlan) -> "KeyValueRing":
+        config = plan.config
+        loaded = plgpu.Barrier(num_barriers=config.stages)
+        consumed = plgpu.Barrier(num_barriers=config.stages, num_arrivals=config.warpgroups)
+        k, v = (
+            swizzled_smem((config.stages, config.tile_kv, dim), plan.dtype)
+            for dim in (plan.head_dim, plan.value_dim)
+        )
+        return cls(k, v, loaded, loaded, consumed, consumed)
+
+    def slot(self, position):
+        return lax.rem(position, jnp.int32(self.k.shape[0]))
+
+    def load_keys(self, position, source):
+        self._load(position, source, self.k, self.k_loaded, self.k_consumed)
+
+    def load_values(self, position, source):
+        self._load(position, source, self.v, self.v_loaded, self.v_consumed)
+
+    def _load(self, position, source, smem, loaded, consumed):
+        """Starts the copy into a slot, when its last user has left."""
+        slot = self.slot(position)
+        wait = functools.partial(plgpu.barrier_wait, consumed.at[slot])
+        pl.when(position >= smem.shape[0])(wait)
+        plgpu.copy_gmem_to_smem(source, smem.at[slot], loaded.at[slot])
+
+    def drain(self, stop):
+        """Sees every arrival, before the block ends."""
+
+        def drain(position, _):
+            plgpu.barrier_wait(self.k_consumed.at[self.slot(position)])
+            plgpu.barrier_wait(self.v_consumed.at[self.slot(position)])
+
+        lax.fori_loop(jnp.maximum(0, stop - self.k.shape[0]), stop, drain, None)
+
+
+class Tile(NamedTuple):
+    """What a warpgroup needs to attend to any tile of an item."""
+
+    plan: AttentionPlan
+    ring: KeyValueRing
+    rows: Rows
+    last: Any  # the item's last KV tile
+    turn: Any
+
+    def slot(self, step):
+        return self.ring.slot(self.rows.position + step)
+
+    def place(self, step, masked: bool) -> TilePlace:
+        """Where the logits of a step lie."""
+        rows, shape = self.rows, (self.plan.config.tile_q, self.plan.config.tile_kv)
+        extras, row = rows.extras, (rows.batch, rows.head, rows.first_row)
+        first_key = extras.tile_at(self.last - step, *row, shape[1]) * shape[1]
+        elements = extras.elements_at(self.last - step, *row, shape) if masked else None
+        return TilePlace(*row, first_key, rows.q_length, rows.kv_length, shape, elements=elements)
+
+
+def take_turn(turn):
+    """Meets the other warpgroup: what was one's time on the tensor cores is now the other's."""
+    plgpu.barrier_arrive(turn)
+    plgpu.barrier_wait(turn)
+
+
+def skip_tile(ring: KeyValueRing, rows: Rows, turn, step, _):
+    """Releases a tile that other warpgroups of the block use and this one does not."""
+    slot = ring.slot(rows.position + step)
+    plgpu.barrier_wait(ring.k_loaded.at[slot])
+    plgpu.barrier_arrive(ring.k_consumed.at[slot])
+    if turn is not None:
+        take_turn(turn)
+    plgpu.barrier_wait(ring.v_loaded.at[slot])
+    plgpu.barrier_arrive(ring.v_consumed.at[slot])
+    if turn is not None:
+        take_turn(turn)
+
+
+def attend_tile(tile: Tile, step, carry, masked=False):
+    """One tile of the online softmax; the other warpgroups' matmuls run while this one has none."""
+    acc, softmax = carry
+    plan, slot = tile.plan, tile.slot(step)
+    logits = multiply_keys(tile, slot)
+    logits, scale = modify_logits(tile, step, logits, masked)
+    weights, decay, softmax = softmax_update(softmax, logits, scale)
+    acc *= broadcast_rows(decay, plan.value_dim)
+    weights16 = drop_weights(tile, step, weights).astype(plan.dtype)
+    # At 64 x 256 accumulators the sum would hold the weights' registers across the barrier.
+    if plan.value_dim <= 128:
+        softmax = softmax.add(weights)
+        acc, softmax, weights16 = lax.optimization_barrier((acc, softmax, weights16))
+    if tile.turn is not None:
+        plgpu.barrier_arrive(tile.turn)
+    plgpu.barrier_wait(tile.ring.v_loaded.at[slot])
+    if tile.turn is not None:
+        plgpu.barrier_wait(tile.turn)
+    if plan.value_dim > 128:
+        softmax = softmax.add(weights)
+    return multiply_values(tile, slot, weights16, acc), softmax
+
+
+def attend_first(tile: Tile, step, carry, masked=False):
+    """The weights of the first tile, for attend_ahead of the second or attend_last."""
+    softmax, _ = carry
+    slot = tile.slot(step)
+    logits = multiply_keys(tile, slot)
+    logits, scale = modify_logits(tile, step, logits, masked)
+    weights, _, softmax = softmax_update(softmax, logits, scale)
+    plgpu.barrier_wait(tile.ring.v_loaded.at[slot])
+    if tile.turn is not None:
+        take_turn(tile.turn)
+    return softmax.add(weights), drop_weights(tile, step, weights).astype(tile.plan.dtype)
+
+
+def attend_ahead(tile: Tile, step, carry, masked=False):
+    """The softmax of a tile, while the tensor cores multiply the tile before with its values.
+
+    Two things hold the assembler to that order: the wait for this tile's values, a loop that it moves no
+    softmax across, and the rounding of the weights after the matmul that reads their predecessors' registers.
+    """
+    acc, softmax, weights16 = carry
+    plan, ring, turn = tile.plan, tile.ring, tile.turn
+    slot, before = tile.slot(step), tile.slot(step - 1)
+    plgpu.barrier_wait(ring.k_loaded.at[slot])
+
+    def multiply(logits_ref, acc_ref):
+        acc_ref[...] = acc
+        plgpu.wgmma(logits_ref, tile.rows.q_smem, ring.k.at[slot].transpose((1, 0)))
+        plgpu.wgmma(acc_ref, weights16, ring.v.at[before])
+        if turn is not None:
+            take_turn(turn)
+        logits = plgpu.wgmma_accumulator_load(logits_ref, wait_n=1)
+        plgpu.barrier_arrive(ring.k_consumed.at[slot])
+        logits, scale = modify_logits(tile, step, logits, masked)
+        weights, decay, after = softmax_update(softmax, logits, scale)
+        after, weights = after.add(weights), drop_weights(tile, step, weights)
+        weights, decay, after = lax.optimization_barrier((weights, decay, after))
+        plgpu.barrier_wait(ring.v_loaded.at[slot])
+        return acc_ref[...], weights, decay, after
+
+    acc, weights, decay, softmax = pl.run_scoped(
+        multiply, _logits_type(plan), plgpu.ACC(acc.shape, acc.dtype)
+    )
+    plgpu.barrier_arrive(ring.v_consumed.at[before])
+    if turn is not None:
+        take_turn(turn)
+    return acc * broadcast_rows(decay, plan.value_dim), softmax, weights.astype(plan.dtype)
+
+
+def attend_last(tile: Tile, weights16, step, acc):
+    """The last tile's values, after attend_first or attend_ahead of that tile."""
+    return multiply_values(tile, tile.slot(step), weights16, acc)
+
+
+def multiply_keys(tile: Tile, slot):
+    """Q K^T, f32[tile_q, tile_kv]."""
+    plgpu.barrier_wait(tile.ring.k_loaded.at[slot])
+
+    def multiply(acc):
+        plgpu.wgmma(acc, tile.rows.q_smem, tile.ring.k.at[slot].transpose((1, 0)))
+        if tile.turn is not None:
+            take_turn(tile.turn)  # our matmul is queued: the other warpgroup may queue its own
+        return acc[...]
+
+    logits = pl.run_scoped(multiply, _logits_type(tile.plan))
+    plgpu.barrier_arrive(tile.ring.k_consumed.at[slot])
+    return logits
+
+
+def modify_logits(tile: Tile, step, logits, masked: bool):
+    """(logits, scale): softmax sees logits * scale, in base 2; -inf where a row does not see a key."""
+    place, extras = tile.place(step, masked), tile.rows.extras
+    logits, scale, _ = bend(tile.plan, extras, place, logits)
+    if masked:
+        logits = jnp.where(visible(tile.plan, extras, place), logits, -jnp.inf)
+    return logits, scale
+
+
+def drop_weights(tile: Tile, step, weights):
+    """The weights that dropout leaves; what they are divided by is applied at the end."""
+    if tile.plan.dropout_rate == 0:
+        return weights
+    return jnp.where(survivors(tile.plan, tile.rows.extras, tile.place(step, False)), weights, 0.0)
+
+
+def softmax_update(softmax: Softmax, logits, scale: float):
+    """(weights, decay, softmax): exp2(logits * scale - new maximum), by how much what was summed before
+    shrinks, and the new statistics, their sum still without these weights.
+    """
+    # The scale is applied where the maximum is subtracted: one fused multiply-add an element.
+    new_max = jnp.maximum(softmax.max, logits.max(axis=1) * scale)
+    decay = jnp.exp2(softmax.max - new_max)
+    weights = jnp.exp2(logits * scale - broadcast_rows(new_max, logits.shape[1]))
+    return weights, decay, Softmax(new_max, softmax.sum * decay)
+
+
+def add_sink(sink, acc, softmax: Softmax):
+    """One more logit, in base 2, that has no value."""
+    new_max = jnp.maximum(softmax.max, sink)
+    decay = jnp.exp2(softmax.max - new_max)
+    return acc * broadcast_rows(decay, acc.shape[1]), Softmax(
+        new_max, softmax.sum * decay + jnp.exp2(sink - new_max)
+    )
+
+
+def multiply_values(tile: Tile, slot, weights16, acc):
+    """acc + P V."""
+    multiply = lambda acc_ref: plgpu.wgmma(acc_ref, weights16, tile.ring.v.at[slot])
+    acc = pl.run_state(multiply)(plgpu.ACC.init(acc))
+    plgpu.barrier_arrive(tile.ring.v_consumed.at[slot])
+    return acc
+
+
+def _logits_type(plan: AttentionPlan):
+    return plgpu.ACC((plan.config.tile_q, plan.config.tile_kv), jnp.float32)

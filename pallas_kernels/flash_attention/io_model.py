@@ -1,0 +1,175 @@
+"""The bytes that attention moves: FlashAttention's IO model (Dao et al., 2022, section 3.2).
+
+Standard attention moves Theta(T H + T^2) elements between memory and the cores, FlashAttention
+Theta(T^2 H^2 / M) with M the size of the fast memory: each tile of queries meets each tile of keys it sees
+once, and the larger the tile that stays, the fewer times the other operand passes by. On a GPU that traffic
+leaves the L2 cache for the SMs; of device memory only the compulsory bytes are left where L2 holds the K and
+V (backward: the Q and dO) of the heads that run at one time.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import checks
+from pallas_kernels.flash_attention import sm90
+from pallas_kernels.flash_attention.config import FlashConfig
+from pallas_kernels.flash_attention.plan import AttentionPlan
+from pallas_kernels.flash_attention.spec import AttentionInputs, AttentionSpec
+from pallas_kernels.flash_attention.tiles import kv_tiles
+
+FP32_BYTES = 4
+
+
+class Traffic(NamedTuple):
+    """Bytes that kernels move."""
+
+    l2_to_sm: int  # loads of tiles and row statistics into shared memory
+    sm_to_l2: int  # stores of results, and sums added in global memory
+    dram_read: int  # lower bound: each operand once
+    dram_write: int  # lower bound: each result once
+
+    def __add__(self, other: "Traffic") -> "Traffic":  # type: ignore[override]
+        return Traffic(*(x + y for x, y in zip(self, other, strict=True)))
+
+
+class IoBytes(NamedTuple):
+    """Traffic of the forward kernel, and of those of the backward pass together."""
+
+    forward: Traffic
+    backward: Traffic
+
+
+def io_bytes(
+    query: Any,
+    key: Any,
+    value: Any = None,
+    *,
+    is_causal: bool = False,
+    causal_alignment: str = "top_left",
+    local_window_size: int | tuple[int | None, int | None] | None = None,
+    deterministic: bool = False,
+    config: FlashConfig | None = None,
+) -> IoBytes:
+    """Counts the bytes that flash_attention's Hopper kernels move for these arguments, which it shares.
+
+    A thread block that owns rows r of Q loads them once, and streams the n(r) tiles of K and V that any of
+    them sees; it stores its rows of the output and their log-sum-exp:
+
+        L2 -> SMs = sum over blocks of  |r| H  +  n(r) tile_kv (H + Hv),      in elements
+
+    The backward kernels likewise (see the functions below). n(r) is what the kernels' own index arithmetic
+    gives, so causal and window ranges are exact to the tile. Rows past the end of an array are not loaded.
+
+    Arguments:
+        query, key, value: anything with shape [B, T, N, H], [B, S, K, H], [B, S, K, Hv] and a dtype; value is
+            like key by default. Only shapes and dtypes are read.
+        is_causal ... config: as flash_attention; default tiles where config is None.
+
+    Not counted: what XLA does around the kernels (padding, row sums of dO * O, casts).
+    """
+    value = key if value is None else value
+    arrays: list[Any] = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value)]
+    spec = AttentionSpec(
+        scale=1.0,
+        is_causal=is_causal,
+        bottom_right=causal_alignment == "bottom_right",
+        window=checks.normalize_window(local_window_size),
+        deterministic=deterministic,
+        config=config,
+    )
+    inputs = AttentionInputs(*arrays)
+    if reason := sm90.unsupported(inputs, spec):
+        raise NotImplementedError(f"the Hopper kernels cannot serve this call: {reason}")
+    forward = sm90.plan_of(inputs, spec, sm90.FORWARD_HEAD_MULTIPLE)
+    return IoBytes(_forward(forward), _backward(sm90.plan_of(inputs, spec)))
+
+
+def _forward(plan: AttentionPlan) -> Traffic:
+    config = plan.config
+    block = config.tile_q * config.warpgroups
+    streamed = _streamed_rows(plan, block, config.tile_kv) * plan.num_heads * plan.token_bytes
+    rows = plan.num_queries * plan.num_heads * _itemsize(plan)
+    lse = plan.num_heads * FP32_BYTES
+    return Traffic(
+        l2_to_sm=plan.batch * (rows * plan.head_dim + streamed),
+        sm_to_l2=plan.batch * (rows * plan.value_dim + lse * _padded(plan.num_queries, block)),
+        dram_read=plan.batch * rows * plan.head_dim + _kv_bytes(plan),
+        dram_write=plan.batch * (rows * plan.value_dim + lse * plan.num_queries),
+    )
+
+
+def _backward(plan: AttentionPlan) -> Traffic:
+    passes = [_dq(plan), *[_dkv(plan)] * plan.config.dkv_passes]
+    total = sum(passes[1:], passes[0])
+    outputs = plan.batch * plan.num_queries * plan.num_heads * plan.head_dim * _itemsize(plan) + _kv_bytes(
+        plan
+    )
+    # K and V are written by one kernel each, whatever the number of passes.
+    return total._replace(
+        sm_to_l2=outputs, dram_write=outputs, dram_read=_kv_bytes(plan) + _q_bytes(plan, plan.num_queries)
+    )
+
+
+def _dq(plan: AttentionPlan) -> Traffic:
+    """Owns rows of Q and dO and their statistics, streams K and V."""
+    config = plan.config.dq
+    block = config.own * config.warpgroups
+    streamed = _streamed_rows(plan, block, config.other) * plan.batch * plan.num_heads * plan.token_bytes
+    return Traffic(_q_bytes(plan, _padded(plan.num_queries, block)) + streamed, 0, 0, 0)
+
+
+def _dkv(plan: AttentionPlan) -> Traffic:
+    """Owns rows of K and V, streams Q, dO and their statistics, of every head of the group."""
+    config = plan.config.dkv
+    return Traffic(
+        _kv_bytes(plan) + _streamed_queries(plan, config.own * config.warpgroups, config.other), 0, 0, 0
+    )
+
+
+def _streamed_queries(plan: AttentionPlan, block: int, tile: int) -> int:
+    """Bytes of Q, dO and statistics that pass by the blocks of keys of all heads."""
+    rows = _streamed_rows(plan, block, tile, own_keys=True)
+    statistics = 2 * FP32_BYTES * _streamed_rows(plan, block, tile, own_keys=True, whole_tiles=True)
+    return plan.batch * plan.num_heads * (rows * plan.token_bytes + statistics)
+
+
+def _streamed_rows(
+    plan: AttentionPlan, block: int, tile: int, own_keys: bool = False, whole_tiles: bool = False
+) -> int:
+    """Rows of the other operand that the blocks of one head stream, those past its end not counted.
+
+    Vectors have whole tiles and no end: whole_tiles counts those rows too.
+    """
+    owned, other = plan.num_queries, plan.num_keys
+    offset, reach = (plan.num_keys - plan.num_queries if plan.bottom_right else 0), plan.reach
+    if own_keys:
+        owned, other, offset, reach = other, owned, -offset, reach[::-1]
+    first_rows = jnp.arange(math.ceil(owned / block), dtype=jnp.int32) * block
+    tiles = jax.vmap(
+        lambda first: kv_tiles(first, block, offset, jnp.int32(owned), jnp.int32(other), reach, tile)
+    )(first_rows)
+    start, stop = np.asarray(tiles.start, np.int64), np.asarray(tiles.stop, np.int64)
+    end = stop * tile if whole_tiles else np.minimum(stop * tile, other)
+    return int(np.maximum(end - start * tile, 0).sum())
+
+
+def _q_bytes(plan: AttentionPlan, statistics_rows: int) -> int:
+    """Of Q and dO, and of two statistics a row."""
+    rows = plan.num_queries * plan.token_bytes + 2 * FP32_BYTES * statistics_rows
+    return plan.batch * plan.num_heads * rows
+
+
+def _kv_bytes(plan: AttentionPlan) -> int:
+    return plan.batch * plan.num_keys * plan.num_kv_heads * plan.token_bytes
+
+
+def _itemsize(plan: AttentionPlan) -> int:
+    return jnp.dtype(plan.dtype).itemsize
+
+
+def _padded(length: int, multiple: int) -> int:
+    return math.ceil(length / multiple) * multiple
