@@ -1,37 +1,60 @@
-"""Copies pages within the pool on Hopper, in place, every layer of every pair in one launch.
+"""Moves whole pages on Hopper, every layer of every page in one launch: within the pool, out of it to a dense
+buffer, and back. The pool is a mutable reference: it is read and written in place.
 
-A program copies one page of one layer through shared memory, K and V side by side, in blocks of
-[heads, tokens, H].
+A program moves one page of one layer through shared memory, K and V side by side, in blocks of
+[heads, tokens, H]; then their scales, if the pool is quantized, in blocks of [heads, tokens].
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.kv_pages.pool import NULL_PAGE
+from pallas_kernels.kv_pages.pool import NULL_PAGE, Arrays
 from pallas_kernels.mosaic import div, pl, plgpu
 
 BLOCK_BYTES = 32 * 1024  # of K, and again of V: three programs share a multiprocessor
 
 
-def copy_pages(k_pages, v_pages, src_pages, dst_pages):
-    """Copies page src to page dst in every layer, for every pair whose src is not NULL_PAGE."""
-    num_layers, _, num_kv_heads, page_size, head_dim = k_pages.shape
-    heads, tokens = block_shape(num_kv_heads, page_size, head_dim * k_pages.dtype.itemsize)
-    k_ref, v_ref = jax.new_ref(k_pages), jax.new_ref(v_pages)
-    block = plgpu.SMEM((heads, tokens, head_dim), k_pages.dtype)
-    plgpu.kernel(
-        functools.partial(_kernel, heads, tokens),
-        out_type=(),
-        grid=(num_layers, src_pages.shape[0]),
-        grid_names=("layer", "pair"),
+def copy_pages(arrays: Arrays, src_pages, dst_pages) -> Arrays:
+    """Copies page src to page dst in every layer, for every pair of pages 1..P-1; skips other pairs."""
+    refs = [jax.new_ref(array) for array in arrays]
+    _launch(_copy, arrays, src_pages.shape[0])(*refs, src_pages, dst_pages)
+    return tuple(jax.freeze(ref) for ref in refs)
+
+
+def gather_pages(arrays: Arrays, pages) -> Arrays:
+    """Copies pages, side by side, into new arrays [L, C, ...]."""
+    num_layers, num_pages = arrays[0].shape[0], pages.shape[0]
+    out_type = [jax.ShapeDtypeStruct((num_layers, num_pages, *x.shape[2:]), x.dtype) for x in arrays]
+    return tuple(_launch(_gather, arrays, num_pages, out_type)(*arrays, pages))
+
+
+def scatter_pages(arrays: Arrays, buffers: Arrays, pages) -> Arrays:
+    """Copies entry c of buffers [L, C, ...] to page pages[c], if that is one of 1..P-1."""
+    refs = [jax.new_ref(array) for array in arrays]
+    _launch(_scatter, arrays, pages.shape[0])(*refs, *buffers, pages)
+    return tuple(jax.freeze(ref) for ref in refs)
+
+
+def _launch(body, arrays: Arrays, num_moves: int, out_type=()):
+    return plgpu.kernel(
+        functools.partial(body, len(arrays)),
+        out_type=out_type,
+        grid=(arrays[0].shape[0], num_moves),
+        grid_names=("layer", "move"),
         num_threads=1,
         thread_name="warpgroup",
-        scratch_types=[block, block, plgpu.Barrier(num_arrivals=2)],
-    )(k_ref, v_ref, src_pages, dst_pages)
-    return jax.freeze(k_ref), jax.freeze(v_ref)
+        scratch_types=[*map(_block, arrays), plgpu.Barrier(num_arrivals=2)],
+    )
+
+
+def _block(array: jax.Array) -> Any:
+    num_kv_heads, page_size, *head_dim = array.shape[2:]
+    heads, tokens = block_shape(num_kv_heads, page_size, array.dtype.itemsize * (*head_dim, 1)[0])
+    return plgpu.SMEM((heads, tokens, *head_dim), array.dtype)
 
 
 def block_shape(num_kv_heads: int, page_size: int, token_bytes: int) -> tuple[int, int]:
@@ -44,26 +67,61 @@ def block_shape(num_kv_heads: int, page_size: int, token_bytes: int) -> tuple[in
     return heads, tokens
 
 
-def _kernel(heads: int, tokens: int, k_pages, v_pages, src_pages, dst_pages, k_smem, v_smem, loaded):
-    _, _, num_kv_heads, page_size, _ = k_pages.shape
-    layer, pair = lax.axis_index("layer"), lax.axis_index("pair")
-    src, dst = src_pages[pair], dst_pages[pair]
+def _copy(size: int, *refs):
+    pools, (src_pages, dst_pages), scratch = refs[:size], refs[size : size + 2], refs[size + 2 :]
+    move = lax.axis_index("move")
+    src, dst = src_pages[move], dst_pages[move]
+
+    @pl.when(_is_page(pools[0], src) & _is_page(pools[0], dst))
+    def _():
+        _move_page(pools, src, pools, dst, *scratch)
+
+
+def _gather(size: int, *refs):
+    pools, pages, buffers, scratch = refs[:size], refs[size], refs[size + 1 : -size - 1], refs[-size - 1 :]
+    move = lax.axis_index("move")
+    page = jnp.clip(pages[move], 0, pools[0].shape[1] - 1)
+    _move_page(pools, page, buffers, move, *scratch)
+
+
+def _scatter(size: int, *refs):
+    pools, buffers, pages, scratch = refs[:size], refs[size : 2 * size], refs[2 * size], refs[2 * size + 1 :]
+    move = lax.axis_index("move")
+    page = pages[move]
+
+    @pl.when(_is_page(pools[0], page))
+    def _():
+        _move_page(buffers, move, pools, page, *scratch)
+
+
+def _is_page(pool, page):
+    return (page > NULL_PAGE) & (page < pool.shape[1])
+
+
+def _move_page(sources, src, destinations, dst, *scratch):
+    """Moves entry src of the sources' second dim to entry dst of the destinations'."""
+    *blocks, loaded = scratch
+    for pair in (slice(0, 2), slice(2, 4))[: len(blocks) // 2]:  # K and V, then their scales
+        _move_pair(sources[pair], src, destinations[pair], dst, blocks[pair], loaded)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _move_pair(sources, src, destinations, dst, blocks, loaded):
+    layer = lax.axis_index("layer")
+    num_kv_heads, page_size = sources[0].shape[2:4]
+    heads, tokens = blocks[0].shape[:2]
     blocks_a_head = page_size // tokens
 
-    def copy(index, _):
+    def move(index, _):
         part = (
             pl.ds(div(index, blocks_a_head) * heads, heads),
             pl.ds(lax.rem(index, jnp.int32(blocks_a_head)) * tokens, tokens),
         )
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the block before may still be on its way
-        plgpu.copy_gmem_to_smem(k_pages.at[layer, src, *part], k_smem, loaded)
-        plgpu.copy_gmem_to_smem(v_pages.at[layer, src, *part], v_smem, loaded)
+        for source, block in zip(sources, blocks, strict=True):
+            plgpu.copy_gmem_to_smem(source.at[layer, src, *part], block, loaded)
         plgpu.barrier_wait(loaded)
-        plgpu.copy_smem_to_gmem(k_smem, k_pages.at[layer, dst, *part])
-        plgpu.copy_smem_to_gmem(v_smem, v_pages.at[layer, dst, *part])
+        for block, destination in zip(blocks, destinations, strict=True):
+            plgpu.copy_smem_to_gmem(block, destination.at[layer, dst, *part])
 
-    @pl.when(src != NULL_PAGE)
-    def _():
-        lax.fori_loop(0, num_kv_heads // heads * blocks_a_head, copy, None)
-
-    plgpu.wait_smem_to_gmem(0)
+    lax.fori_loop(0, num_kv_heads // heads * blocks_a_head, move, None)

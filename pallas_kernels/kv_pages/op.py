@@ -1,65 +1,90 @@
-"""write_kv and copy_pages: validation and the table of variants."""
+"""write_kv, copy_pages, gather_pages, scatter_pages: validation and the table of variants."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels import checks
 from pallas_kernels.device import is_hopper
 from pallas_kernels.kv_pages import copy_sm90, pool, reference, write_sm90
+from pallas_kernels.kv_pages.pool import Arrays
 from pallas_kernels.variants import choose
-
-Pools = tuple[Float[Array, "L P K Z H"], Float[Array, "L P K Z H"]]
 
 
 class Variant(NamedTuple):
-    """One way to write and copy pages. `unsupported` says why it cannot serve a pool, or None if it can."""
+    """One way to write and move pages. `unsupported` says why it cannot serve a pool, or None if it can."""
 
-    write: Callable[..., Pools]
-    copy: Callable[..., Pools]
+    write: Callable[..., Arrays]
+    copy: Callable[..., Arrays]
+    gather: Callable[..., Arrays]
+    scatter: Callable[..., Arrays]
     unsupported: Callable[[jax.Array], str | None]
     is_available: Callable[[], bool]
 
 
 VARIANTS = {
-    "sm90": Variant(write_sm90.write_kv, copy_sm90.copy_pages, write_sm90.unsupported, is_hopper),
-    "reference": Variant(reference.write_kv, reference.copy_pages, lambda pages: None, lambda: True),
+    "sm90": Variant(
+        write_sm90.write_kv,
+        copy_sm90.copy_pages,
+        copy_sm90.gather_pages,
+        copy_sm90.scatter_pages,
+        write_sm90.unsupported,
+        is_hopper,
+    ),
+    "reference": Variant(
+        reference.write_kv,
+        reference.copy_pages,
+        reference.gather_pages,
+        reference.scatter_pages,
+        lambda pages: None,
+        lambda: True,
+    ),
 }
 
 
 def write_kv(
-    k_pages: Float[Array, "L P K Z H"],
-    v_pages: Float[Array, "L P K Z H"],
+    k_pages: Num[Array, "L P K Z H"],
+    v_pages: Num[Array, "L P K Z H"],
     key: Float[Array, "tokens K H"],
     value: Float[Array, "tokens K H"],
     slots: Int[Array, "tokens"],
     *,
     layer: int | Int[Array, ""] = 0,
+    k_scale: Float[Array, "L P K Z"] | None = None,
+    v_scale: Float[Array, "L P K Z"] | None = None,
     implementation: str | None = None,
-) -> Pools:
+) -> Arrays:
     """Writes the keys and values of tokens to their slots in one layer of the page pool.
 
         k_pages[layer, slot // Z, :, slot % Z] = key[token],   likewise v_pages
 
-    Functional: the written pools are returned. Where the pools are donated (or dead afterwards inside a jit)
-    they are updated in place, never copied.
+    Functional: (k_pages, v_pages) as written are returned, and (k_scale, v_scale) after them if they were
+    given. Where the pool is donated (or dead afterwards inside a jit) it is updated in place, never copied.
+
+    Quantized pages (int8, float8_e4m3fn) get codes, and a scale for each slot and head:
+
+        scale = max |x| / limit,   code = round(x limit / max |x|),   limit = 127 or 448
+
+    with max over the H numbers of a head. What is read back, code * scale, is off by at most max |x| / 254
+    for int8 and max(|x| / 16, max |x| / 458752) for fp8. A head that holds a NaN or an infinity reads as NaN.
 
     Arguments:
         k_pages, v_pages: [L, P, K, Z, H], the whole pool.
-        key, value: [tokens, K, H], cast to the pool's dtype.
-        slots: page_id * Z + offset of each token; negative: not written. Distinct where not negative.
+        key, value: [tokens, K, H], bf16, fp16 or f32; cast to the pool's dtype, or quantized.
+        slots: page_id * Z + offset of each token; negative or beyond the pool: not written. Others distinct.
         layer: which layer of the pool; may be traced.
+        k_scale, v_scale: of a quantized pool.
         implementation: a name of VARIANTS. By default the first that can serve the pool.
 
     Raises ValueError for wrong arguments, NotImplementedError where the implementation named cannot serve.
     From: Kwon et al., PagedAttention (2023), section 5.1, "fused reshape and block write".
     """
-    pool.check_pool(k_pages, v_pages, pool.FLOATS)
-    _, _, num_kv_heads, _, head_dim = k_pages.shape
+    arrays = pool.arrays_of(k_pages, v_pages, k_scale, v_scale)
+    num_layers, _, num_kv_heads, _, head_dim = k_pages.shape
     checks.check_rank("key", key, "tokens K H")
     shape = (key.shape[0], num_kv_heads, head_dim)
     checks.check_shape("key", key, shape, "tokens K H")
@@ -67,49 +92,125 @@ def write_kv(
     for name, array in (("key", key), ("value", value)):
         checks.check_dtype(name, array, pool.FLOATS)
     pool.check_indices("slots", slots, shape[:1], "tokens")
-    index = pool.check_layer(layer, k_pages.shape[0])
-    return _write(choose(VARIANTS, implementation, k_pages), k_pages, v_pages, key, value, slots, index)
+    index = pool.check_layer(layer, num_layers)
+    return _write(choose(VARIANTS, implementation, k_pages), arrays, key, value, slots, index)
 
 
 def copy_pages(
-    k_pages: Float[Array, "L P K Z H"],
-    v_pages: Float[Array, "L P K Z H"],
+    k_pages: Num[Array, "L P K Z H"],
+    v_pages: Num[Array, "L P K Z H"],
     src_pages: Int[Array, "C"],
     dst_pages: Int[Array, "C"],
     *,
+    k_scale: Float[Array, "L P K Z"] | None = None,
+    v_scale: Float[Array, "L P K Z"] | None = None,
     implementation: str | None = None,
-) -> Pools:
+) -> Arrays:
     """Copies pages to other pages in every layer: the copy of copy-on-write, many pairs in one launch.
 
-        k_pages[:, dst] = k_pages[:, src],   likewise v_pages
+        k_pages[:, dst] = k_pages[:, src],   likewise v_pages, k_scale, v_scale
 
-    Functional and in place as write_kv is. A pair whose src is NULL_PAGE (0) does nothing. The dst pages of
-    the other pairs are distinct, and none of them is the src of another pair: pairs run in any order.
+    Functional and in place as write_kv is. A pair does nothing unless both its pages are among 1..P-1: page 0
+    is NULL_PAGE. The dst pages of the other pairs are distinct, and none of them is the src of another pair:
+    pairs run in any order.
 
     Arguments:
         k_pages, v_pages: [L, P, K, Z, H], the whole pool.
-        src_pages, dst_pages: page ids of each pair, within 0..P-1.
+        src_pages, dst_pages: page ids of each pair.
+        k_scale, v_scale: of a quantized pool.
         implementation: a name of VARIANTS. By default the first that can serve the pool.
 
     Raises ValueError for wrong arguments, NotImplementedError where the implementation named cannot serve.
     From: Kwon et al., PagedAttention (2023), section 5.1, "fused block copy".
     """
-    pool.check_pool(k_pages, v_pages)
+    arrays = pool.arrays_of(k_pages, v_pages, k_scale, v_scale)
     checks.check_rank("src_pages", src_pages, "C")
     for name, pages in (("src_pages", src_pages), ("dst_pages", dst_pages)):
         pool.check_indices(name, pages, src_pages.shape, "C")
-    return _copy(choose(VARIANTS, implementation, k_pages), k_pages, v_pages, src_pages, dst_pages)
+    return _copy(choose(VARIANTS, implementation, k_pages), arrays, src_pages, dst_pages)
+
+
+def gather_pages(
+    k_pages: Num[Array, "L P K Z H"],
+    v_pages: Num[Array, "L P K Z H"],
+    pages: Int[Array, "C"],
+    *,
+    k_scale: Float[Array, "L P K Z"] | None = None,
+    v_scale: Float[Array, "L P K Z"] | None = None,
+    implementation: str | None = None,
+) -> Arrays:
+    """Copies pages of every layer out of the pool into dense buffers, as they are sent to host memory.
+
+        k_buffer[:, c] = k_pages[:, pages[c]],   likewise for v_pages, k_scale, v_scale
+
+    Arguments:
+        k_pages, v_pages: [L, P, K, Z, H], the whole pool.
+        pages: page ids, clamped into 0..P-1; NULL_PAGE (0) pads.
+        k_scale, v_scale: of a quantized pool.
+        implementation: a name of VARIANTS. By default the first that can serve the pool.
+
+    Returns k_buffer, v_buffer [L, C, K, Z, H], and f32[L, C, K, Z] of each scale if they were given.
+    Raises ValueError for wrong arguments, NotImplementedError where the implementation named cannot serve.
+    From: Kwon et al., PagedAttention (2023), section 4.5, "swapping".
+    """
+    arrays = pool.arrays_of(k_pages, v_pages, k_scale, v_scale)
+    checks.check_rank("pages", pages, "C")
+    checks.check_integers("pages", pages)
+    return _gather(choose(VARIANTS, implementation, k_pages), arrays, pages)
+
+
+def scatter_pages(
+    k_pages: Num[Array, "L P K Z H"],
+    v_pages: Num[Array, "L P K Z H"],
+    buffers: Sequence[Num[Array, "L C ..."]],
+    pages: Int[Array, "C"],
+    *,
+    k_scale: Float[Array, "L P K Z"] | None = None,
+    v_scale: Float[Array, "L P K Z"] | None = None,
+    implementation: str | None = None,
+) -> Arrays:
+    """Copies dense buffers, as gather_pages returns them, into pages of the pool.
+
+        k_pages[:, pages[c]] = k_buffer[:, c],   likewise for v_pages, k_scale, v_scale
+
+    Functional and in place as write_kv is.
+
+    Arguments:
+        k_pages, v_pages: [L, P, K, Z, H], the whole pool.
+        buffers: what gather_pages returned: (k_buffer, v_buffer), or four of a quantized pool.
+        pages: page ids; entries outside 1..P-1 are left out, the others are distinct.
+        k_scale, v_scale: of a quantized pool.
+        implementation: a name of VARIANTS. By default the first that can serve the pool.
+
+    Raises ValueError for wrong arguments, NotImplementedError where the implementation named cannot serve.
+    From: Kwon et al., PagedAttention (2023), section 4.5, "swapping".
+    """
+    arrays = pool.arrays_of(k_pages, v_pages, k_scale, v_scale)
+    checks.check_rank("pages", pages, "C")
+    checks.check_integers("pages", pages)
+    pool.check_buffers(buffers, arrays, pages.shape[0])
+    return _scatter(choose(VARIANTS, implementation, k_pages), arrays, tuple(buffers), pages)
 
 
 # Jitted, so that the layers of an unrolled model share one trace and one lowered kernel.
 @functools.partial(jax.jit, static_argnums=0)
-def _write(implementation: str, k_pages, v_pages, key, value, slots, layer) -> Pools:
-    key, value = (x.astype(k_pages.dtype) for x in (key, value))
-    return VARIANTS[implementation].write(k_pages, v_pages, key, value, slots.astype(jnp.int32), layer)
+def _write(implementation: str, arrays: Arrays, key, value, slots, layer) -> Arrays:
+    if len(arrays) == 2:
+        key, value = (x.astype(arrays[0].dtype) for x in (key, value))
+    return VARIANTS[implementation].write(arrays, key, value, slots.astype(jnp.int32), layer)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _copy(implementation: str, k_pages, v_pages, src_pages, dst_pages) -> Pools:
-    return VARIANTS[implementation].copy(
-        k_pages, v_pages, src_pages.astype(jnp.int32), dst_pages.astype(jnp.int32)
-    )
+def _copy(implementation: str, arrays: Arrays, src_pages, dst_pages) -> Arrays:
+    pairs = src_pages.astype(jnp.int32), dst_pages.astype(jnp.int32)
+    return VARIANTS[implementation].copy(arrays, *pairs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gather(implementation: str, arrays: Arrays, pages) -> Arrays:
+    return VARIANTS[implementation].gather(arrays, pages.astype(jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _scatter(implementation: str, arrays: Arrays, buffers: Arrays, pages) -> Arrays:
+    return VARIANTS[implementation].scatter(arrays, buffers, pages.astype(jnp.int32))

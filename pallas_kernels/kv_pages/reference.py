@@ -7,26 +7,45 @@ donation XLA scatters in place: no copy of the pool.
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.kv_pages.pool import NULL_PAGE
+from pallas_kernels.kv_pages.pool import NULL_PAGE, Arrays
+from pallas_kernels.kv_pages.quantize import quantize
 
 
-def write_kv(k_pages, v_pages, key, value, slots, layer):
-    """Writes one token's K and V [K, H] to each slot."""
-    num_pages, page_size = k_pages.shape[1], k_pages.shape[3]
+def write_kv(arrays: Arrays, key, value, slots, layer) -> Arrays:
+    """Writes one token's K and V [K, H], and the scales [K] of quantized pages, to each slot."""
+    num_pages, page_size = arrays[0].shape[1], arrays[0].shape[3]
     page = jnp.where(slots >= 0, slots // page_size, num_pages)
     offset = slots % page_size
 
     def write(pages: jax.Array, tokens: jax.Array) -> jax.Array:
         return pages.at[layer, page, :, offset].set(tokens.astype(pages.dtype), mode="drop")
 
-    return write(k_pages, key), write(v_pages, value)
+    tokens = (key, value)
+    if len(arrays) == 4:
+        codes, scales = zip(*(quantize(x, arrays[0].dtype) for x in tokens), strict=True)
+        tokens = codes + scales
+    return tuple(map(write, arrays, tokens))
 
 
-def copy_pages(k_pages, v_pages, src_pages, dst_pages):
+def copy_pages(arrays: Arrays, src_pages, dst_pages) -> Arrays:
     """Copies whole pages of every layer."""
-    dst = jnp.where(src_pages == NULL_PAGE, k_pages.shape[1], dst_pages)
+    dst_pages = jnp.where(_is_page(arrays, src_pages), dst_pages, NULL_PAGE)
+    return scatter_pages(arrays, gather_pages(arrays, src_pages), dst_pages)
 
-    def copy(pages: jax.Array) -> jax.Array:
-        return pages.at[:, dst].set(pages.at[:, src_pages].get(mode="clip"), mode="drop")
 
-    return copy(k_pages), copy(v_pages)
+def gather_pages(arrays: Arrays, pages) -> Arrays:
+    """Whole pages of every layer, side by side."""
+    pages = jnp.clip(pages, 0, arrays[0].shape[1] - 1)
+    return tuple(array[:, pages] for array in arrays)
+
+
+def scatter_pages(arrays: Arrays, buffers: Arrays, pages) -> Arrays:
+    """Puts whole pages of every layer where `pages` says; outside 1..P-1: nowhere."""
+    pages = jnp.where(_is_page(arrays, pages), pages, arrays[0].shape[1])
+    return tuple(
+        array.at[:, pages].set(buffer, mode="drop") for array, buffer in zip(arrays, buffers, strict=True)
+    )
+
+
+def _is_page(arrays: Arrays, pages):
+    return (pages > NULL_PAGE) & (pages < arrays[0].shape[1])

@@ -6,6 +6,7 @@ from pallas_kernels.mosaic import SMEM_BYTES
 
 NUM_PROGRAMS = 132  # multiprocessors of an H100 or H200; a constant, so that results depend on shapes alone
 TILES = (64, 128, 256)
+MAX_SPLIT = 4096  # tokens, of the default cuts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,12 +15,15 @@ class PagedConfig:
 
     tile: tokens a compute step takes. split: tokens after which a row is cut, a multiple of the tile; one
     split a row where the block table is no longer. stages: tiles of K, and of V, that are on their way from
-    memory.
+    memory. consumers: warpgroups that compute. dynamic: programs draw their work instead of taking every
+    n-th piece.
     """
 
     tile: int = 128
     split: int = 2048
     stages: int = 3
+    consumers: int = 1
+    dynamic: bool = False
 
     def __post_init__(self):
         if self.tile not in TILES:
@@ -28,16 +32,37 @@ class PagedConfig:
             raise ValueError(f"split must be a multiple of tile={self.tile}, got {self.split!r}")
         if self.stages < 2:
             raise ValueError(f"stages must be at least 2, got {self.stages!r}")
+        if self.consumers not in (1, 2):
+            raise ValueError(f"consumers must be one of (1, 2), got {self.consumers!r}")
+        if self.stages % self.consumers:
+            raise ValueError(f"stages must be a multiple of consumers={self.consumers}, got {self.stages!r}")
 
 
-def fixed_bytes(head_dim: int, columns: int, tile: int) -> int:
-    """Shared memory beside the stages: queries twice, weights, fp32 results, and a margin for page ids,
-    barriers and the scratch of reductions."""
-    return 2 * columns * head_dim * 2 + columns * tile * 2 + columns * head_dim * 4 + 12288
+def fixed_bytes(
+    num_rows: int,
+    head_dim: int,
+    columns: int,
+    tile: int,
+    consumers: int,
+    is_quantized: bool,
+    page_size: int | None,
+) -> int:
+    """Shared memory beside the stages: lengths, page ids, queries twice, weights and widened values of each
+    consumer, fp32 results, and a margin for barriers and the scratch of reductions."""
+    rows = -(-head_dim // 64) * 64
+    workspace = columns * tile * 2 + is_quantized * tile * rows * 2
+    ids = 16 * (MAX_SPLIT // page_size + 32) if page_size else 0
+    return 4 * num_rows + ids + 4 * columns * head_dim + consumers * (workspace + columns * rows * 4) + 7168
 
 
 def default_config(
-    num_rows: int, num_kv_heads: int, head_dim: int, columns: int, capacity: int
+    num_rows: int,
+    num_kv_heads: int,
+    head_dim: int,
+    columns: int,
+    capacity: int,
+    itemsize: int = 2,
+    page_size: int | None = 8,
 ) -> PagedConfig:
     """Chooses cuts for R rows of at most `capacity` tokens, K heads of H, `columns` queries a head (padded).
 
@@ -45,11 +70,19 @@ def default_config(
     fit. split: a unit a multiprocessor if the rows fill them all just once, 4096 tokens at most: long units
     cost less to begin and to merge, short ones balance rows of uneven length (H200, page size 16: 16 rows x
     16384 of Yi-6B take 135, 132, 130, 127 us at 1024, 2048, 4096, 8192). stages: as many as fit, up to 8.
+    consumers: two where codes of one byte must be widened, which takes one longer than their reading.
     """
+    is_quantized = itemsize == 1
+    consumers = 1 + is_quantized
     for tile in (128, 64):
-        stages = (SMEM_BYTES - fixed_bytes(head_dim, columns, tile)) // (2 * tile * head_dim * 2)
-        if stages >= 2:
+        if is_quantized and tile == 128 and (head_dim > 128 or columns > 8):
+            continue  # keys are widened in registers
+        fixed = fixed_bytes(num_rows, head_dim, columns, tile, consumers, is_quantized, page_size)
+        free = SMEM_BYTES - fixed
+        stages = max(0, free) // (2 * tile * (head_dim * itemsize + 4 * is_quantized))
+        if stages >= 2 * consumers:
             break
     tokens_a_program = num_rows * num_kv_heads * capacity / NUM_PROGRAMS
-    split = next((size for size in (256, 512, 1024, 2048) if size >= tokens_a_program), 4096)
-    return PagedConfig(tile=tile, split=split, stages=min(8, stages))
+    split = next((size for size in (256, 512, 1024, 2048) if size >= tokens_a_program), MAX_SPLIT)
+    stages = min(8, stages // consumers * consumers)
+    return PagedConfig(tile=tile, split=split, stages=stages, consumers=consumers)

@@ -1,19 +1,20 @@
-"""What a launch of paged decode does: static facts, operands, and how its work is cut into units."""
+"""What a launch of paged decode does: static facts, operands, shared memory."""
 
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax import lax
 
-from pallas_kernels.mosaic import ceil_div, div, plgpu, swizzled_smem
+from pallas_kernels.kv_pages.pool import QUANTIZED
+from pallas_kernels.mosaic import plgpu, swizzled_smem
 from pallas_kernels.paged_attention.config import NUM_PROGRAMS, PagedConfig, default_config
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 
 BUFFERS = 2  # of queries and of page ids: this unit's and the next one's
 MAX_BOX = 256  # elements that one TMA copy takes along a dimension
 MAX_QUERIES = 16 * 256  # numbers in the queries of one KV head: beyond, accumulators spill
+MAX_ROWS = 8192
+ROW_BLOCK = 8  # rows whose lengths are looked at together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,40 +23,75 @@ class Plan:
 
     spec: PagedSpec
     config: PagedConfig
-    dtype: Any
+    query_dtype: Any
+    page_dtype: Any
     num_rows: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    page_size: int
+    page_size: int | None  # None: caches instead of pages
     num_pages: int
-    table_width: int
+    capacity: int  # tokens that a row has room for
+    has_sinks: bool
+    has_slopes: bool
+
+    @property
+    def dtype(self) -> Any:
+        """What is multiplied: codes of either kind are exact in bf16."""
+        return jnp.bfloat16 if self.is_quantized else self.query_dtype
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.page_dtype in QUANTIZED
 
     @property
     def num_programs(self) -> int:
         """Persistent programs, one a multiprocessor."""
-        return min(NUM_PROGRAMS, self.num_units)
+        return min(NUM_PROGRAMS, self.num_rows * self.num_splits * self.num_kv_heads)
 
     @property
     def num_splits(self) -> int:
-        return -(-self.table_width * self.page_size // self.config.split)
-
-    @property
-    def num_units(self) -> int:
-        return self.num_rows * self.num_splits * self.num_kv_heads
+        return -(-self.capacity // self.config.split)
 
     @property
     def group(self) -> int:
         return self.num_heads // self.num_kv_heads
 
     @property
+    def shares_columns(self) -> bool:
+        """Small groups that divide 8 are taken eight heads at a time as they lie in memory, a column each;
+        columns of other KV heads are computed and not used. Other groups are padded."""
+        return 8 % self.group == 0 and self.num_heads % 8 == 0
+
+    @property
     def columns(self) -> int:
         return padded_group(self.group)
 
     @property
+    def column_period(self) -> int:
+        """Query head n is column n % column_period of its unit."""
+        return 8 if self.shares_columns else self.group
+
+    @property
+    def width(self) -> int:
+        """Rows of the transposed values: wgmma takes them by 64. A last block that H does not fill begins
+        before it should; its rows that were taken twice are never stored."""
+        return -(-self.head_dim // 64) * 64
+
+    @property
+    def whole(self) -> int:
+        """Of the head dim, what fills blocks of 64."""
+        return self.head_dim // 64 * 64
+
+    @property
+    def table_width(self) -> int:
+        assert self.page_size is not None
+        return self.capacity // self.page_size
+
+    @property
     def copy_rows(self) -> int:
         """Tokens of one TMA copy: a page, or the part of it that one tile takes."""
-        return min(self.page_size, self.config.tile)
+        return self.config.tile if self.page_size is None else min(self.page_size, self.config.tile)
 
     @property
     def num_copies(self) -> int:
@@ -65,26 +101,46 @@ class Plan:
     def ids_per_split(self) -> int:
         """Page ids that one unit copies: its own from a multiple of 4 on, in multiples of 32, as TMA aligns
         both."""
+        assert self.page_size is not None
         return -(-(-(-self.config.split // self.page_size) + 3) // 32) * 32
+
+    @property
+    def lengths_size(self) -> int:
+        """Room for all lengths and those looked at together with the last, in whole copies."""
+        size = -(-(self.num_rows + ROW_BLOCK) // 32) * 32
+        return size if size <= MAX_BOX else -(-size // MAX_BOX) * MAX_BOX
 
     @property
     def out_dtype(self) -> Any:
         """Splits are merged in fp32."""
-        return self.dtype if self.num_splits == 1 else jnp.float32
+        return self.query_dtype if self.num_splits == 1 else jnp.float32
+
+    @property
+    def out_columns(self) -> int:
+        """Splits lie in whole rows of transposed values."""
+        return self.head_dim if self.num_splits == 1 else self.width
 
 
 def unsupported(inputs: PagedInputs, spec: PagedSpec) -> str | None:
     """Says why this kernel cannot serve a call, or None if it can."""
-    head_dim, dtype = inputs.query.shape[-1], inputs.query.dtype
-    if inputs.query_start is not None:
-        return "query_start (more than one query a row) is not supported yet"
-    if dtype not in (jnp.bfloat16, jnp.float16) or inputs.k_pages.dtype != dtype:
-        return f"query and pages must be bf16 or fp16, got {dtype} and {inputs.k_pages.dtype}"
-    if head_dim not in (64, 128, 256):
-        return f"the head dim must be 64, 128 or 256, got {head_dim}"
-    queries = inputs.query.shape[1] // inputs.k_pages.shape[2] * head_dim
-    if queries > MAX_QUERIES:
-        return f"the queries of a KV head must hold at most {MAX_QUERIES} numbers, got {queries}"
+    head_dim, dtype, page_dtype = inputs.query.shape[-1], inputs.query.dtype, inputs.k_pages.dtype
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"query and pages must be bf16 or fp16, got {dtype} and {page_dtype}"
+    step = 32 if page_dtype in QUANTIZED else 16  # bytes, and elements, of the narrowest swizzle
+    if head_dim % step or not 64 <= head_dim <= 256:
+        return f"the head dim must be a multiple of {step} in 64..256, got {head_dim}"
+    num_kv_heads = inputs.k_pages.shape[2]
+    queries = inputs.query.shape[1] // num_kv_heads * head_dim
+    limit = MAX_QUERIES // 2 if page_dtype in QUANTIZED else MAX_QUERIES
+    if queries > limit:
+        return f"the queries of a KV head must hold at most {limit} numbers, got {queries}"
+    if inputs.query.shape[0] > MAX_ROWS:
+        return (
+            f"the lengths of at most {MAX_ROWS} rows are kept in shared memory, got {inputs.query.shape[0]}"
+        )
+    room = inputs.k_pages.shape[1]  # of a cache: TMA takes it in tiles, of 8 tokens as they lie in memory
+    if inputs.block_tables is None and (room < MAX_BOX or room % 8):
+        return f"caches must have room for {MAX_BOX} tokens or more, in multiples of 8, got {room}"
     return None
 
 
@@ -95,44 +151,47 @@ def padded_group(group: int) -> int:
 
 def make_plan(inputs: PagedInputs, spec: PagedSpec) -> Plan:
     num_rows, num_heads, head_dim = inputs.query.shape
-    _, num_pages, num_kv_heads, page_size, _ = inputs.k_pages.shape
-    columns, capacity = padded_group(num_heads // num_kv_heads), inputs.block_tables.shape[1] * page_size
-    config = spec.config or default_config(num_rows, num_kv_heads, head_dim, columns, capacity)
+    if inputs.block_tables is None:
+        (_, capacity, num_kv_heads, _), page_size, num_pages = inputs.k_pages.shape, None, 0
+    else:
+        _, num_pages, num_kv_heads, page_size, _ = inputs.k_pages.shape
+        capacity = inputs.block_tables.shape[1] * page_size
+    columns = padded_group(num_heads // num_kv_heads)
+    itemsize = inputs.k_pages.dtype.itemsize
+    config = spec.config or default_config(
+        num_rows, num_kv_heads, head_dim, columns, capacity, itemsize, page_size
+    )
     return Plan(
         spec=spec,
         config=config,
-        dtype=inputs.query.dtype,
+        query_dtype=inputs.query.dtype,
+        page_dtype=inputs.k_pages.dtype,
         num_rows=num_rows,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         page_size=page_size,
         num_pages=num_pages,
-        table_width=inputs.block_tables.shape[1],
+        capacity=capacity,
+        has_sinks=inputs.sinks is not None,
+        has_slopes=inputs.alibi_slopes is not None,
     )
 
 
-class Unit(NamedTuple):
-    """One piece of work: `num_tiles` tiles of a row from `start` on, for one KV head."""
-
-    row: jax.Array
-    split: jax.Array
-    head: jax.Array
-    start: jax.Array  # first token of the first tile
-    first_visible: jax.Array  # tokens first_visible <= token < end count
-    end: jax.Array
-    num_tiles: jax.Array
-
-
 class Inputs(NamedTuple):
-    """Operands in global memory."""
+    """Operands in global memory; None where the plan has none."""
 
-    query: Any  # [R, K, columns, H]
-    k_pages: Any  # [L, P, K, Z, H]
+    query: Any  # [R, N, H], or [R, K * columns, H] where groups are padded
+    k_pages: Any  # [L, P, K, Z, H], or [R, S, K, H]
     v_pages: Any
     tables: Any  # [R * M]
     lengths: Any  # [R]
     layer: Any  # [1]
+    k_scale: Any  # f32[L, P, K, Z]
+    v_scale: Any
+    sinks: Any  # f32[K, columns]
+    slopes: Any  # f32[K, columns]
+    counter: Any  # i32[1]: units drawn, zero at first
 
 
 class Outputs(NamedTuple):
@@ -142,10 +201,48 @@ class Outputs(NamedTuple):
     lse: Any  # f32[R, splits, K, columns]
 
 
-class Ring(NamedTuple):
-    """Shared-memory buffers filled by one warpgroup and emptied by another."""
+class Tiles(NamedTuple):
+    """A ring of K or V tiles."""
 
-    smem: Any
+    pages: Any  # [stages, tile, H]
+    scale: Any  # f32[stages, tile], of quantized pages
+    full: Any
+    empty: Any
+    ids: Any  # i32[BUFFERS, ids_per_split]: written by copies, read by the producer that started them
+    ids_full: Any
+
+
+class Tickets(NamedTuple):
+    """A ring of indices of units, which the K producer draws for its program."""
+
+    index: Any  # i32[BUFFERS]
+    full: Any
+    empty: Any
+
+
+class Queries(NamedTuple):
+    """A ring of a unit's queries and of what is given for each head."""
+
+    query: Any  # [BUFFERS, columns, H]
+    sinks: Any  # f32[BUFFERS, columns]
+    slopes: Any  # f32[BUFFERS, columns]
+    full: Any
+    empty: Any
+
+
+class Workspace(NamedTuple):
+    """What each consumer warpgroup needs for itself."""
+
+    weights: Any  # [consumers, columns, tile]
+    values: Any  # [consumers, tile, H] in the dtype of the arithmetic, of quantized pages
+
+
+class Merge(NamedTuple):
+    """What the second consumer hands to the first at the end of a unit."""
+
+    values: Any  # f32[columns, H]
+    maximum: Any  # f32[columns]
+    total: Any  # f32[columns]
     full: Any
     empty: Any
 
@@ -153,76 +250,69 @@ class Ring(NamedTuple):
 class Scratch(NamedTuple):
     """Shared memory and barriers of a program."""
 
-    k: Ring  # [stages, tile, H]
-    v: Ring
-    k_ids: Ring  # i32[BUFFERS, ids_per_split]; its producer is also its consumer
-    v_ids: Ring
-    query: Ring  # [BUFFERS, columns, H]
-    weights: Any  # [columns, tile]
+    k: Tiles
+    v: Tiles
+    queries: Queries
+    lengths: Any  # i32[lengths_size]
+    lengths_full: Any
+    tickets: Tickets | None
+    work: Workspace
+    merge: Merge | None
     out: Any  # [columns, H]
 
 
 def scratch_types(plan: Plan) -> Scratch:
-    tile, stages, columns, head_dim = plan.config.tile, plan.config.stages, plan.columns, plan.head_dim
-
-    def pages() -> Ring:
-        full = plgpu.Barrier(num_barriers=stages, num_arrivals=plan.num_copies)
-        smem = swizzled_smem((stages, tile, head_dim), plan.dtype)
-        return Ring(smem, full, plgpu.Barrier(num_barriers=stages))
-
-    query = Ring(
-        swizzled_smem((BUFFERS, columns, head_dim), plan.dtype),
-        plgpu.Barrier(num_barriers=BUFFERS),
-        plgpu.Barrier(num_barriers=BUFFERS),
-    )
-    ids_full = plgpu.Barrier(num_barriers=BUFFERS, num_arrivals=-(-plan.ids_per_split // MAX_BOX))
-    ids = Ring(plgpu.SMEM((BUFFERS, plan.ids_per_split), jnp.int32), ids_full, None)
+    config, columns, width = plan.config, plan.columns, plan.width
+    weights = swizzled_smem((config.consumers, columns, config.tile), plan.dtype, plan.head_dim)
+    widened = swizzled_smem((config.consumers, config.tile, plan.head_dim), plan.dtype)
     return Scratch(
-        k=pages(),
-        v=pages(),
-        k_ids=ids,
-        v_ids=ids,
-        query=query,
-        weights=swizzled_smem((columns, tile), plan.dtype),
-        out=plgpu.SMEM((columns, head_dim), plan.out_dtype),
+        k=_tiles(plan),
+        v=_tiles(plan),
+        queries=_queries(plan),
+        lengths=plgpu.SMEM((plan.lengths_size,), jnp.int32),
+        lengths_full=plgpu.Barrier(num_arrivals=-(-plan.num_rows // MAX_BOX)),
+        tickets=_tickets(plan) if config.dynamic else None,
+        work=Workspace(weights, widened if plan.is_quantized else None),
+        merge=_merge(plan) if config.consumers == 2 else None,
+        out=plgpu.SMEM((columns, width), plan.out_dtype),
     )
 
 
-def for_each_unit(plan: Plan, lengths, visit, carry):
-    """Calls carry = visit(unit, next_unit, carry) on this program's units that hold visible tokens, or on
-    all.
-
-    Lengths are loaded two units ahead: under full memory traffic a load takes microseconds.
-    """
-    program, stride = lax.axis_index("program"), plan.num_programs
-    count = ceil_div(plan.num_units - program, stride)
-
-    def load_length(index):
-        last = jnp.minimum(program + index * stride, plan.num_units - 1)
-        length = lengths[div(last, plan.num_splits * plan.num_kv_heads)]
-        return jnp.minimum(length, plan.table_width * plan.page_size)
-
-    def step(index, state):
-        length, next_length, carry = state
-        after_next = load_length(index + 2)
-        unit = unit_at(plan, program + index * stride, length)
-        next_unit = unit_at(plan, program + (index + 1) * stride, next_length)
-        next_tiles = jnp.where(index + 1 < count, next_unit.num_tiles, 0)
-        carry = visit(unit, next_unit._replace(num_tiles=next_tiles), carry)
-        return next_length, after_next, carry
-
-    state = (load_length(0), load_length(1), carry)
-    return lax.fori_loop(0, count, step, state)[2]
+def _tiles(plan: Plan) -> Tiles:
+    config = plan.config
+    has_ids = plan.page_size is not None
+    ids_size = plan.ids_per_split if has_ids else 0
+    return Tiles(
+        pages=swizzled_smem((config.stages, config.tile, plan.head_dim), plan.page_dtype),
+        scale=plgpu.SMEM((config.stages, config.tile), jnp.float32) if plan.is_quantized else None,
+        full=plgpu.Barrier(
+            num_barriers=config.stages, num_arrivals=plan.num_copies * (1 + plan.is_quantized)
+        ),
+        empty=plgpu.Barrier(num_barriers=config.stages),
+        ids=plgpu.SMEM((BUFFERS, ids_size), jnp.int32) if has_ids else None,
+        ids_full=plgpu.Barrier(num_barriers=BUFFERS, num_arrivals=-(-ids_size // MAX_BOX))
+        if has_ids
+        else None,
+    )
 
 
-def unit_at(plan: Plan, index, length) -> Unit:
-    """What unit `index` covers of a row of this length."""
-    chunk, head = div(index, plan.num_kv_heads), lax.rem(index, jnp.int32(plan.num_kv_heads))
-    row, split = div(chunk, plan.num_splits), lax.rem(chunk, jnp.int32(plan.num_splits))
-    first_visible = split * plan.config.split
-    end = jnp.minimum(length, first_visible + plan.config.split)
-    if plan.spec.window_left is not None:
-        first_visible = jnp.maximum(first_visible, length - 1 - plan.spec.window_left)
-    start = div(first_visible, plan.config.tile) * plan.config.tile
-    num_tiles = ceil_div(jnp.maximum(end - start, 0), plan.config.tile)
-    return Unit(row, split, head, start, first_visible, end, num_tiles)
+def _queries(plan: Plan) -> Queries:
+    per_head = plgpu.SMEM((BUFFERS, plan.columns), jnp.float32)
+    return Queries(
+        query=swizzled_smem((BUFFERS, plan.columns, plan.head_dim), plan.dtype),
+        sinks=per_head if plan.has_sinks else None,
+        slopes=per_head if plan.has_slopes else None,
+        full=plgpu.Barrier(num_barriers=BUFFERS, num_arrivals=1 + plan.has_sinks + plan.has_slopes),
+        empty=plgpu.Barrier(num_barriers=BUFFERS, num_arrivals=plan.config.consumers),
+    )
+
+
+def _tickets(plan: Plan) -> Tickets:
+    empty = plgpu.Barrier(num_barriers=BUFFERS, num_arrivals=1 + plan.config.consumers)
+    return Tickets(plgpu.SMEM((BUFFERS,), jnp.int32), plgpu.Barrier(num_barriers=BUFFERS), empty)
+
+
+def _merge(plan: Plan) -> Merge:
+    statistic = plgpu.SMEM((plan.columns,), jnp.float32)
+    values = plgpu.SMEM((plan.columns, plan.width), jnp.float32)
+    return Merge(values, statistic, statistic, plgpu.Barrier(), plgpu.Barrier())

@@ -6,116 +6,173 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic import div, pl, plgpu
-from pallas_kernels.paged_attention.decode_plan import (
-    BUFFERS,
-    MAX_BOX,
-    Inputs,
-    Plan,
-    Ring,
-    Unit,
-    for_each_unit,
-)
+from pallas_kernels.paged_attention.decode_plan import BUFFERS, MAX_BOX, Inputs, Plan, Queries, Tiles
+from pallas_kernels.paged_attention.units import Schedule, Unit, drain, for_each_unit
+
+WARPS = 4  # of a warpgroup
+COPIES = 8  # whose page ids are in registers together
 
 
-def produce(plan: Plan, inputs: Inputs, pages, ring: Ring, ids: Ring, query: Ring | None):
+def fetch_lengths(plan: Plan, inputs: Inputs, lengths, full):
+    """Starts the copy of all rows' lengths."""
+    size = min(MAX_BOX, plan.lengths_size)
+
+    def copy(box, _):
+        part = pl.ds(pl.multiple_of(box * size, size), size)
+        plgpu.copy_gmem_to_smem(inputs.lengths.at[part], lengths.at[part], full)
+
+    lax.fori_loop(0, -(-plan.num_rows // size), copy, None)
+
+
+def produce(
+    plan: Plan, inputs: Inputs, pages, scale, tiles: Tiles, schedule: Schedule, queries: Queries | None
+):
     """A producer warpgroup: keeps every slot of the ring filled with the next tile's pages."""
-
     layer = inputs.layer[0]
+    if plan.page_size is not None:
+        pages = pages.at[layer]
+    if plan.is_quantized:
+        scale = scale.at[layer]
 
     def visit(unit: Unit, next_unit: Unit, carry):
-        tiles, units = carry
-        is_active = unit.num_tiles > 0
+        count, units = carry
+        if plan.page_size is not None:
+            fetch_ids_ahead(plan, inputs, tiles, unit, next_unit, units)
+        if queries is not None:
+            fetch_queries(plan, inputs, unit, queries, units)
+        buffer = lax.rem(units, jnp.int32(BUFFERS))
+        if plan.page_size is not None:
+            plgpu.barrier_wait(tiles.ids_full.at[buffer])
+        fetch = functools.partial(fetch_tile, plan, pages, scale, tiles, buffer, unit, count)
+        lax.fori_loop(0, unit.num_tiles, fetch, None)
+        plgpu.commit_smem()  # all ids are read before a copy overwrites them
+        return count + unit.num_tiles, units + 1
 
-        @pl.when(is_active & (units == 0))
-        def _():
-            fetch_ids(plan, inputs, unit, ids, units)
-
-        next_units = units + is_active.astype(jnp.int32)
-
-        @pl.when((next_unit.num_tiles > 0) & (next_units > 0))
-        def _():
-            fetch_ids(plan, inputs, next_unit, ids, next_units)
-
-        @pl.when(is_active)
-        def _():
-            if query is not None:
-                fetch_query(plan, inputs, unit, query, units)
-            buffer = lax.rem(units, jnp.int32(BUFFERS))
-            plgpu.barrier_wait(ids.full.at[buffer])
-            source, unit_ids = pages.at[layer], ids.smem.at[buffer]
-            copy_tile = functools.partial(fetch_tile, plan, source, ring, unit_ids, unit, tiles)
-            lax.fori_loop(0, unit.num_tiles, copy_tile, None)
-            plgpu.commit_smem()  # all ids are read before a copy overwrites them
-
-        return tiles + unit.num_tiles, next_units
-
-    tiles, units = for_each_unit(plan, inputs.lengths, visit, (jnp.int32(0), jnp.int32(0)))
-    drain(ring.empty, plan.config.stages, tiles)
-    if query is not None:
-        drain(query.empty, BUFFERS, units)
+    count, units = for_each_unit(plan, schedule, visit, (jnp.int32(0), jnp.int32(0)))
+    drain(tiles.empty, plan.config.stages, count)
+    if queries is not None:
+        drain(queries.empty, BUFFERS, units)
 
 
-def fetch_ids(plan: Plan, inputs: Inputs, unit: Unit, ids: Ring, units):
+def fetch_ids_ahead(plan: Plan, inputs: Inputs, tiles: Tiles, unit: Unit, next_unit: Unit, units):
+    """Copies page ids a unit ahead: under full memory traffic a load takes microseconds."""
+
+    @pl.when(units == 0)
+    def _():
+        fetch_ids(plan, inputs, unit, tiles, units)
+
+    @pl.when(next_unit.row < plan.num_rows)
+    def _():
+        fetch_ids(plan, inputs, next_unit, tiles, units + 1)
+
+
+def fetch_ids(plan: Plan, inputs: Inputs, unit: Unit, tiles: Tiles, units):
     """Starts the copy of a unit's part of its block table."""
     buffer = lax.rem(units, jnp.int32(BUFFERS))
-    start = first_id(plan, unit)
+    start = pl.multiple_of(first_id(plan, unit), 4)
     for box in range(0, plan.ids_per_split, MAX_BOX):
         size = min(MAX_BOX, plan.ids_per_split - box)
         plgpu.copy_gmem_to_smem(
             inputs.tables.at[pl.ds(start + box, size)],
-            ids.smem.at[buffer, pl.ds(box, size)],
-            ids.full.at[buffer],
+            tiles.ids.at[buffer, pl.ds(box, size)],
+            tiles.ids_full.at[buffer],
         )
 
 
 def first_id(plan: Plan, unit: Unit):
     """Where in the flat block tables a unit's copy begins: TMA copies start at a multiple of 16 bytes."""
+    assert plan.page_size is not None
     start = unit.row * plan.table_width + div(unit.split * plan.config.split, plan.page_size)
-    return pl.multiple_of(div(start, 4) * 4, 4)
+    return div(start, 4) * 4
 
 
-def fetch_query(plan: Plan, inputs: Inputs, unit: Unit, query: Ring, units):
-    """Starts the copy of a KV head's queries."""
+def fetch_queries(plan: Plan, inputs: Inputs, unit: Unit, queries: Queries, units):
+    """Starts the copies of a KV head's queries and of what is given for its heads."""
     buffer = lax.rem(units, jnp.int32(BUFFERS))
 
     @pl.when(units >= BUFFERS)
     def _():
-        plgpu.barrier_wait(query.empty.at[buffer])
+        plgpu.barrier_wait(queries.empty.at[buffer])
 
-    plgpu.copy_gmem_to_smem(
-        inputs.query.at[unit.row, unit.head], query.smem.at[buffer], query.full.at[buffer]
-    )
+    if plan.shares_columns:
+        first = div(unit.head * plan.group, 8) * 8
+    else:
+        first = unit.head * plan.columns
+    heads = pl.ds(pl.multiple_of(first, 8), plan.columns)
+    full = queries.full.at[buffer]
+    plgpu.copy_gmem_to_smem(inputs.query.at[unit.row, heads], queries.query.at[buffer], full)
+    for source, target in ((inputs.sinks, queries.sinks), (inputs.slopes, queries.slopes)):
+        if target is not None:
+            mode = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
+            plgpu.copy_gmem_to_smem(source.at[unit.head], target.at[buffer], full, oob_mode=mode)
 
 
-def fetch_tile(plan: Plan, pages, ring: Ring, ids, unit: Unit, tiles, index, _):
-    """Starts the copies of one tile's pages, one a page; beyond the last page the last one is taken again."""
-    slot = lax.rem(tiles + index, jnp.int32(plan.config.stages))
+def fetch_tile(plan: Plan, pages, scale, tiles: Tiles, buffer, unit: Unit, count, index, _):
+    """Starts the copies of one tile into its slot of the ring."""
+    slot = lax.rem(count + index, jnp.int32(plan.config.stages))
     token = unit.start + index * plan.config.tile
-    first_column = first_id(plan, unit) - unit.row * plan.table_width
-    last_column = div(unit.end - 1, plan.page_size)
-    # All ids first: between copies each load would be waited for, and copies start every 100 cycles or so.
-    page_ids = []
-    for copy in range(plan.num_copies):
-        column = jnp.minimum(div(token + copy * plan.copy_rows, plan.page_size), last_column)
-        page_ids.append(jnp.clip(ids[column - first_column], 0, plan.num_pages - 1))
+    if plan.page_size is None:
+        wait_until_empty(plan, tiles, slot, count + index)
+        source = pages.at[
+            unit.row, pl.ds(pl.multiple_of(token, plan.config.tile), plan.config.tile), unit.head
+        ]
+        plgpu.copy_gmem_to_smem(source, tiles.pages.at[slot], tiles.full.at[slot])
+        return
+    wait_until_empty(plan, tiles, slot, count + index)
+    for first in range(0, plan.num_copies, COPIES):
+        places = range(first, min(first + COPIES, plan.num_copies))
+        # Their ids first: between copies each load would be waited for.
+        page_ids = [page_id(plan, tiles.ids.at[buffer], unit, token, place) for place in places]
+        copy = functools.partial(copy_page, plan, pages, scale, tiles, slot, unit, token)
+        copy_by_warps(copy, list(zip(places, page_ids, strict=True)))
 
-    @pl.when(tiles + index >= plan.config.stages)
+
+def copy_by_warps(copy, arguments):
+    """Calls copy for each of the arguments; one thread starts a copy every 100 cycles or so: four share."""
+    if len(arguments) < WARPS:
+        for each in arguments:
+            copy(*each)
+        return
+
+    @plgpu.warp_map
+    def _(warp):
+        for i in range(WARPS):
+
+            @pl.when(warp == i)
+            def _(i=i):
+                for each in arguments[i::WARPS]:
+                    copy(*each)
+
+
+def wait_until_empty(plan: Plan, tiles: Tiles, slot, index):
+    @pl.when(index >= plan.config.stages)
     def _():
-        plgpu.barrier_wait(ring.empty.at[slot])
-
-    for copy, page in enumerate(page_ids):
-        source = pages.at[page, unit.head]
-        if plan.page_size > plan.copy_rows:
-            offset = lax.rem(token, jnp.int32(plan.page_size))
-            source = source.at[pl.ds(pl.multiple_of(offset, plan.copy_rows), plan.copy_rows)]
-        rows = pl.ds(copy * plan.copy_rows, plan.copy_rows)
-        plgpu.copy_gmem_to_smem(source, ring.smem.at[slot, rows], ring.full.at[slot])
+        plgpu.barrier_wait(tiles.empty.at[slot])
 
 
-def drain(barriers, size: int, total):
-    """Waits for the last arrivals, so that none is pending when the program ends."""
+def page_id(plan: Plan, ids, unit: Unit, token, place: int):
+    """The page of a tile's copy; outside the visible pages the nearest of these is taken again."""
+    assert plan.page_size is not None
+    first_column = first_id(plan, unit) - unit.row * plan.table_width
+    column = div(token + place * plan.copy_rows, plan.page_size)
+    column = jnp.minimum(column, div(unit.end - 1, plan.page_size))
+    if plan.spec.window_left is not None:
+        column = jnp.maximum(column, div(unit.first_visible, plan.page_size))
+    return jnp.clip(ids[column - first_column], 0, plan.num_pages - 1)
 
-    def wait(index, _):
-        plgpu.barrier_wait(barriers.at[lax.rem(index, jnp.int32(size))])
 
-    lax.fori_loop(jnp.maximum(total - size, 0), total, wait, None)
+def copy_page(plan: Plan, pages, scale, tiles: Tiles, slot, unit: Unit, token, place: int, page):
+    """Starts the copy of a page, or of the part of it that a tile takes, and of its scales."""
+    assert plan.page_size is not None
+    rows = pl.ds(0, plan.copy_rows)
+    if plan.page_size > plan.copy_rows:
+        offset = lax.rem(token, jnp.int32(plan.page_size))
+        rows = pl.ds(pl.multiple_of(offset, plan.copy_rows), plan.copy_rows)
+    full, target = tiles.full.at[slot], pl.ds(place * plan.copy_rows, plan.copy_rows)
+    source = pages.at[page, unit.head, rows]
+    plgpu.copy_gmem_to_smem(source, tiles.pages.at[slot, target], full)
+    if plan.is_quantized:
+        mode = plgpu.OOBFillMode.PROMISE_IN_BOUNDS  # not a tensor copy, so that 32 bytes may lie anywhere
+        plgpu.copy_gmem_to_smem(
+            scale.at[page, unit.head, rows], tiles.scale.at[slot, target], full, oob_mode=mode
+        )

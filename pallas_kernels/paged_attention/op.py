@@ -1,5 +1,6 @@
 """paged_attention: validation and the table of variants."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -12,8 +13,9 @@ from jaxtyping import Array, Float, Int, Num
 from pallas_kernels import checks
 from pallas_kernels.device import is_hopper
 from pallas_kernels.kv_pages import pool
-from pallas_kernels.paged_attention import decode_plan, decode_sm90, reference
+from pallas_kernels.paged_attention import reference, sm90
 from pallas_kernels.paged_attention.config import PagedConfig
+from pallas_kernels.paged_attention.prefill_config import PrefillConfig
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 from pallas_kernels.variants import choose
 
@@ -29,7 +31,7 @@ class Variant(NamedTuple):
 
 
 VARIANTS = {
-    "sm90": Variant(decode_sm90.forward, decode_plan.unsupported, is_hopper),
+    "sm90": Variant(sm90.forward, sm90.unsupported, is_hopper),
     "reference": Variant(reference.forward, lambda inputs, spec: None, lambda: True),
 }
 
@@ -44,21 +46,26 @@ def paged_attention(
     query_start: Int[Array, "R+1"] | None = None,
     layer: int | Int[Array, ""] = 0,
     scale: float | None = None,
+    is_causal: bool = True,
     local_window_size: int | tuple[int | None, int | None] | None = None,
     logits_soft_cap: float | None = None,
     k_scale: Float[Array, "L P K Z"] | None = None,
     v_scale: Float[Array, "L P K Z"] | None = None,
+    sinks: Float[Array, "N"] | None = None,
+    alibi_slopes: Float[Array, "N"] | None = None,
     return_lse: bool = False,
     config: PagedConfig | None = None,
+    prefill_config: PrefillConfig | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "tokens N H"] | tuple[Float[Array, "tokens N H"], Float[Array, "tokens N"]]:
     """Computes attention of ragged query tokens over keys and values that live in pages.
 
-        out = softmax(mask(cap(scale Q K^T))) V,   cap(x) = c tanh(x / c)
+        out = softmax(mask(cap(scale Q K^T) - slope (position - j))) V,   cap(x) = c tanh(x / c)
 
     Token j of row r lies in page block_tables[r, j // Z] at offset j % Z. Query i of the row's t queries
     stands at position kv_length - t + i and sees the keys j <= position, and j >= position - left under a
-    window. Queries that see no key, and tokens of no row, give zeros and a log-sum-exp of -inf.
+    window; all keys of its row where is_causal is False. Queries that see no key, and tokens of no row, give
+    zeros and a log-sum-exp of -inf (that of a query with a sink is the sink).
 
     Arguments:
         query: [tokens, N, H]; bf16, fp16 or f32. Without query_start tokens == R: one a row, a decode step.
@@ -69,10 +76,14 @@ def paged_attention(
         query_start: row r's queries are query[query_start[r]:query_start[r + 1]], in order of rows.
         layer: which layer of the pool; may be traced.
         scale: multiplies Q K^T; 1 / sqrt(H) by default.
+        is_causal: False: every query sees every key of its row; takes no window.
         local_window_size: keys visible to the left of a query, or (left, right): attention is causal anyway.
         k_scale, v_scale: factor of each slot and head of quantized pages.
+        sinks: a logit for each head that takes its share of every softmax and has no value; it counts in the
+            log-sum-exp.
+        alibi_slopes: a slope for each head: linear biases (Press et al., 2022).
         return_lse: also return the natural log-sum-exp of each query's logits, f32[tokens, N].
-        config: cuts of the kernel.
+        config, prefill_config: cuts of the kernels for rows of one query, and of more.
         implementation: a name of VARIANTS; by default the first that can serve the call.
 
     Raises ValueError for wrong arguments, NotImplementedError where the implementation named cannot serve.
@@ -81,31 +92,60 @@ def paged_attention(
     pool.check_pool(k_pages, v_pages)
     index = pool.check_layer(layer, k_pages.shape[0])
     inputs = PagedInputs(
-        query, k_pages, v_pages, block_tables, kv_lengths, index, query_start, k_scale, v_scale
+        query,
+        k_pages,
+        v_pages,
+        block_tables,
+        kv_lengths,
+        index,
+        query_start,
+        k_scale,
+        v_scale,
+        sinks,
+        alibi_slopes,
     )
     _check_arrays(inputs)
+    spec = make_spec(query, scale, local_window_size, logits_soft_cap, config)
+    if not is_causal and spec.window_left is not None:
+        raise ValueError(f"local_window_size must be None if is_causal is False, got {local_window_size!r}")
+    spec = dataclasses.replace(spec, is_causal=is_causal, prefill_config=prefill_config)
+    out, lse = _forward(choose(VARIANTS, implementation, inputs, spec), spec, inputs)
+    return (out, lse) if return_lse else out
+
+
+def make_spec(query: jax.Array, scale, local_window_size, logits_soft_cap, config) -> PagedSpec:
+    """The static part of a call, from arguments as a caller gives them."""
     checks.check_soft_cap(logits_soft_cap)
     left, _ = checks.normalize_window(local_window_size)
-    spec = PagedSpec(
+    return PagedSpec(
         scale=float(1 / math.sqrt(query.shape[-1]) if scale is None else scale),
         window_left=left,
         logits_soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
         config=config,
     )
-    out, lse = _forward(choose(VARIANTS, implementation, inputs, spec), spec, inputs)
-    return (out, lse) if return_lse else out
+
+
+def check_heads(inputs: PagedInputs, num_kv_heads: int, head_dim: int, letters: str) -> None:
+    """Holds the query [letters] to the heads of the keys, and what is given for each head to the query's."""
+    query = inputs.query
+    checks.check_rank("query", query, letters)
+    num_heads = query.shape[1]
+    checks.check_shape("query", query, (query.shape[0], num_heads, head_dim), letters)
+    checks.check_dtype("query", query, pool.FLOATS)
+    checks.check_head_groups(num_heads, num_kv_heads)
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(f"the head dim of query must be at most {MAX_HEAD_DIM}, got {head_dim}")
+    for name, array in (("sinks", inputs.sinks), ("alibi_slopes", inputs.alibi_slopes)):
+        if array is not None:
+            checks.check_shape(name, array, (num_heads,), "N")
+            checks.check_dtype(name, array, pool.FLOATS)
 
 
 def _check_arrays(inputs: PagedInputs) -> None:
     query, k_pages = inputs.query, inputs.k_pages
     num_layers, num_pages, num_kv_heads, page_size, head_dim = k_pages.shape
-    checks.check_rank("query", query, "tokens N H")
-    num_tokens, num_heads, _ = query.shape
-    checks.check_shape("query", query, (num_tokens, num_heads, head_dim), "tokens N H")
-    checks.check_dtype("query", query, pool.FLOATS)
-    checks.check_head_groups(num_heads, num_kv_heads)
-    if head_dim > MAX_HEAD_DIM:
-        raise ValueError(f"the head dim of query must be at most {MAX_HEAD_DIM}, got {head_dim}")
+    check_heads(inputs, num_kv_heads, head_dim, "tokens N H")
+    num_tokens = query.shape[0]
     checks.check_rank("block_tables", inputs.block_tables, "R M")
     num_rows = inputs.block_tables.shape[0]
     checks.check_integers("block_tables", inputs.block_tables)

@@ -5,7 +5,7 @@ loop ends at the longest row, and pages that no row's length covers are never re
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,8 @@ def _ragged(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]
         token = offset + jnp.arange(block)
         kv_length = inputs.kv_lengths[row]
         position = kv_length - stop[row] + token
+        if not spec.is_causal:
+            position = jnp.full_like(position, kv_length - 1)
         last_key = jnp.minimum(kv_length, jnp.max(jnp.where(token < stop[row], position, -1)) + 1)
         first_key = 0 if spec.window_left is None else jnp.maximum(position[0] - spec.window_left, 0)
         bounds = first_key // length, _ceil_div(last_key, length)
@@ -97,11 +99,13 @@ def _attend_row(inputs: PagedInputs, spec: PagedSpec, bounds, query, positions, 
         logits = jnp.einsum("ktgh,kch->ktgc", groups, key, precision=lax.Precision.HIGHEST) * spec.scale
         if spec.logits_soft_cap is not None:
             logits = spec.logits_soft_cap * jnp.tanh(logits / spec.logits_soft_cap)
+        if inputs.alibi_slopes is not None:
+            slopes = inputs.alibi_slopes.astype(jnp.float32).reshape(num_kv_heads, 1, -1, 1)
+            logits -= slopes * (positions[:, None] - token)[None, :, None]
         logits = jnp.where(visible[None, :, None], logits, -jnp.inf)
         return _softmax_update(state, logits, value)
 
-    shape = groups.shape[:-1]
-    start = _Softmax(jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros(groups.shape))
+    start = _init_softmax(inputs.sinks, groups.shape)
     state = lax.fori_loop(bounds[0], bounds[1], step, start)
     out = state.values / jnp.where(state.total == 0, 1, state.total)[..., None]
     lse = state.maximum + jnp.log(state.total)  # no visible key: -inf + -inf
@@ -128,6 +132,16 @@ def _gather_chunk(inputs: PagedInputs, table: jax.Array, kv_length: jax.Array, c
     return gather(inputs.k_pages, inputs.k_scale), gather(inputs.v_pages, inputs.v_scale), token
 
 
+def _init_softmax(sinks: jax.Array | None, shape) -> _Softmax:
+    """Before any key: nothing, or the sink alone, whose weight has no value."""
+    num_kv_heads, num_queries, group, _ = shape
+    if sinks is None:
+        return _Softmax(jnp.full(shape[:-1], -jnp.inf), jnp.zeros(shape[:-1]), jnp.zeros(shape))
+    logits = sinks.astype(jnp.float32).reshape(num_kv_heads, 1, group)
+    maximum = jnp.broadcast_to(logits, (num_kv_heads, num_queries, group))
+    return _Softmax(maximum, jnp.ones(shape[:-1]), jnp.zeros(shape))
+
+
 def _softmax_update(state: _Softmax, logits: jax.Array, value: jax.Array) -> _Softmax:
     maximum = jnp.maximum(state.maximum, logits.max(-1))
     shift = jnp.where(maximum == -jnp.inf, 0, maximum)  # nothing visible yet: exp(-inf), not exp(-inf + inf)
@@ -140,8 +154,9 @@ def _softmax_update(state: _Softmax, logits: jax.Array, value: jax.Array) -> _So
 
 def _chunk_length(inputs: PagedInputs) -> int:
     """Tokens gathered at once: whole pages, so that the table is read once a page."""
-    return max(CHUNK, inputs.k_pages.shape[3])
+    page_size = inputs.k_pages.shape[3]
+    return _ceil_div(CHUNK, page_size) * page_size
 
 
-def _ceil_div(x: jax.Array, divisor: int) -> jax.Array:
+def _ceil_div(x: Any, divisor: int) -> Any:
     return (x + divisor - 1) // divisor

@@ -1,0 +1,80 @@
+"""contiguous_attention: decode over caches without pages, by the same kernel and the same reference."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import checks
+from pallas_kernels.device import is_hopper
+from pallas_kernels.kv_pages import pool
+from pallas_kernels.paged_attention import decode_plan, decode_sm90, reference
+from pallas_kernels.paged_attention.config import PagedConfig
+from pallas_kernels.paged_attention.op import Variant, check_heads, make_spec
+from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
+from pallas_kernels.variants import choose
+
+
+def _reference(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]:
+    """A cache is a pool in which every row has one page."""
+    k_pages, v_pages = (cache.swapaxes(1, 2)[None] for cache in (inputs.k_pages, inputs.v_pages))
+    tables = jnp.arange(inputs.query.shape[0], dtype=jnp.int32)[:, None]
+    return reference.forward(inputs._replace(k_pages=k_pages, v_pages=v_pages, block_tables=tables), spec)
+
+
+VARIANTS = {
+    "sm90": Variant(decode_sm90.forward, decode_plan.unsupported, is_hopper),
+    "reference": Variant(_reference, lambda inputs, spec: None, lambda: True),
+}
+
+
+def contiguous_attention(
+    query: Float[Array, "R N H"],
+    k_cache: Float[Array, "R S K H"],
+    v_cache: Float[Array, "R S K H"],
+    kv_lengths: Int[Array, "R"],
+    *,
+    scale: float | None = None,
+    local_window_size: int | tuple[int | None, int | None] | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: Float[Array, "N"] | None = None,
+    alibi_slopes: Float[Array, "N"] | None = None,
+    return_lse: bool = False,
+    config: PagedConfig | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "R N H"] | tuple[Float[Array, "R N H"], Float[Array, "R N"]]:
+    """Computes attention of one query a row over caches in which every row has room for S tokens.
+
+        out = softmax(mask(cap(scale Q K^T) - slope (position - j))) V,   cap(x) = c tanh(x / c)
+
+    What paged_attention computes without query_start, for those who want no pages, and the measure of what
+    pages cost. The query of a row stands at its last token, kv_length - 1.
+
+    Arguments:
+        query: [R, N, H]; bf16, fp16 or f32.
+        k_cache, v_cache: [R, S, K, H], query's dtype. Beyond a row's length they may hold anything, NaN too.
+        kv_lengths: tokens of each row, at most S; 0 for an empty row.
+        others: as those of paged_attention.
+
+    Raises ValueError for wrong arguments, NotImplementedError where the implementation named cannot serve.
+    """
+    checks.check_rank("k_cache", k_cache, "R S K H")
+    checks.check_shape("v_cache", v_cache, k_cache.shape, "R S K H")
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        checks.check_dtype(name, cache, (query.dtype,))
+    num_rows, _, num_kv_heads, head_dim = k_cache.shape
+    pool.check_indices("kv_lengths", kv_lengths, (num_rows,), "R")
+    inputs = PagedInputs(
+        query, k_cache, v_cache, None, kv_lengths, jnp.int32(0), sinks=sinks, alibi_slopes=alibi_slopes
+    )
+    check_heads(inputs, num_kv_heads, head_dim, "R N H")
+    checks.check_shape("query", query, (num_rows, *query.shape[1:]), "R N H")
+    spec = make_spec(query, scale, local_window_size, logits_soft_cap, config)
+    out, lse = _forward(choose(VARIANTS, implementation, inputs, spec), spec, inputs)
+    return (out, lse) if return_lse else out
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _forward(implementation: str, spec: PagedSpec, inputs: PagedInputs) -> tuple[jax.Array, jax.Array]:
+    return VARIANTS[implementation].forward(inputs, spec)

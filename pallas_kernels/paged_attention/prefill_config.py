@@ -1,0 +1,79 @@
+"""PrefillConfig: how the prefill kernel cuts its work."""
+
+import dataclasses
+import math
+
+from pallas_kernels.paged_attention.config import NUM_PROGRAMS
+
+OCTET = 8  # tokens: what TMA moves at least of a swizzled tile
+WARPGROUP_ROWS = 64  # of a wgmma
+MIN_SPLIT_TILES = 4  # KV tiles that are worth a unit of their own, and its merge
+MAX_SPLITS = 16
+SPLIT_BYTES = 64 << 20  # what the parts of the results may take
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillConfig:
+    """Cuts of the prefill kernel.
+
+    warpgroups: of 64 rows (tokens x query heads of a group) each. tile_kv: keys a step takes. stages: tiles
+    of K, and of V, in flight. splits: parts that a row's keys are cut into at most, where there are too few
+    rows to fill the GPU.
+    """
+
+    warpgroups: int = 3
+    tile_kv: int = 128
+    stages: int = 2
+    splits: int = 1
+
+    def __post_init__(self):
+        for name, allowed in {"warpgroups": (1, 2, 3), "tile_kv": (64, 128)}.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if self.stages < 2:
+            raise ValueError(f"stages must be at least 2, got {self.stages!r}")
+        if self.splits < 1:
+            raise ValueError(f"splits must be at least 1, got {self.splits!r}")
+
+
+def max_tiles(num_tokens: int, num_rows: int, tile_q: int) -> int:
+    """Query tiles that any division of the tokens into rows can need, tiles that start at octets.
+
+    The tokens before the first row and after the last count as rows.
+    """
+    num_segments = min(num_rows + 2, num_tokens)
+    return (num_tokens + num_segments * (OCTET - 1 + tile_q - 1)) // tile_q
+
+
+def default_config(
+    num_tokens: int,
+    num_rows: int,
+    group: int,
+    num_kv_heads: int,
+    head_dim: int,
+    crowded: bool,
+    capacity: int,
+) -> PrefillConfig:
+    """Chooses tiles for a call; crowded: a window's left side or a soft cap need registers too.
+
+    Three warpgroups leave a thread 160 registers: enough for accumulators of 64 x 128, not for a crowded
+    kernel's or for H = 256. splits: as many as give every multiprocessor a unit if the tokens were one row's
+    of `capacity` keys, and as SPLIT_BYTES hold; the choice depends on shapes alone, so that a row's bits do
+    not depend on the others.
+    """
+    tile_kv, tile_rows = 128 if head_dim <= 128 else 64, 2 * WARPGROUP_ROWS
+    tiles = math.ceil(num_tokens * group / tile_rows)
+    tile_bytes = max_tiles(num_tokens, num_rows, tile_rows // group) * num_kv_heads * tile_rows * head_dim * 4
+    splits = min(
+        MAX_SPLITS,
+        NUM_PROGRAMS // (tiles * num_kv_heads),
+        capacity // (MIN_SPLIT_TILES * tile_kv),
+        SPLIT_BYTES // tile_bytes,
+    )
+    if splits > 1:
+        return PrefillConfig(2, tile_kv, 2, splits)
+    if head_dim <= 64:
+        return PrefillConfig(3, 128, 3)
+    if head_dim <= 128:
+        return PrefillConfig(2 if crowded else 3, 128, 2)
+    return PrefillConfig(2, 64, 2)

@@ -1,0 +1,296 @@
+"""What a launch of paged prefill does: static facts, tiles, and the list of work computed from the batch."""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.flash_attention.tiles import KvTiles
+from pallas_kernels.mosaic import ceil_div, div, plgpu, swizzled_smem
+from pallas_kernels.paged_attention.prefill_config import (
+    MIN_SPLIT_TILES,
+    OCTET,
+    WARPGROUP_ROWS,
+    PrefillConfig,
+    default_config,
+    max_tiles,
+)
+from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillPlan:
+    """The static facts of one launch."""
+
+    spec: PagedSpec
+    config: PrefillConfig
+    dtype: Any
+    num_tokens: int  # a multiple of OCTET
+    num_rows: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    num_pages: int
+    table_width: int
+
+    @property
+    def group(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def has_own_ranges(self) -> bool:
+        """Whether the warpgroups of a tile hold different tokens, and so see different keys."""
+        return self.group == 1 and self.config.warpgroups > 1
+
+    @property
+    def head_octets(self) -> int:
+        """Octets of a tile's tokens: each is there once for every query head of the group."""
+        return OCTET * self.config.warpgroups // self.group
+
+    @property
+    def tile_q(self) -> int:
+        """Tokens of a query tile."""
+        return self.head_octets * OCTET
+
+    @property
+    def run(self) -> int:
+        """Octets that lie together both in a warpgroup's rows and in a head's tokens: one copy."""
+        return math.gcd(WARPGROUP_ROWS // OCTET, self.head_octets)
+
+    @property
+    def copy_rows(self) -> int:
+        """Tokens of one TMA copy of K or V: a page, or the part of it that one tile takes."""
+        return min(self.page_size, self.config.tile_kv)
+
+    @property
+    def num_copies(self) -> int:
+        return self.config.tile_kv // self.copy_rows
+
+    @property
+    def max_items(self) -> int:
+        """Query tiles, times splits, that any division of the tokens into rows can need."""
+        tiles = max_tiles(self.num_tokens, self.num_rows, self.tile_q)
+        return tiles * self.config.splits
+
+
+def unsupported(inputs: PagedInputs, spec: PagedSpec) -> str | None:
+    """Says why this kernel cannot serve a call, or None if it can."""
+    head_dim, dtype = inputs.query.shape[-1], inputs.query.dtype
+    for name, given in (("sinks", inputs.sinks), ("alibi_slopes", inputs.alibi_slopes)):
+        if given is not None:
+            return f"{name} with query_start: not supported"
+    if dtype not in (jnp.bfloat16, jnp.float16) or inputs.k_pages.dtype != dtype:
+        return f"query and pages must be bf16 or fp16, got {dtype} and {inputs.k_pages.dtype}"
+    if head_dim not in (64, 128, 256):
+        return f"the head dim must be 64, 128 or 256, got {head_dim}"
+    if spec.scale <= 0:
+        return f"the scale must be positive, got {spec.scale}"
+    if (group := inputs.query.shape[1] // inputs.k_pages.shape[2]) > 16:
+        return f"at most 16 query heads may share a KV head, got {group}"
+    return None
+
+
+def make_plan(inputs: PagedInputs, spec: PagedSpec) -> PrefillPlan:
+    num_tokens, num_heads, head_dim = inputs.query.shape
+    _, num_pages, num_kv_heads, page_size, _ = inputs.k_pages.shape
+    num_rows, table_width = inputs.block_tables.shape
+    crowded = spec.window_left is not None or spec.logits_soft_cap is not None
+    shape = (num_tokens, num_rows, num_heads // num_kv_heads, num_kv_heads, head_dim)
+    return PrefillPlan(
+        spec=spec,
+        config=spec.prefill_config or default_config(*shape, crowded, table_width * page_size),
+        dtype=inputs.query.dtype,
+        num_tokens=num_tokens + -num_tokens % OCTET,
+        num_rows=num_rows,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        page_size=page_size,
+        num_pages=num_pages,
+        table_width=table_width,
+    )
+
+
+class Work(NamedTuple):
+    """One item: a query tile of a row, and the KV tiles it takes. Tokens count over the whole batch."""
+
+    row: Any  # of the block tables
+    token: Any  # the tile's first token, a multiple of OCTET
+    first: Any  # the row's tokens of the tile: first <= token < stop
+    stop: Any
+    offset: Any  # token t stands at position t + offset
+    kv_length: Any
+    tile_start: Any  # KV tiles [tile_start, tile_stop)
+    tile_stop: Any
+
+
+class WorkList(NamedTuple):
+    """The items of a launch, and where each token's result lies."""
+
+    items: jax.Array  # i32[max_items, fields of Work]; those from num_items on are no work
+    num_items: jax.Array  # i32[1]
+    first_item: jax.Array  # i32[tokens]: of each token's tile; its splits follow
+    num_splits: jax.Array  # i32[tokens]; 0: no item holds the token
+    place: jax.Array  # i32[tokens]: the token's place in its tile
+
+
+class Segments(NamedTuple):
+    """Rows as the work list sees them, and two more: the tokens before the first row and after the last."""
+
+    start: jax.Array
+    stop: jax.Array
+    kv_length: jax.Array
+    first_tile: jax.Array  # the token at which the first query tile begins
+    num_tiles: jax.Array
+    num_splits: jax.Array
+    first_item: jax.Array
+
+
+def plan_work(plan: PrefillPlan, query_start, kv_lengths, skip) -> WorkList:
+    """Lists the query tiles of all rows but those to skip (bool[R]): long rows first, late tiles first.
+
+    Dense comparisons instead of a sort and searches: a few thousand of them are cheaper than the launches of
+    their kernels. Later tiles of a causal row see more keys; rows stay together, for the L2 cache.
+    """
+    segments = _segments(plan, query_start, kv_lengths, skip)
+    num_items = segments.num_tiles * segments.num_splits
+    item = jnp.arange(plan.max_items)[:, None]
+    is_own = (segments.first_item <= item) & (item < segments.first_item + num_items)
+    segment = jnp.argmax(is_own, axis=1)
+    own = Segments(*(field[segment] for field in segments))
+    index = item[:, 0] - own.first_item
+    tile = own.num_tiles - 1 - index // own.num_splits
+    items = _cut(plan, segment, own, own.first_tile + tile * plan.tile_q, index % own.num_splits)
+
+    token = jnp.arange(plan.num_tokens)[:, None]
+    segment = jnp.argmax((segments.start <= token) & (token < segments.stop), axis=1)
+    own = Segments(*(field[segment] for field in segments))
+    distance = token[:, 0] - own.first_tile
+    tile = own.num_tiles - 1 - distance // plan.tile_q
+    return WorkList(
+        items=jnp.stack(items, axis=1),
+        num_items=num_items.sum()[None],
+        first_item=own.first_item + tile * own.num_splits,
+        num_splits=jnp.where(own.num_tiles > 0, own.num_splits, 0),
+        place=distance % plan.tile_q,
+    )
+
+
+def _segments(plan: PrefillPlan, query_start, kv_lengths, skip) -> Segments:
+    zero, end = jnp.zeros(1, jnp.int32), jnp.full(1, plan.num_tokens, jnp.int32)
+    borders = jnp.concatenate([zero, query_start.astype(jnp.int32), end])
+    start, stop = borders[:-1], borders[1:]
+    kv_length = jnp.minimum(kv_lengths.astype(jnp.int32), plan.table_width * plan.page_size)
+    kv_length = jnp.concatenate([zero, kv_length, zero])
+    is_work = (stop > start) & ~jnp.pad(skip, 1)
+    first_tile = start // OCTET * OCTET
+    num_tiles = jnp.where(is_work, -(-(stop - first_tile) // plan.tile_q), 0)
+    kv_tiles = -(-kv_length // plan.config.tile_kv)
+    num_splits = jnp.clip(-(-kv_tiles // MIN_SPLIT_TILES), 1, plan.config.splits)
+    weight = jnp.where(is_work, kv_length, -1)
+    order = jnp.arange(plan.num_rows + 2)
+    earlier = (weight[None] > weight[:, None]) | (
+        (weight[None] == weight[:, None]) & (order < order[:, None])
+    )
+    first_item = jnp.where(earlier, (num_tiles * num_splits)[None], 0).sum(1)
+    return Segments(start, stop, kv_length, first_tile, num_tiles, num_splits, first_item)
+
+
+def _cut(plan: PrefillPlan, segment, own: Segments, token, split) -> Work:
+    """The items of these tiles: which KV tiles their visible keys, or one split's part of them, take."""
+    first, stop = jnp.maximum(own.start, token), jnp.minimum(own.stop, token + plan.tile_q)
+    offset, tile_kv = own.kv_length - own.stop, plan.config.tile_kv
+    end = jnp.clip(stop + offset, 0, own.kv_length) if plan.spec.is_causal else own.kv_length
+    begin = jnp.zeros_like(end)
+    if plan.spec.window_left is not None:
+        begin = jnp.maximum(first + offset - plan.spec.window_left, 0) // tile_kv
+    end = jnp.maximum(-(-end // tile_kv), begin)
+    size = -(-(end - begin) // own.num_splits)
+    begin = jnp.minimum(begin + split * size, end)
+    row = jnp.clip(segment - 1, 0, plan.num_rows - 1)
+    return Work(row, token, first, stop, offset, own.kv_length, begin, jnp.minimum(begin + size, end))
+
+
+def visible_tiles(plan: PrefillPlan, work: Work, warpgroup) -> KvTiles:
+    """The KV tiles of an item that the tokens of a warpgroup see, and those of them that need no mask."""
+    first, stop, tile_kv = work.first, work.stop, plan.config.tile_kv
+    if plan.has_own_ranges:
+        token = work.token + warpgroup * WARPGROUP_ROWS
+        first, stop = jnp.maximum(first, token), jnp.minimum(stop, token + WARPGROUP_ROWS)
+    last_position = stop - 1 + work.offset
+    end = full_end = work.kv_length
+    if plan.spec.is_causal:
+        end = jnp.maximum(last_position + 1, 0)
+        full_end = jnp.maximum(first + work.offset + 1, 0)
+    start = full_start = jnp.int32(0)
+    if plan.spec.window_left is not None:
+        start = div(jnp.maximum(first + work.offset - plan.spec.window_left, 0), tile_kv)
+        full_start = ceil_div(jnp.maximum(last_position - plan.spec.window_left, 0), tile_kv)
+    end = jnp.where(first < stop, ceil_div(end, tile_kv), 0)
+    everything = KvTiles(work.tile_start, work.tile_start, work.tile_stop, work.tile_stop)
+    return KvTiles(start, full_start, div(full_end, tile_kv), end).clamp(everything)
+
+
+class Inputs(NamedTuple):
+    """Operands in global memory."""
+
+    query: Any  # [tokens, N, H]
+    k_pages: Any  # [L, P, K, Z, H]
+    v_pages: Any
+    tables: Any  # [R * M]
+    layer: Any  # [1]
+    items: Any  # [max_items, fields of Work]
+    num_items: Any  # [1]
+
+
+class Outputs(NamedTuple):
+    """Results in global memory."""
+
+    out: Any  # [tokens, N, H]; of splits f32[max_items, K, warpgroups, 64, H]
+    lse: Any  # f32[max_items, K, warpgroups, 64]
+
+
+class Ring(NamedTuple):
+    """Shared-memory buffers filled by the loading warpgroup and emptied by the others."""
+
+    smem: Any
+    full: Any
+    empty: Any
+
+
+class Scratch(NamedTuple):
+    """Shared memory and barriers of a program."""
+
+    k: Ring  # [stages, tile_kv, H]
+    v: Ring
+    work: Any  # i32[fields of Work]
+    work_full: Any
+    rows: Any  # three views of [warpgroups, 64, H]: queries; results, swizzled; results, row by row
+    query_full: Any
+    zeroed: Any  # the values that no query sees
+
+
+def scratch_types(plan: PrefillPlan) -> Scratch:
+    config, head_dim = plan.config, plan.head_dim
+
+    def pages() -> Ring:
+        full = plgpu.Barrier(num_barriers=config.stages, num_arrivals=plan.num_copies)
+        smem = swizzled_smem((config.stages, config.tile_kv, head_dim), plan.dtype)
+        return Ring(smem, full, plgpu.Barrier(num_barriers=config.stages, num_arrivals=config.warpgroups))
+
+    rows = (config.warpgroups, WARPGROUP_ROWS, head_dim)
+    swizzled = swizzled_smem(rows, plan.dtype)
+    return Scratch(
+        k=pages(),
+        v=pages(),
+        work=plgpu.SMEM((len(Work._fields),), jnp.int32),
+        work_full=plgpu.Barrier(),
+        rows=plgpu.RefUnion(swizzled, swizzled, plgpu.SMEM(rows, plan.dtype)),
+        query_full=plgpu.Barrier(
+            num_barriers=config.warpgroups, num_arrivals=WARPGROUP_ROWS // OCTET // plan.run
+        ),
+        zeroed=plgpu.Barrier(num_arrivals=config.warpgroups),
+    )

@@ -1,0 +1,88 @@
+"""The Hopper variant of paged_attention: which kernel takes which rows.
+
+A row of one query is bound by memory and belongs to the decode kernel, which cuts its keys over the GPU; a
+row of more is bound by arithmetic and belongs to the prefill kernel. A ragged batch is served by both, each
+leaving out the other's rows.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.paged_attention import decode_plan, decode_sm90, prefill_plan, prefill_sm90
+from pallas_kernels.paged_attention.prefill_config import OCTET
+from pallas_kernels.paged_attention.prefill_plan import PrefillPlan, WorkList
+from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
+
+
+def unsupported(inputs: PagedInputs, spec: PagedSpec) -> str | None:
+    """Says why the kernels cannot serve a call, or None if they can."""
+    reason = decode_plan.unsupported(inputs._replace(query_start=None), spec)
+    if inputs.query_start is not None:
+        reason = reason or prefill_plan.unsupported(inputs, spec)
+    return reason
+
+
+def forward(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]:
+    """Attends every query token; returns out [tokens, N, H] and lse f32[tokens, N]."""
+    if inputs.query_start is None:
+        return decode_sm90.forward(inputs, spec)
+    is_single = inputs.query_start[1:] - inputs.query_start[:-1] == 1
+    out, lse = prefill(inputs, spec, skip=is_single)
+    token = jnp.where(is_single, inputs.query_start[:-1], 0)
+    single = inputs._replace(
+        query=inputs.query[token],
+        kv_lengths=jnp.where(is_single, inputs.kv_lengths, 0),
+        query_start=None,
+    )
+    row_out, row_lse = decode_sm90.forward(single, spec)
+    # In place. Rows that are not single aim beyond the end, each elsewhere, and are dropped.
+    token = jnp.where(is_single, token, out.shape[0] + jnp.arange(token.shape[0]))
+    return (
+        out.at[token].set(row_out, mode="drop", unique_indices=True),
+        lse.at[token].set(row_lse, mode="drop", unique_indices=True),
+    )
+
+
+def prefill(
+    inputs: PagedInputs, spec: PagedSpec, skip: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The prefill kernel alone; the results of rows to skip (bool[R]) are undefined."""
+    num_tokens = inputs.query.shape[0]
+    skip = jnp.zeros(inputs.kv_lengths.shape, bool) if skip is None else skip
+    inputs = inputs._replace(query=jnp.pad(inputs.query, ((0, -num_tokens % OCTET), (0, 0), (0, 0))))
+    plan = prefill_plan.make_plan(inputs, spec)
+    work = prefill_plan.plan_work(plan, inputs.query_start, inputs.kv_lengths, skip)
+    out, lse = prefill_sm90.launch(plan, inputs, work)
+    if plan.config.splits > 1:
+        out, lse = _merge_splits(plan, work, _by_head(plan, out), _by_head(plan, lse))
+    else:
+        lse = _by_head(plan, lse)[work.first_item, :, :, work.place].reshape(plan.num_tokens, plan.num_heads)
+    return out[:num_tokens], lse[:num_tokens]
+
+
+def _by_head(plan: PrefillPlan, x: jax.Array) -> jax.Array:
+    """[max_items, K, warpgroups, 64, ...] -> [max_items, K, G, tile_q, ...]."""
+    rest = x.shape[4:]
+    x = x.reshape(plan.max_items, plan.num_kv_heads, -1, *rest)[:, :, : plan.group * plan.tile_q]
+    return x.reshape(plan.max_items, plan.num_kv_heads, plan.group, plan.tile_q, *rest)
+
+
+def _merge_splits(plan: PrefillPlan, work: WorkList, out: jax.Array, lse: jax.Array):
+    """Merges the items of each token by their log-sum-exp: out [tokens, N, H] and lse f32[tokens, N].
+
+    lse = log(sum_s exp(lse_s)),   out = sum_s exp(lse_s - lse) out_s
+    """
+    split = jnp.arange(plan.config.splits)
+    is_own = split < work.num_splits[:, None]
+    item = work.first_item[:, None] + jnp.where(is_own, split, 0)
+    place = work.place[:, None]
+    parts = jnp.where(is_own[..., None, None], lse[item, :, :, place], -jnp.inf)  # tokens, splits, K, G
+    maximum = parts.max(axis=1)
+    weights = jnp.exp(parts - jnp.where(jnp.isneginf(maximum), 0, maximum)[:, None])
+    total = weights.sum(axis=1)
+    # What no item wrote may be NaN.
+    values = jnp.where(weights[..., None] > 0, out[item, :, :, place] * weights[..., None], 0).sum(axis=1)
+    values /= jnp.where(total > 0, total, 1)[..., None]
+    shape = plan.num_tokens, plan.num_heads
+    lse = jnp.where(total > 0, maximum + jnp.log(total), -jnp.inf).reshape(shape)
+    return values.astype(plan.dtype).reshape(*shape, plan.head_dim), lse

@@ -1,0 +1,160 @@
+"""Units of paged decode: how the rows of a batch are cut, and which program takes which piece."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.mosaic import add_to_counter, ceil_div, div, pl, plgpu
+from pallas_kernels.paged_attention.decode_plan import BUFFERS, ROW_BLOCK, Plan, Tickets
+
+
+class Unit(NamedTuple):
+    """One piece of work: `num_tiles` tiles of a row from `start` on, for one KV head."""
+
+    row: jax.Array
+    split: jax.Array
+    head: jax.Array
+    length: jax.Array  # of the row
+    start: jax.Array  # first token of the first tile
+    first_visible: jax.Array  # tokens first_visible <= token < end count
+    end: jax.Array
+    num_tiles: jax.Array
+
+
+class Cursor(NamedTuple):
+    """A place in the list of all units, which is never stored: rows in order, of each its splits, of each
+    its heads."""
+
+    index: jax.Array  # of the unit
+    row: jax.Array  # R and more: beyond the last unit
+    first: jax.Array  # index of the row's first unit
+
+
+class Schedule(NamedTuple):
+    """What a warpgroup needs to know of its program's units."""
+
+    lengths: Any  # i32[lengths_size], in shared memory
+    tickets: Tickets | None  # where units are drawn
+    counter: Any  # i32[1] in global memory, of the warpgroup that draws
+
+
+def for_each_unit(plan: Plan, schedule: Schedule, visit, carry):
+    """Calls carry = visit(unit, next_unit, carry) on this program's units: its place, then every
+    `num_programs`th after it, or what it draws.
+
+    Splits without a visible token are not in the list. A row that cannot be cut always is, however short:
+    nobody else would write its zeros.
+    """
+    program, lengths = lax.axis_index("program"), schedule.lengths
+    zero = jnp.int32(0)
+    start = _seek(plan, lengths, Cursor(zero, zero, zero), program)
+
+    def step(state):
+        units, cursor, unit, carry = state
+        following = _seek(plan, lengths, cursor, _next_index(plan, schedule, cursor.index, units))
+        next_unit = _unit_at(plan, lengths, following)
+        return units + 1, following, next_unit, visit(unit, next_unit, carry)
+
+    state = zero, start, _unit_at(plan, lengths, start), carry
+    units, _, _, carry = lax.while_loop(lambda state: state[1].row < plan.num_rows, step, state)
+    if schedule.counter is not None:
+        assert schedule.tickets is not None
+        drain(schedule.tickets.empty, BUFFERS, units)
+    return carry
+
+
+def _next_index(plan: Plan, schedule: Schedule, index, units):
+    """The unit after `index`. One warpgroup draws it, the others read what it drew."""
+    if schedule.tickets is None:
+        return index + plan.num_programs
+    indices, full, empty = schedule.tickets
+    slot = lax.rem(units, jnp.int32(BUFFERS))
+    if schedule.counter is None:
+        plgpu.barrier_wait(full.at[slot])
+        drawn = indices[slot]
+        plgpu.barrier_arrive(empty.at[slot])
+        return drawn
+
+    @pl.when(units >= BUFFERS)
+    def _():
+        plgpu.barrier_wait(empty.at[slot])
+
+    draw(plan, schedule.counter, indices.at[pl.ds(slot, 1)], index)
+    plgpu.barrier_arrive(full.at[slot])
+    return indices[slot]
+
+
+def draw(plan: Plan, counter, target, _):
+    """target[0] = num_programs + counter[0]++, for all programs at once."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+    def fetch_add(_, counter_ref, target_ref):
+        add_to_counter(counter_ref, target_ref, plan.num_programs)
+
+    fetch_add(counter, target)
+
+
+def drain(barriers, size: int, total):
+    """Waits for the last arrivals, so that none is pending when the program ends."""
+
+    def wait(index, _):
+        plgpu.barrier_wait(barriers.at[lax.rem(index, jnp.int32(size))])
+
+    lax.fori_loop(jnp.maximum(total - size, 0), total, wait, None)
+
+
+def _seek(plan: Plan, lengths, cursor: Cursor, index) -> Cursor:
+    """The cursor of unit `index`, which does not come before the cursor's."""
+    if plan.num_splits == 1:
+        row = jnp.minimum(div(index, plan.num_kv_heads), plan.num_rows)
+        return Cursor(index, row, row * plan.num_kv_heads)
+
+    def must_go_on(state):
+        cursor, skipped = state
+        return (skipped == ROW_BLOCK) & (cursor.row < plan.num_rows)
+
+    def skip_rows(state):
+        cursor, _ = state
+        skipped, first = jnp.int32(0), cursor.first
+        behind = cursor.first
+        for offset in range(ROW_BLOCK):
+            behind += _count_units(plan, lengths[cursor.row + offset])
+            is_skipped = (behind <= index) & (cursor.row + offset < plan.num_rows)
+            skipped += is_skipped.astype(jnp.int32)
+            first = jnp.where(is_skipped, behind, first)
+        return Cursor(index, cursor.row + skipped, first), skipped
+
+    cursor, _ = lax.while_loop(must_go_on, skip_rows, (cursor._replace(index=index), jnp.int32(ROW_BLOCK)))
+    return cursor
+
+
+def split_range(plan: Plan, length):
+    """The splits of a row of this length that have a visible token: first, and one beyond the last."""
+    return div(_first_visible(plan, length), plan.config.split), ceil_div(length, plan.config.split)
+
+
+def _first_visible(plan: Plan, length):
+    if plan.spec.window_left is None:
+        return jnp.int32(0)
+    return jnp.maximum(length - 1 - plan.spec.window_left, 0)
+
+
+def _count_units(plan: Plan, length):
+    first, stop = split_range(plan, jnp.minimum(length, plan.capacity))
+    return (stop - first) * plan.num_kv_heads
+
+
+def _unit_at(plan: Plan, lengths, cursor: Cursor) -> Unit:
+    """The cursor's unit; one without tiles if it stands beyond the last."""
+    length = jnp.minimum(lengths[jnp.minimum(cursor.row, plan.num_rows)], plan.capacity)
+    offset = cursor.index - cursor.first
+    head = lax.rem(offset, jnp.int32(plan.num_kv_heads))
+    split = div(offset, plan.num_kv_heads) + split_range(plan, length)[0]
+    first_visible = jnp.maximum(split * plan.config.split, _first_visible(plan, length))
+    end = jnp.minimum(length, (split + 1) * plan.config.split)
+    start = div(first_visible, plan.config.tile) * plan.config.tile
+    num_tiles = ceil_div(jnp.maximum(end - start, 0), plan.config.tile)
+    num_tiles = jnp.where(cursor.row < plan.num_rows, num_tiles, 0)
+    return Unit(cursor.row, split, head, length, start, first_visible, end, num_tiles)
