@@ -88,6 +88,9 @@ def _add_sampling_options(group: Any) -> None:
 def _add_engine_options(group: Any) -> None:
     group.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (default auto)")
     group.add_argument(
+        "--kv-cache-dtype", default="auto", help="of keys and values: auto (as --dtype), int8 or fp8"
+    )
+    group.add_argument(
         "--max-num-seqs", type=int, default=256, help="prompts that run together (default 256)"
     )
     group.add_argument("--max-model-len", type=int, help="tokens of a prompt and its output at most")
@@ -209,6 +212,7 @@ def _load(args: argparse.Namespace) -> Any:
         return LLM(
             args.model,
             dtype=args.dtype,
+            kv_cache_dtype=args.kv_cache_dtype,
             max_num_seqs=args.max_num_seqs,
             max_model_len=args.max_model_len,
             page_size=args.page_size,

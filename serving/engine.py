@@ -51,6 +51,7 @@ class Engine:
         max_model_len: most tokens of a sequence, prompt and output; the model's context by default.
         num_pages: pages of the pool, of `page_size` tokens each; page 0 is never allocated.
         max_num_batched_tokens: prompt tokens, padding included, that one step takes on.
+        kv_cache_dtype: of the page pool, also int8 or float8_e4m3fn; by default the parameters'.
         seed: of the seeds drawn for requests that set none.
     """
 
@@ -65,6 +66,7 @@ class Engine:
         max_model_len: int | None = None,
         page_size: int = 16,
         max_num_batched_tokens: int = 8192,
+        kv_cache_dtype: Any = None,
         seed: int = 0,
     ):
         self.config: Any = model.config
@@ -79,7 +81,7 @@ class Engine:
             num_pages=num_pages,
             page_size=page_size,
             pages_per_row=num_pages_of(self.max_model_len, page_size),
-            dtype=_compute_dtype(self.steps.params),
+            dtype=_compute_dtype(self.steps.params) if kv_cache_dtype is None else kv_cache_dtype,
         )
         self.buckets = make_buckets(max_num_seqs, self.max_model_len, max_num_batched_tokens)
         self.scheduler = Scheduler(

@@ -32,7 +32,8 @@ def choose_pool_size(
 ) -> PoolSize:
     """Pages for `max_num_seqs` full rows if the free memory holds them, else as many as it holds.
 
-    A page takes 2 (K and V) x L x K x Z x H x bytes of an element. `num_pages` overrides the choice.
+    A page takes 2 (K and V) x L x K x Z x H x bytes of an element, and 4 a scale beside H 8-bit numbers.
+    `num_pages` overrides the choice.
     """
     bytes_of_page = page_bytes(config, page_size, dtype)
     useful = max_num_seqs * num_pages_of(max_model_len, page_size) + 1
@@ -45,10 +46,14 @@ def choose_pool_size(
         reason = f"all that {max_num_seqs} rows of {max_model_len} tokens can fill"
         if num_pages < useful:
             reason = f"{_size(free)} of {source}"
+    itemsize = jnp.dtype(dtype).itemsize
+    vector = f"{config.head_dim} head dim x {itemsize} bytes"
+    if itemsize == 1:
+        vector = f"({config.head_dim} head dim x 1 byte + 4 of a scale)"
     return PoolSize(
         num_pages,
         f"page pool: 2 x {config.num_layers} layers x {config.num_kv_heads} KV heads x {page_size} tokens x "
-        f"{config.head_dim} head dim x {jnp.dtype(dtype).itemsize} bytes = {bytes_of_page:,} bytes a page; "
+        f"{vector} = {bytes_of_page:,} bytes a page; "
         f"x {num_pages:,} pages = {_size(num_pages * bytes_of_page)} ({reason})",
     )
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from tqdm.auto import tqdm
 
-from jaxattn.tokenizer import get_tokenizer
+from jaxattn.tokenizer_files import get_tokenizer
 from jaxattn.weights.checkpoint import write_metadata
 from training import flops
 from training.checkpoint import Checkpoints

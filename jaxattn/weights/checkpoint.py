@@ -13,7 +13,8 @@ import jax
 import numpy as np
 
 from jaxattn.models import ModelConfig, config_from_dict, model_from_params, model_params
-from jaxattn.tokenizer import Tokenizer, load_tokenizer
+from jaxattn.tokenizer import Tokenizer
+from jaxattn.tokenizer_files import load_tokenizer
 from jaxattn.weights.loaded import GenerationDefaults, LoadedModel, cast_arrays
 
 FORMAT = "jaxattn"

@@ -13,7 +13,8 @@ from safetensors.numpy import save_file
 
 from jaxattn.models import MODELS, ModelFamily, model_from_params, model_params
 from jaxattn.models.mapping import Tensors
-from jaxattn.tokenizer import Tokenizer, load_tokenizer
+from jaxattn.tokenizer import Tokenizer
+from jaxattn.tokenizer_files import load_tokenizer
 from jaxattn.weights.checkpoint import read_config_json
 from jaxattn.weights.loaded import GenerationDefaults, LoadedModel, cast_arrays
 

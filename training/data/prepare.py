@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm.auto import tqdm
 
-from jaxattn.tokenizer import Tokenizer, get_tokenizer
+from jaxattn.tokenizer import Tokenizer
+from jaxattn.tokenizer_files import get_tokenizer
 from training.data.text import list_text_files, read_text, resolve_text, split_pieces
 from training.data.tokens import FORMAT, SPLITS, DataError, TokenFiles, open_tokens, token_dtype
 
@@ -49,7 +50,7 @@ def prepare(
 
     Args:
         text: file or folder; `package:NAME/PATH` is inside an installed package.
-        tokenizer: `bytes`, `gpt2`, or a path (see `jaxattn.tokenizer.get_tokenizer`).
+        tokenizer: `bytes`, `gpt2`, or a path (see `jaxattn.get_tokenizer`).
         pattern: which files of a folder are read.
         validation_fraction: share of the documents, or of the single file, in (0, 1).
         invalid_utf8: `error` names the file and the byte; `replace` puts U+FFFD and counts.
