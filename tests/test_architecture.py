@@ -15,10 +15,15 @@ ALLOWED = {
     "serving": {"jaxattn", "pallas_kernels"},
     "training": {"jaxattn", "pallas_kernels"},
 }
-# Only these call kernels: everything above asks them.
+# Only these call kernels, or build what a kernel takes: everything above asks them.
 KERNEL_CALLERS = {
     "jaxattn/attention.py",
+    "jaxattn/block_mask.py",
+    "jaxattn/block_picture.py",
+    "jaxattn/block_rules.py",
+    "jaxattn/implementations.py",
     "jaxattn/page_pool.py",
+    "jaxattn/ring_attention.py",
     "jaxattn/__init__.py",
 }
 

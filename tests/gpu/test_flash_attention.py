@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 
 from pallas_kernels import flash_attention
-from tests.pallas_kernels.flash_cases import BACKWARD_CASES, FORWARD_CASES, poison_padding, random_inputs
+from tests.pallas_kernels.flash_cases import (
+    BACKWARD_CASES,
+    FORWARD_CASES,
+    fused_config,
+    poison_padding,
+    random_inputs,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,6 +48,11 @@ CASES |= {
     f"H={h} causal": {"t": 700, "s": 700, "h": h, "is_causal": True} for h in (32, 40, 80, 96, 160, 192)
 }
 CASES |= {"value dim 256": {"t": 300, "s": 300, "h": 64, "hv": 256}}
+CASES |= {
+    f"fused, H={h} {name}": {"h": h, "config": fused_config(h)} | case
+    for h in (64, 128)
+    for name, case in LARGE.items()
+}
 CASES |= {f"fp16 {name}": {"h": 128, "dtype": jnp.float16} | case for name, case in LARGE.items()}
 
 

@@ -192,6 +192,8 @@ def test_what_lies_beyond_a_length_may_be_nan(implementation):
         ({"query_segment_ids": jnp.zeros((B, T), jnp.int32)}, "segment_ids"),
         ({"query_seq_lengths": jnp.ones(B)}, "query_seq_lengths"),
         ({"key_value_seq_lengths": jnp.ones(B + 1, jnp.int32)}, "key_value_seq_lengths"),
+        ({"sinks": jnp.ones(N + 1)}, "sinks"),
+        ({"alibi_slopes": jnp.ones((1, 1, N))}, "alibi_slopes"),
         ({"dropout_rate": 1.5, "dropout_key": jax.random.key(0)}, "dropout_rate"),
     ],
 )
@@ -215,6 +217,8 @@ def test_wrong_shapes_are_named():
     [
         ("xla", {"logits_soft_cap": 1.0}),
         ("xla", {"return_residual": True}),
+        ("xla", {"sinks": jnp.ones(N)}),
+        ("xla", {"alibi_slopes": jnp.ones(N)}),
         ("xla", {"dropout_rate": 0.1, "dropout_key": jax.random.key(0)}),
         ("cudnn", {}),  # float32
         ("cudnn", {"causal_alignment": "bottom_right", "is_causal": True}),
@@ -235,6 +239,8 @@ def test_an_implementation_that_cannot_do_it_says_so(name, options):
         ({"causal_alignment": "bottom_right", "is_causal": True}, "bottom_right"),
         ({"local_window_size": (4, 0)}, "window"),
         ({"deterministic": True}, "deterministic"),
+        ({"sinks": jnp.ones(N)}, "sinks"),
+        ({"alibi_slopes": jnp.ones(N)}, "alibi_slopes"),
     ],
 )
 def test_cudnn_is_asked_only_for_what_it_computes_as_we_define_it(options, refused, monkeypatch):
@@ -271,6 +277,18 @@ def test_falls_back_in_order_and_logs_the_choice_once(monkeypatch, caplog):
     # what xla cannot do goes to the next, never to a wrong answer
     capped = dot_product_attention(q, k, v, logits_soft_cap=1.0)
     assert (capped == dot_product_attention(q, k, v, logits_soft_cap=1.0, implementation="reference")).all()
+
+
+def test_slopes_and_sinks():
+    q, k, v = inputs()
+    slopes, sinks = 2.0 ** -jnp.arange(1, N + 1), random(3, N)
+    distance = jnp.abs(jnp.arange(T)[:, None] - jnp.arange(S))
+    bias = -slopes[:, None, None] * distance
+    keys, values = (jnp.concatenate([jnp.zeros((B, 1, K, H)), x], axis=1) for x in (k, v))
+    with_sink = jnp.concatenate([jnp.broadcast_to(sinks[:, None, None], (N, T, 1)), bias], axis=-1)
+    expected = jax.nn.dot_product_attention(q, keys, values, with_sink[None])
+    actual = dot_product_attention(q, k, v, alibi_slopes=slopes, sinks=sinks)
+    np.testing.assert_allclose(actual, expected, atol=2e-6)
 
 
 def test_flash_attention_object_is_a_pytree_that_masks_documents():

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from jaxattn.models import LlamaConfig
-from jaxattn.page_pool import PagedAttention, PagedBatch, PagePool, copy_pages, init_page_pool, page_bytes
+from jaxattn.page_pool import (
+    PagedAttention,
+    PagedBatch,
+    PagePool,
+    copy_pages,
+    init_page_pool,
+    page_bytes,
+    swap_in,
+    swap_out,
+)
 
 CONFIG = LlamaConfig(
     vocab_size=10, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, mlp_dim=8, max_positions=64
@@ -74,6 +83,21 @@ def test_keys_and_values_are_rounded_to_the_pools_dtype(qkv):
     assert y.dtype == attention.pool.k_pages.dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("int8", 0.02), ("float8_e4m3fn", 0.06)])
+def test_decode_over_a_quantized_pool_stays_near_whole_sequence_attention(qkv, dtype, tolerance):
+    q, k, v = qkv
+    whole = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    pool, lengths, positions = init_page_pool(CONFIG, 7, Z, dtype), jnp.array([9, 4, 2]), jnp.arange(T)
+    slots = jnp.where(positions < lengths[:, None] - 1, slots_of(jnp.broadcast_to(positions, (R, T))), -1)
+    _, attention = PagedAttention(pool, PagedBatch(TABLES, lengths - 1, slots))(1, q, k, v)
+    at, rows = lengths - 1, jnp.arange(R)
+    attention = PagedAttention(attention.pool, PagedBatch(TABLES, lengths, slots_of(at)))
+    y, attention = attention(1, q[rows, at], k[rows, at], v[rows, at])
+    np.testing.assert_allclose(y, whole[rows, at], atol=tolerance)
+    assert attention.pool.k_pages.dtype == dtype
+    assert (attention.pool.k_scale[0] == 0).all()  # the other layer
+
+
 def test_dropout_is_refused(qkv):
     pool = init_page_pool(CONFIG, 7, Z, jnp.float32)
     batch = PagedBatch(TABLES, jnp.ones(R, jnp.int32), jnp.zeros(R, jnp.int32))
@@ -81,12 +105,28 @@ def test_dropout_is_refused(qkv):
         PagedAttention(pool, batch)(0, *(x[:, 0] for x in qkv), dropout_key=jax.random.key(0))
 
 
-def test_pool_sizes():
-    pool = init_page_pool(CONFIG, 7, Z, jnp.bfloat16)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, "int8", "float8_e4m3fn"])
+def test_pool_sizes(dtype):
+    pool = init_page_pool(CONFIG, 7, Z, dtype)
     assert (pool.num_pages, pool.page_size) == (7, Z)
-    assert sum(pages.nbytes for pages in pool) == 7 * page_bytes(CONFIG, Z, jnp.bfloat16)
+    assert sum(array.nbytes for array in jax.tree.leaves(pool)) == 7 * page_bytes(CONFIG, Z, dtype)
+
+
+def test_a_pool_needs_pages():
     with pytest.raises(ValueError, match="num_pages=0"):
         init_page_pool(CONFIG, 0, Z, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, "int8"])
+def test_swapped_out_pages_return_from_host_memory(dtype):
+    pool, key = init_page_pool(CONFIG, 7, Z, dtype), jax.random.key(0)
+    pool = jax.tree.map(lambda x: jax.random.normal(key, x.shape).astype(x.dtype), pool)
+    buffers = jax.jit(swap_out)(pool, jnp.array([5, 2, 0]))
+    assert all(x.sharding.memory_kind == "pinned_host" for x in jax.tree.leaves(buffers))
+    empty = init_page_pool(CONFIG, 7, Z, dtype)
+    back = jax.jit(swap_in)(empty, buffers, jnp.array([1, 6, 0]))
+    for old, zeros, new in zip(*map(jax.tree.leaves, (pool, empty, back)), strict=True):
+        np.testing.assert_array_equal(new, zeros.at[:, jnp.array([1, 6])].set(old[:, jnp.array([5, 2])]))
 
 
 def test_copy_pages_copies_every_layer():

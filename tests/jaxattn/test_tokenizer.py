@@ -7,7 +7,8 @@ import tokenizers
 from tokenizers import decoders, pre_tokenizers
 from tokenizers.models import BPE
 
-from jaxattn.tokenizer import BPETokenizer, Detokenizer, byte_level_bpe, get_tokenizer, load_tokenizer
+from jaxattn.tokenizer import BPETokenizer, Detokenizer, byte_level_bpe
+from jaxattn.tokenizer_files import get_tokenizer, load_tokenizer
 
 TEXTS = ["", "Hello, world!", "  spaces\n\nand\ttabs ", "naïve café — 東京 🙂🏽", "x\u0000y", "1984 and 2001"]
 

@@ -41,16 +41,21 @@ def setup() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
-def compile_for_hopper(function, specs, donate=()) -> Compiled:
-    """Compiles function(*arrays of these specs) for one H200."""
+def compile_for_hopper(function, specs, donate=(), num_devices=1, partition=()) -> Compiled:
+    """Compiles function(*arrays of these specs) for an H200, or for several, a mesh axis "devices".
+
+    All arrays, in and out, lie on them as the PartitionSpec `partition` says.
+    """
     import jax
     import numpy as np
     from jax.experimental import topologies
     from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
     dump = Path(os.environ["MOSAIC_GPU_DUMP_TO"])
-    topology = topologies.get_topology_desc("", "cuda", topology="1x1x1", target_config=TARGET.read_text())
-    sharding = NamedSharding(Mesh(np.array(topology.devices), ("x",)), PartitionSpec())
+    topology = topologies.get_topology_desc(
+        "", "cuda", topology=f"1x{num_devices}x1", target_config=TARGET.read_text()
+    )
+    sharding = NamedSharding(Mesh(np.array(topology.devices), ("devices",)), PartitionSpec(*partition))
     specs = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), specs)
     device = AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
     mesh = AbstractMesh((), (), abstract_device=device)

@@ -3,10 +3,22 @@
 import jax.numpy as jnp
 import numpy as np
 
+CODES = {"int8": 127, "float8_e4m3fn": 448}  # quantized dtypes, and their largest numbers
+
 
 def random_pool(shape, dtype=np.float32, seed=0):
+    """k_pages and v_pages; of a quantized dtype also k_scale and v_scale."""
     rng = np.random.default_rng(seed)
-    return [np.asarray(jnp.asarray(rng.standard_normal(shape), dtype)) for _ in range(2)]
+    largest = CODES.get(jnp.dtype(dtype).name)
+    scale = largest / 5 if largest else 1
+    numbers = lambda: np.clip(scale * rng.standard_normal(shape), -(largest or np.inf), largest or np.inf)
+    pools = [np.array(jnp.asarray(numbers(), dtype)) for _ in range(2)]
+    return pools + [rng.random(shape[:4], np.float32) for _ in range(2)] if largest else pools
+
+
+def scales_of(pools):
+    """The scales of a pool, as keyword arguments of the ops."""
+    return dict(zip(("k_scale", "v_scale"), pools[2:], strict=False))
 
 
 def random_tokens(shape, num_tokens, dtype=np.float32, seed=1):
@@ -19,6 +31,7 @@ def random_tokens(shape, num_tokens, dtype=np.float32, seed=1):
 
 
 def write_oracle(pages, tokens, slots, layer):
+    """Pages [L, P, K, Z, ...] after the write of tokens [tokens, K, ...]."""
     pages = pages.copy()
     for token, slot in zip(tokens, slots, strict=True):
         if slot >= 0:
@@ -26,9 +39,18 @@ def write_oracle(pages, tokens, slots, layer):
     return pages
 
 
+def quantize_oracle(vectors, dtype):
+    """Codes [..., H] and scales [...], computed by NumPy."""
+    limit, dtype, vectors = CODES[jnp.dtype(dtype).name], jnp.dtype(dtype), vectors.astype(np.float32)
+    largest = np.maximum(np.abs(vectors).max(axis=-1), np.float32(1e-30))
+    scaled = vectors * (np.float32(limit) / largest)[..., None]
+    codes = (np.rint(scaled) if dtype == np.int8 else scaled).astype(dtype)
+    return codes, largest * np.float32(1 / limit)
+
+
 def copy_oracle(pages, src_pages, dst_pages):
     copied = pages.copy()
     for src, dst in zip(src_pages, dst_pages, strict=True):
-        if src:
+        if src and dst:
             copied[:, dst] = pages[:, src]
     return copied

@@ -64,7 +64,44 @@ def cast(case: Case, dtype) -> Case:
     return case._replace(**arrays)
 
 
-def oracle(case: Case, window_left=None, soft_cap=None, scale=None) -> tuple[np.ndarray, np.ndarray]:
+class Quantized(NamedTuple):
+    """Codes and scales of both pools; where the case holds NaN, scales are NaN and codes anything."""
+
+    k_pages: np.ndarray
+    v_pages: np.ndarray
+    k_scale: np.ndarray  # f32[L, P, K, Z]
+    v_scale: np.ndarray
+
+
+def quantize(case: Case, dtype) -> Quantized:
+    """Codes of a case's pages with a scale for each slot and head: max |x| becomes the largest code."""
+    largest = 127 if dtype == jnp.int8 else float(jnp.finfo(dtype).max)
+    codes, scales = [], []
+    for pages in (case.k_pages, case.v_pages):
+        scale = np.abs(pages.astype(np.float32)).max(-1) / largest
+        code = pages.astype(np.float32) / scale[..., None]
+        if dtype == jnp.int8:
+            code = np.where(np.isnan(code), -128, np.rint(code))
+        codes.append(code.astype(dtype))
+        scales.append(scale)
+    return Quantized(*codes, *scales)
+
+
+def contiguous(case: Case, max_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of the case's layer as caches [R, max_length, K, H], NaN beyond the lengths."""
+    num_rows, (_, _, num_kv_heads, page_size, head_dim) = len(case.kv_lengths), case.k_pages.shape
+    caches = np.full((2, num_rows, max_length, num_kv_heads, head_dim), np.nan, case.k_pages.dtype)
+    for row, length in enumerate(case.kv_lengths):
+        tokens = np.arange(length)
+        pages = case.block_tables[row, tokens // page_size]
+        for cache, pool in zip(caches, (case.k_pages, case.v_pages), strict=True):
+            cache[row, :length] = pool[case.layer, pages, :, tokens % page_size]
+    return caches[0], caches[1]
+
+
+def oracle(
+    case: Case, window_left=None, soft_cap=None, scale=None, sinks=None, slopes=None
+) -> tuple[np.ndarray, np.ndarray]:
     """Attention one query and one head at a time, in float64: out [tokens, N, H] and lse [tokens, N]."""
     num_tokens, num_heads, head_dim = case.query.shape
     page_size = case.k_pages.shape[3]
@@ -77,6 +114,7 @@ def oracle(case: Case, window_left=None, soft_cap=None, scale=None) -> tuple[np.
             position = length - stop + token
             keys = np.arange(0 if window_left is None else max(0, position - window_left), position + 1)
             if not len(keys):
+                lse[token] = -np.inf if sinks is None else sinks
                 continue
             slots = case.block_tables[row, keys // page_size], keys % page_size
             for head in range(num_heads):
@@ -87,7 +125,10 @@ def oracle(case: Case, window_left=None, soft_cap=None, scale=None) -> tuple[np.
                 logits = k @ case.query[token, head].astype(np.float64) * scale
                 if soft_cap is not None:
                     logits = soft_cap * np.tanh(logits / soft_cap)
+                if slopes is not None:
+                    logits = logits - slopes[head] * (position - keys)
                 weights = np.exp(logits - logits.max())
-                out[token, head] = weights @ v / weights.sum()
-                lse[token, head] = logits.max() + np.log(weights.sum())
+                total = weights.sum() + (0 if sinks is None else np.exp(sinks[head] - logits.max()))
+                out[token, head] = weights @ v / total
+                lse[token, head] = logits.max() + np.log(total)
     return out, lse

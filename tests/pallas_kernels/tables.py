@@ -21,7 +21,7 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-MODULES = ("flash_cases", "paged_cases")
+MODULES = ("flash_cases", "kv_pages_cases", "paged_cases", "prefill_cases")
 
 
 class CompileCase(NamedTuple):
@@ -36,6 +36,8 @@ class CompileCase(NamedTuple):
     max_spill_bytes: int = 0
     min_alias_bytes: int = 0
     keep_hlo: bool = False
+    num_devices: int = 1  # arrays are divided over a mesh axis "devices", and must stay where they are
+    partition: tuple[str | None, ...] = ()
 
 
 @functools.cache

@@ -29,6 +29,10 @@ CASES = {
     "lengths, bottom right": LENGTHS | {"is_causal": True, "causal_alignment": "bottom_right"},
     "segments": IDS,
     "segments, causal": IDS | {"is_causal": True},
+    "slopes": {"alibi_slopes": jnp.array([0.5, 0.25, 0.125, 1.0]), "is_causal": True},
+    "slopes of each batch row, soft cap": {"alibi_slopes": jnp.ones((B, N)) / 4, "logits_soft_cap": 2.0},
+    "slopes, lengths, bottom right": LENGTHS
+    | {"alibi_slopes": jnp.array([0.5, 0.25, 0.125, 1.0]), "causal_alignment": "bottom_right"},
 }
 BIASES = {None: None, "full": (1, N, T, S), "row": (B, 1, 1, S), "head": (1, N, 1, 1)}
 
@@ -49,7 +53,9 @@ def in_chunks(monkeypatch):
     jax.clear_caches()
 
 
-def textbook(query, key, value, bias=None, *, is_causal=False, causal_alignment="top_left", **arguments):
+def textbook(
+    query, key, value, bias=None, sinks=None, *, is_causal=False, causal_alignment="top_left", **arguments
+):
     """softmax over a dense mask; returns (out, lse)."""
     key, value = (jnp.repeat(x, N // K, axis=2) for x in (key, value))
     logits = jnp.einsum("btnh,bsnh->bnts", query, key, precision="highest") * arguments.get("scale", H**-0.5)
@@ -62,6 +68,8 @@ def textbook(query, key, value, bias=None, *, is_causal=False, causal_alignment=
     i, j = jnp.arange(T)[None, :, None], jnp.arange(S)[None, None]
     visible = (i < q_lengths) & (j < kv_lengths)
     position = i + (kv_lengths - q_lengths if causal_alignment == "bottom_right" else 0)
+    if "alibi_slopes" in arguments:
+        logits -= arguments["alibi_slopes"][..., None, None] * jnp.abs(position - j)[:, None]
     window = arguments.get("local_window_size", (None, None))
     left, right = window if isinstance(window, tuple) else (window, window)
     if is_causal:
@@ -75,19 +83,23 @@ def textbook(query, key, value, bias=None, *, is_causal=False, causal_alignment=
     visible = visible[:, None]
     logits = jnp.where(visible, logits, -1e30)
     live = visible.any(-1)
-    weights = jax.nn.softmax(logits) * live[..., None]
+    if sinks is not None:  # one more key, whose value is dropped
+        column = jnp.broadcast_to(sinks[:, None, None], (B, N, T, 1))
+        logits, live = jnp.concatenate([logits, column], axis=-1), i[..., 0] < q_lengths[..., 0]
+        live = live[:, None]
+    weights = (jax.nn.softmax(logits) * live[..., None])[..., :S]
     lse = jnp.where(live, jax.nn.logsumexp(logits, axis=-1), -jnp.inf)
     return jnp.einsum("bnts,bsnh->btnh", weights, value, precision="highest"), lse.swapaxes(1, 2)
 
 
-def check(tensors, bias, arguments):
+def check(tensors, bias, arguments, sinks=None):
     query, key, value, out_grad, lse_grad = tensors
     ours = functools.partial(flash_attention, return_lse=True, implementation="reference", **arguments)
-    operands = (query, key, value) + (() if bias is None else (bias,))
+    operands = (query, key, value, *(x for x in (bias, sinks) if x is not None))
 
-    def run(function, *operands):
-        *qkv, bias = operands if len(operands) == 4 else (*operands, None)
-        out, lse = function(*qkv, bias=bias)
+    def run(function, query, key, value, *others):
+        names = [name for name, x in (("bias", bias), ("sinks", sinks)) if x is not None]
+        out, lse = function(query, key, value, **dict(zip(names, others, strict=True)))
         total = jnp.sum(out * out_grad) + jnp.sum(jnp.where(jnp.isneginf(lse), 0.0, lse) * lse_grad)
         return total, (out, lse)
 
@@ -124,6 +136,18 @@ def test_equals_textbook_in_chunks(tensors, in_chunks, name, shape):
 @pytest.mark.parametrize("shape", [name for name in BIASES if name])
 def test_bias_and_its_gradient(tensors, shape):
     check(tensors, jax.random.normal(jax.random.key(1), BIASES[shape]), {"is_causal": True})
+
+
+@pytest.mark.parametrize("name", ["causal bottom right", "lengths, bottom right"])
+def test_sinks_and_their_gradient(tensors, name):
+    check(tensors, None, CASES[name], sinks=jnp.array([-1.0, 0.0, 1.0, 3.0]))
+
+
+def test_a_bias_far_below_zero_hides_keys_as_minus_infinity_does(tensors):
+    query, key, value, *_ = tensors
+    for hidden in (-jnp.inf, jnp.finfo(jnp.float32).min):
+        out = flash_attention(query, key, value, bias=jnp.full((1, 1, 1, S), hidden))
+        np.testing.assert_array_equal(out, jnp.zeros_like(out))
 
 
 def test_nothing_beyond_the_lengths_leaks(tensors):
@@ -218,6 +242,11 @@ BAD_CALLS = {
     "key must have one of the dtypes": ({"key": jnp.ones((B, S, K, H), jnp.bfloat16)}, {}),
     "must not be empty": ({"query": jnp.ones((B, 0, N, H))}, {}),
     "bias must have shape": ({}, {"bias": jnp.ones((B, N, T, S + 1))}),
+    "bias must have one of the dtypes": ({}, {"bias": jnp.ones((B, N, T, S), jnp.int32)}),
+    "alibi_slopes must have shape": ({}, {"alibi_slopes": jnp.ones((N + 1,))}),
+    "alibi_slopes must have one of": ({}, {"alibi_slopes": jnp.ones((N,), jnp.int32)}),
+    "sinks must have shape": ({}, {"sinks": jnp.ones((B, N))}),
+    "sinks must have one of": ({}, {"sinks": jnp.ones((N,), jnp.int32)}),
     "must be given together": ({}, {"q_segment_ids": jnp.zeros((B, T), jnp.int32)}),
     "q_lengths must have shape": ({}, {"q_lengths": jnp.zeros((B + 1,), jnp.int32)}),
     "kv_lengths must hold integers": ({}, {"kv_lengths": jnp.zeros((B,))}),

@@ -1,6 +1,7 @@
 """paged_attention: the reference against an oracle, what must never leak, wrong calls."""
 
 import dataclasses
+import itertools
 
 import hypothesis
 import jax
@@ -9,10 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from pallas_kernels import PAGE_SIZES, PagedConfig, paged_attention
+from pallas_kernels import PAGE_SIZES, PagedConfig, contiguous_attention, paged_attention
 from pallas_kernels.paged_attention import decode_plan, op
 from pallas_kernels.paged_attention.config import default_config
-from tests.pallas_kernels.paged_inputs import GARBAGE, cast, make_case, oracle
+from tests.pallas_kernels.paged_inputs import GARBAGE, cast, contiguous, make_case, oracle
 
 
 def call(case, ragged=False, **arguments):
@@ -116,6 +117,63 @@ def test_quantized_pages_are_scaled():
     assert_close(result, oracle(case._replace(k_pages=exact[0], v_pages=exact[1])))
 
 
+def head_arguments(case, seed=3):
+    rng = np.random.default_rng(seed)
+    num_heads = case.query.shape[1]
+    return rng.standard_normal(num_heads).astype(np.float32), rng.uniform(0.01, 0.5, num_heads).astype(
+        np.float32
+    )
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("which", ["sinks", "slopes", "both"])
+def test_sinks_and_alibi_equal_the_oracle(ragged, which):
+    queries = [3, 1, 17] if ragged else None
+    case = make_case(rows=3, lengths=[40, 0, 180], page_size=8, width=24, query_lengths=queries)
+    sinks, slopes = head_arguments(case)
+    sinks, slopes = (None if which == "slopes" else sinks), (None if which == "sinks" else slopes)
+    result = call(case, ragged, sinks=sinks, alibi_slopes=slopes, local_window_size=50)
+    assert_close(result, oracle(case, 50, sinks=sinks, slopes=slopes), atol=5e-6)
+
+
+@pytest.mark.parametrize("max_length", [100, 256, 300])
+def test_contiguous_attention_equals_the_oracle(max_length):
+    case = make_case(rows=4, lengths=[100, 0, 1, 77], page_size=8, width=13)
+    sinks, slopes = head_arguments(case)
+    caches = [jnp.asarray(cache) for cache in contiguous(case, max_length)]
+    result = contiguous_attention(
+        jnp.asarray(case.query),
+        *caches,
+        jnp.asarray(case.kv_lengths),
+        local_window_size=60,
+        logits_soft_cap=2.0,
+        sinks=sinks,
+        alibi_slopes=slopes,
+        return_lse=True,
+    )
+    assert_close([np.asarray(x) for x in result], oracle(case, 60, 2.0, sinks=sinks, slopes=slopes), 5e-6)
+
+
+def test_caches_that_the_kernel_cannot_take():
+    query, lengths = jnp.zeros((1, 4, 64), jnp.bfloat16), jnp.zeros(1, jnp.int32)
+    for room in (128, 260):
+        cache = jnp.zeros((1, room, 2, 64), jnp.bfloat16)
+        with pytest.raises(NotImplementedError, match="multiples of 8"):
+            contiguous_attention(query, cache, cache, lengths, implementation="sm90")
+
+
+def test_contiguous_attention_names_what_is_wrong():
+    query, cache, lengths = jnp.zeros((2, 4, 16)), jnp.zeros((2, 32, 2, 16)), jnp.zeros(2, jnp.int32)
+    for message, arguments in {
+        "v_cache must have shape": (query, cache, cache[:, 1:], lengths),
+        "k_cache must have one of the dtypes": (query, cache.astype(jnp.bfloat16), cache, lengths),
+        r"query must have shape \[R N H\]": (query[:1], cache, cache, lengths),
+        "kv_lengths must have shape": (query, cache, cache, lengths[:1]),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            contiguous_attention(*arguments)
+
+
 def test_a_row_does_not_depend_on_the_others():
     case = make_case(rows=4, lengths=[40, 17, 0, 33])
     everything, _ = call(case)
@@ -146,7 +204,10 @@ WRONG_OPTIONS = {
     "layer must be an integer scalar": {"layer": 0.5},
     "local_window_size must be": {"local_window_size": -1},
     "logits_soft_cap must be positive": {"logits_soft_cap": 0.0},
+    "local_window_size must be None if is_causal is False": {"local_window_size": 3, "is_causal": False},
     "query_start must have shape": {"query_start": jnp.zeros(3, jnp.int32)},
+    "sinks must have shape": {"sinks": jnp.zeros(3)},
+    "alibi_slopes must have one of the dtypes": {"alibi_slopes": jnp.zeros(4, jnp.int32)},
     "k_scale must be given for int8": {"k_scale": jnp.ones((2, 5, 2, 8))},
     "implementation must be one of": {"implementation": "triton"},
 }
@@ -175,8 +236,8 @@ def test_int8_pages_need_scales():
     ("reason", "shapes", "arguments"),
     [
         ("bf16 or fp16", {"head_dim": 64}, {}),
-        ("head dim must be 64, 128 or 256", {"head_dim": 32, "dtype": jnp.bfloat16}, {}),
-        ("query_start", {"head_dim": 64, "dtype": jnp.bfloat16}, {"ragged": True}),
+        ("head dim must be a multiple of 16 in 64..256", {"head_dim": 32, "dtype": jnp.bfloat16}, {}),
+        ("scale must be positive", {"head_dim": 64, "dtype": jnp.bfloat16}, {"ragged": True, "scale": -1.0}),
         ("at most 4096 numbers", {"head_dim": 256, "heads": 34, "dtype": jnp.bfloat16}, {}),
     ],
 )
@@ -187,16 +248,23 @@ def test_the_kernel_says_what_it_cannot_do(reason, shapes, arguments):
 
 
 def test_config_holds_itself_to_what_the_kernel_can():
-    for wrong in ({"tile": 48}, {"split": 100}, {"tile": 128, "split": 64}, {"stages": 1}):
+    for wrong in (
+        {"tile": 48},
+        {"split": 100},
+        {"tile": 128, "split": 64},
+        {"stages": 1},
+        {"consumers": 3},
+        {"stages": 3, "consumers": 2},
+    ):
         with pytest.raises(ValueError, match="must be"):
             PagedConfig(**wrong)
 
 
 def test_default_config_fits_shared_memory_and_cuts_long_rows():
-    for head_dim in (64, 128, 256):
-        for columns in range(8, decode_plan.MAX_QUERIES // head_dim + 1, 8):
-            for rows in (1, 16, 256):
-                config = default_config(rows, 8, head_dim, columns, 32768)
+    for head_dim, itemsize in itertools.product((64, 96, 128, 256), (1, 2)):
+        for columns in range(8, itemsize * decode_plan.MAX_QUERIES // 2 // head_dim + 1, 8):
+            for rows in (1, 16, 256, decode_plan.MAX_ROWS):
+                config = default_config(rows, 8, head_dim, columns, 32768, itemsize)
                 assert config.stages >= 2
                 assert 256 <= config.split <= 4096
 

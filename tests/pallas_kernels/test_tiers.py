@@ -3,6 +3,7 @@ sm_90a.
 """
 
 import os
+import re
 from pathlib import Path
 
 import jax
@@ -70,6 +71,8 @@ def test_compiles_to_sm90a_without_spills(assembler, name):
     if case.max_temp_bytes is not None:
         assert answer["temp_bytes"] <= case.max_temp_bytes
     assert answer["alias_bytes"] >= case.min_alias_bytes
+    if case.num_devices > 1:
+        assert not re.search("all-gather|all-to-all|all-reduce|collective-permute", answer["hlo"])
 
 
 def test_worker_reports_errors_and_survives_a_deadlock():

@@ -50,7 +50,8 @@ class Worker:
     def _start(self) -> subprocess.Popen:
         if self.process is None or self.process.poll() is not None:
             self.answers = queue.Queue()
-            environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+            # NPROC: threads of XLA's pool; fewer than a kernel has warpgroups, and their callbacks deadlock.
+            environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "NPROC": "32"}
             self.process = subprocess.Popen(
                 self.command,
                 stdin=subprocess.PIPE,
@@ -82,7 +83,9 @@ def _compile(name: str) -> dict:
     from tests.pallas_kernels import hopper, tables
 
     case = tables.COMPILE[name]
-    compiled = hopper.compile_for_hopper(case.function, case.specs, case.donate)
+    compiled = hopper.compile_for_hopper(
+        case.function, case.specs, case.donate, case.num_devices, case.partition
+    )
     answer = compiled._asdict() | {"kernels": [kernel._asdict() for kernel in compiled.kernels]}
     return answer if case.keep_hlo else answer | {"hlo": ""}
 

@@ -46,6 +46,22 @@ def test_prompts_come_as_text_ids_or_dicts_and_results_in_their_order(llm):
     assert all(o.outputs[0].text == ByteTokenizer().decode(o.outputs[0].token_ids) for o in outputs)
 
 
+def test_a_model_serves_from_quantized_pages(models, capsys):
+    quantized = LLM((models["llama"], ByteTokenizer()), kv_cache_dtype="fp8", **SIZES)
+    pool = quantized.engine.state.pool
+    assert pool.k_pages.dtype == jnp.float8_e4m3fn
+    assert pool.k_scale.shape == pool.k_pages.shape[:4]
+    assert "(8 head dim x 1 byte + 4 of a scale) = 768 bytes a page" in capsys.readouterr().err
+    (output,) = quantized.generate(["abcdefghijkl"], GREEDY, use_tqdm=False)
+    assert len(output.outputs[0].token_ids) == 6
+    assert (quantized.engine.state.pool.v_scale > 0).any()
+
+
+def test_the_kv_cache_dtype_is_one_of_a_few(models):
+    with pytest.raises(ValueError, match="kv_cache_dtype='int4': must be 'auto' or one of"):
+        LLM((models["llama"], ByteTokenizer()), kv_cache_dtype="int4", **SIZES)
+
+
 def test_one_prompt_needs_no_list(llm):
     (expected,) = llm.generate(["abc"], GREEDY, use_tqdm=False)
     for prompt in ("abc", list(b"abc"), np.array(list(b"abc")), {"prompt": "abc"}):

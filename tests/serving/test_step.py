@@ -81,7 +81,7 @@ def test_no_step_copies_the_pool(models, name, which):
     }
     compiled = lowered[which]().compile()
     memory = compiled.memory_analysis()
-    pool_bytes = sum(leaf.nbytes for leaf in state.pool)
+    pool_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.pool))
     shape = ",".join(map(str, state.pool.k_pages.shape))
     assert memory.alias_size_in_bytes >= pool_bytes
     assert memory.temp_size_in_bytes < pool_bytes / CONFIGS[name].num_layers

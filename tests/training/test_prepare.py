@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import training.data.text as text_module
-from jaxattn.tokenizer import get_tokenizer
+from jaxattn.tokenizer_files import get_tokenizer
 from tests.training.conftest import DOCUMENTS, write_documents
 from training.data import DataError, open_tokens, prepare
 

@@ -1,0 +1,148 @@
+"""flash_attention's Hopper kernels on random shapes, masks and combinations of features, against the
+reference in fp32; what lies beyond the lengths is NaN.
+
+JAXATTN_RANDOM_CASES sets how many are drawn (JAXATTN_RANDOM_SEED: from where on).
+"""
+
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxattn.block_mask import BlockMask
+from pallas_kernels import flash_attention
+from pallas_kernels.flash_attention.block_tiles import BlockTiles
+from tests.pallas_kernels.flash_cases import poison_padding, random_inputs
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(os.environ.get("JAXATTN_TEST_GPU") != "1", reason="needs a Hopper GPU"),
+]
+FIRST = int(os.environ.get("JAXATTN_RANDOM_SEED", "0"))
+CASES = range(FIRST, FIRST + int(os.environ.get("JAXATTN_RANDOM_CASES", "200")))
+DIFFERENTIATED = ("bias", "sinks")
+
+
+def draw(seed):
+    """(shapes and dtype, arguments) of one call; half of the features are absent from most of them."""
+    rng = np.random.default_rng(seed)
+    has = lambda probability=0.25: rng.random() < probability
+    size = lambda limit: int(np.exp(rng.uniform(0, np.log(limit))))
+    batch, k, group, t = rng.integers(1, 4), rng.integers(1, 3), rng.choice([1, 1, 2, 4]), size(800)
+    n, s = int(k * group), t if has(0.5) else size(800)
+    h = int(rng.choice([32, 64, 80, 128, 128, 256]))
+    shape = {"batch": int(batch), "t": t, "s": s, "n": n, "k": int(k), "h": h, "hv": 64 if has(0.1) else h}
+    shape["dtype"] = jnp.float16 if has() else jnp.bfloat16
+    arguments = {
+        "is_causal": bool(has(0.5)),
+        "causal_alignment": str(rng.choice(["top_left", "bottom_right"])),
+    }
+    if has():
+        arguments["local_window_size"] = (size(s + 1), None if has() else size(s + 1))
+    if has(0.15):
+        arguments["logits_soft_cap"] = float(rng.uniform(1, 20))
+    for name, length in (("q_lengths", t), ("kv_lengths", s)):
+        if has():
+            arguments[name] = jnp.asarray(rng.integers(0, length + 1, batch), jnp.int32)
+    if has(0.35):
+        documents = rng.integers(1, 6)
+        ids = [rng.integers(0, documents, (batch, length)) for length in (t, s)]
+        if has(0.7):
+            ids = [np.sort(x, axis=1) for x in ids]
+        arguments |= {"q_segment_ids": jnp.asarray(ids[0]), "kv_segment_ids": jnp.asarray(ids[1])}
+    if has():
+        arguments |= {"dropout_rate": float(rng.uniform(0.05, 0.6)), "dropout_key": jax.random.key(seed)}
+    if has(0.35):
+        sizes = [size if has(0.5) else 1 for size in (batch, n, t, s)]
+        bias = rng.normal(size=sizes) + np.where(rng.random(sizes) < 0.1, -np.inf, 0.0)
+        arguments["bias"] = jnp.asarray(bias, shape["dtype"] if has(0.5) else jnp.float32)
+    if has():
+        slopes = 2.0 ** -rng.uniform(1, 8, (batch, n) if has() else n)
+        arguments["alibi_slopes"] = jnp.asarray(slopes, jnp.float32)
+    if "bias" not in arguments and has(0.2):
+        arguments["block_mask"] = random_tiles(rng, t, s, batch, n if group == 1 else 1)
+    if has():
+        arguments["sinks"] = jnp.asarray(rng.normal(size=n), jnp.float32)
+    return shape, arguments
+
+
+def random_tiles(rng, t, s, batch, n):
+    """Tiles that are whole, absent or random, for each batch row or head or for all."""
+    batch, n = (size if rng.random() < 0.5 else 1 for size in (batch, n))
+    kinds = rng.integers(0, 3, (batch, n, t // 128 + 1, s // 128 + 1))
+    kinds = np.kron(kinds, np.ones((1, 1, 128, 128), np.int32))[:, :, :t, :s]
+    return BlockMask.from_dense((kinds == 1) | ((kinds == 2) & (rng.random(kinds.shape) < 0.3))).tiles()
+
+
+def gradients(implementation, arrays, cotangents, arguments):
+    """((out, lse), gradients by name)."""
+    differentiated = {name: arguments[name] for name in DIFFERENTIATED if name in arguments}
+    static = {name: x for name, x in arguments.items() if not isinstance(x, jax.Array | BlockTiles)}
+    given = {name: x for name, x in arguments.items() if name not in static and name not in differentiated}
+
+    @jax.jit
+    def step(arrays, differentiated, given, cotangents):
+        call = lambda arrays, differentiated: flash_attention(
+            *arrays, **differentiated, **given, **static, return_lse=True, implementation=implementation
+        )
+        (out, lse), vjp = jax.vjp(call, arrays, differentiated)
+        (d_query, d_key, d_value), others = vjp((cotangents[0].astype(out.dtype), cotangents[1]))
+        return out, lse, {"query": d_query, "key": d_key, "value": d_value} | others
+
+    return step(arrays, differentiated, given, cotangents)
+
+
+def close(name, actual, expected, limit, num_rows=0):
+    """Relative RMS error; a gradient of almost nothing (one visible key) is held to an absolute one.
+
+    num_rows: of weights summed in each element; a row's sum of dS carries the rounding of its 16-bit output,
+    where the sum itself cancels.
+    """
+    actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))
+    assert np.isfinite(actual).all(), name
+    rms = lambda x: np.sqrt(np.mean(x**2))
+    error = rms(actual - expected) / max(rms(expected), 0.05, 4 * np.sqrt(num_rows))
+    assert error < limit, (name, error)
+
+
+@pytest.mark.parametrize("seed", CASES)
+def test_random_call(seed):
+    shape, arguments = draw(seed)
+    batch, t, s, n, k, h, hv, dtype = shape.values()
+    shapes = [(batch, t, n, h), (batch, s, k, h), (batch, s, k, hv), (batch, t, n, hv)]
+    *arrays, out_grad = random_inputs(shapes, dtype, seed)
+    lse_grad = jax.random.normal(jax.random.key(seed + 1), (batch, t, n))
+    exact = [x.astype(jnp.float32) for x in arrays]
+    expected, expected_lse, wanted = gradients("reference", exact, (out_grad, lse_grad), arguments)
+    arrays = poison_padding(*arrays, **arguments)
+    if "q_lengths" in arguments:
+        inside = jnp.arange(t) < arguments["q_lengths"][:, None]
+        out_grad = jnp.where(inside[..., None, None], out_grad, jnp.nan)
+        lse_grad = jnp.where(inside[..., None], lse_grad, jnp.nan)
+    out, lse, grads = gradients("sm90", arrays, (out_grad, lse_grad), arguments)
+    limit = {"bfloat16": 5e-3, "float16": 7e-4}[jnp.dtype(dtype).name]
+    close("out", out, expected, limit)
+    np.testing.assert_allclose(lse, expected_lse, atol=2e-4, rtol=2e-4)
+    for name, gradient in grads.items():
+        sums_rows = name == "sinks" or (name == "bias" and gradient.shape[-1] == 1)
+        num_rows = batch * n * t / gradient.size if sums_rows else 0
+        close(name, gradient, wanted[name], 1.5 * limit, num_rows)
+
+
+def test_dropout_drops_the_same_weights_forward_and_backward():
+    """With values of one-hot keys the output shows the weights, and d_value the ones that came through."""
+    t = s = 256
+    query, key = random_inputs([(1, t, 1, 64), (1, s, 1, 64)], jnp.bfloat16)
+    value = jnp.eye(s, dtype=jnp.bfloat16)[None, :, None]
+    call = functools.partial(
+        flash_attention, query, key, dropout_rate=0.5, dropout_key=jax.random.key(1), implementation="sm90"
+    )
+    weights, vjp = jax.vjp(call, value)
+    kept = np.asarray(weights[0, :, 0]) != 0
+    out_grad = jnp.eye(t, s, dtype=jnp.bfloat16)[None, :, None]
+    (d_value,) = vjp(out_grad)
+    np.testing.assert_array_equal(np.asarray(d_value[0, :, 0]).T != 0, kept)
+    assert abs(kept.mean() - 0.5) < 5 * 0.5 / np.sqrt(kept.size)

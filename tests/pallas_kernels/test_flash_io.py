@@ -1,0 +1,88 @@
+"""io_bytes against counts by hand and against a mask spelled out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import FlashConfig, io_bytes
+
+CONFIG = FlashConfig(tile_q=64, tile_kv=128, stages=2, warpgroups=2)
+
+
+def arrays(batch=1, t=1024, s=None, n=2, k=None, h=64):
+    query = jax.ShapeDtypeStruct((batch, t, n, h), jnp.bfloat16)
+    return query, jax.ShapeDtypeStruct((batch, s or t, k or n, h), jnp.bfloat16)
+
+
+def test_full_attention_by_hand():
+    """8 blocks of 128 queries a head, each streams all 1024 keys and values."""
+    forward = io_bytes(*arrays(batch=3), config=CONFIG).forward
+    array = 1024 * 64 * 2  # bytes of one head
+    assert forward.l2_to_sm == 3 * 2 * (array + 8 * 2 * array)
+    assert forward.sm_to_l2 == 3 * 2 * (array + 1024 * 4)
+    assert forward.dram_read == 3 * 2 * 3 * array
+    assert forward.dram_write == forward.sm_to_l2
+
+
+@pytest.mark.parametrize(
+    ("shape", "mask"),
+    [
+        ({}, {"is_causal": True}),
+        ({"t": 1000, "s": 1500}, {"is_causal": True}),
+        ({"t": 1000, "s": 1500}, {"is_causal": True, "causal_alignment": "bottom_right"}),
+        ({}, {"is_causal": True, "local_window_size": (200, 0)}),
+        ({"t": 700}, {"local_window_size": (100, 300)}),
+        ({"n": 8, "k": 2}, {"is_causal": True}),
+    ],
+)
+def test_masked_ranges_are_exact_to_the_tile(shape, mask):
+    query, key = arrays(**shape)
+    forward = io_bytes(query, key, config=CONFIG, **mask).forward
+    (batch, t, n, h), s = query.shape, key.shape[1]
+    rows, keys = np.arange(t)[:, None], np.arange(s)
+    position = rows + (s - t if mask.get("causal_alignment") == "bottom_right" else 0)
+    left, right = mask.get("local_window_size", (s + t, s + t))
+    right = 0 if mask.get("is_causal") else right
+    visible = (keys >= position - left) & (keys <= position + right)
+    streamed = 0
+    for start in range(0, t, 128):
+        seen = np.flatnonzero(visible[start : start + 128].any(axis=0))
+        first, last = seen[0] // 128 * 128, min(s, (seen[-1] // 128 + 1) * 128)
+        streamed += last - first
+    assert forward.l2_to_sm == batch * n * 2 * h * (t + 2 * streamed)
+
+
+def test_larger_tiles_move_fewer_bytes():
+    """The paper's statement: traffic falls with the size of the fast memory."""
+    query, key = arrays(t=4096)
+    moved = [
+        io_bytes(
+            query, key, config=FlashConfig(tile_q=tile, warpgroups=groups, ping_pong=False)
+        ).forward.l2_to_sm
+        for tile, groups in ((64, 1), (64, 2), (64, 3), (128, 2))
+    ]
+    assert moved == sorted(moved, reverse=True)
+    assert moved[0] / moved[3] == pytest.approx(4, rel=0.05)
+
+
+def test_head_dims_are_padded_as_the_kernels_pad_them():
+    narrow, wide = (io_bytes(*arrays(h=h), config=CONFIG) for h in (96, 128))
+    assert narrow.forward.l2_to_sm * 4 == wide.forward.l2_to_sm * 3  # 96 is a multiple of 32
+    assert narrow.backward.l2_to_sm == wide.backward.l2_to_sm  # but not of 64
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_backward_reads_at_least_every_operand(deterministic):
+    query, key = arrays(batch=2, n=4, k=2)
+    backward = io_bytes(query, key, is_causal=True, deterministic=deterministic).backward
+    array = 2 * 1024 * 4 * 64 * 2  # Q, or dO
+    assert backward.dram_read >= 3 * array
+    assert backward.l2_to_sm > backward.dram_read
+    assert backward.sm_to_l2 >= backward.dram_write >= 2 * array
+
+
+def test_what_the_kernels_cannot_do_is_said():
+    query, key = (jax.ShapeDtypeStruct(x.shape, jnp.int8) for x in arrays())
+    with pytest.raises(NotImplementedError, match="int8"):
+        io_bytes(query, key)

@@ -1,0 +1,66 @@
+"""Which thread block works on what: every item once, and no block much longer than the others."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import FlashConfig
+from pallas_kernels.flash_attention.forward_sm90 import ITEM_COST, ForwardPlan
+from pallas_kernels.flash_attention.tiles import Schedule, TileOrder
+
+PLAN = ForwardPlan(
+    batch=2,
+    num_queries=4096,
+    num_keys=4096,
+    num_heads=16,
+    num_kv_heads=16,
+    head_dim=128,
+    value_dim=128,
+    dtype=jnp.bfloat16,
+    scale=1.0,
+    reach=(None, 0),
+    bottom_right=False,
+    logits_soft_cap=None,
+    has_q_lengths=False,
+    has_kv_lengths=False,
+    config=FlashConfig(),
+)
+
+
+@pytest.mark.parametrize("num_blocks", [1, 7, 132])
+def test_every_item_once_and_in_order(num_blocks):
+    order = TileOrder(num_tiles=9, num_heads=32, section=8)
+    table = Schedule(order, num_blocks, costs=tuple(range(1, 10))).table()
+    mine = [list(row[1 : 1 + row[0]]) for row in table]
+    assert sorted(item for items in mine for item in items) == list(range(9 * 32))
+    assert all(items == sorted(items) and items for items in mine)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_blocks_end_together(causal):
+    plan = PLAN if causal else dataclasses.replace(PLAN, reach=(None, None))
+    schedule = plan.schedule
+    loads = [
+        sum(schedule.costs[schedule.order.tile_of(item)] for item in row[1 : 1 + row[0]])
+        for row in schedule.table()
+    ]
+    assert max(loads) - min(loads) <= max(schedule.costs)
+    assert sum(loads) / len(loads) > (0.95 if causal else 0.9) * max(loads)
+
+
+@pytest.mark.parametrize(
+    ("reach", "bottom_right", "keys", "expected"),
+    [
+        ((None, None), False, 512, [4, 4]),
+        ((None, 0), False, 512, [1, 2]),
+        ((None, 0), True, 512, [3, 4]),
+        ((127, 0), False, 512, [1, 2]),
+        ((0, 0), False, 100, [1, 0]),
+    ],
+)
+def test_costs_are_the_tiles_that_rows_see(reach, bottom_right, keys, expected):
+    plan = dataclasses.replace(
+        PLAN, reach=reach, bottom_right=bottom_right, num_keys=keys, num_queries=256, config=FlashConfig()
+    )
+    assert [cost - ITEM_COST for cost in plan.schedule.costs] == expected

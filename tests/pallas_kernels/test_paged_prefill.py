@@ -1,0 +1,114 @@
+"""paged_attention over ragged queries: what the reference promises, and the prefill kernel's list of work."""
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from pallas_kernels import PrefillConfig, paged_attention
+from pallas_kernels.paged_attention.prefill_config import default_config
+from pallas_kernels.paged_attention.prefill_plan import PrefillPlan, Work, plan_work
+from pallas_kernels.paged_attention.spec import PagedSpec
+from tests.pallas_kernels.paged_inputs import make_case
+
+
+def attend(case, query, query_start, kv_lengths, **arguments):
+    arrays = [jnp.asarray(x) for x in (query, case.k_pages, case.v_pages, case.block_tables, kv_lengths)]
+    return paged_attention(
+        *arrays, query_start=jnp.asarray(query_start), layer=case.layer, return_lse=True, **arguments
+    )
+
+
+def test_a_prompt_in_chunks_equals_the_prompt_at_once():
+    case = make_case(rows=2, lengths=[45, 30], query_lengths=[45, 20])
+    whole, whole_lse = attend(case, case.query, case.query_start, case.kv_lengths)
+    # The first row's first 18 tokens, then the rest of it and the second row, of which 10 are cached.
+    first, first_lse = attend(case, case.query[:18], np.array([0, 18, 18]), np.array([18, 0]))
+    second, second_lse = attend(case, case.query[18:], np.array([0, 27, 47]), case.kv_lengths)
+    np.testing.assert_allclose(np.concatenate([first, second]), whole, atol=2e-6)
+    np.testing.assert_allclose(np.concatenate([first_lse, second_lse]), whole_lse, atol=2e-6)
+
+
+def test_queries_that_are_not_causal_see_their_row():
+    case = make_case(rows=2, lengths=[45, 30], query_lengths=[5, 1])
+    out, lse = attend(case, case.query, case.query_start, case.kv_lengths, is_causal=False)
+    for token, row in enumerate([0, 0, 0, 0, 0, 1]):
+        alone = case._replace(query=case.query[token][None])
+        start = np.array([0, 1, 1]) if row == 0 else np.array([0, 0, 1])
+        expected, expected_lse = attend(alone, alone.query, start, case.kv_lengths)
+        np.testing.assert_allclose(out[token], expected[0], atol=2e-6)
+        np.testing.assert_allclose(lse[token], expected_lse[0], atol=2e-6)
+
+
+def make_plan(tokens, rows, group, width, config, is_causal=True, window_left=None):
+    return PrefillPlan(
+        spec=PagedSpec(1.0, window_left, is_causal=is_causal),
+        config=config,
+        dtype=jnp.bfloat16,
+        num_tokens=tokens,
+        num_rows=rows,
+        num_heads=2 * group,
+        num_kv_heads=2,
+        head_dim=64,
+        page_size=16,
+        num_pages=100,
+        table_width=width,
+    )
+
+
+@hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
+@hypothesis.given(
+    data=st.data(),
+    group=st.sampled_from((1, 3, 4)),
+    config=st.sampled_from((PrefillConfig(), PrefillConfig(2, 64, 2, splits=3))),
+    is_causal=st.booleans(),
+)
+def test_every_token_sees_its_keys_in_one_item(data, group, config, is_causal):
+    """Oracle: the tiles of each token's items cover its keys once, and no item holds tokens of two rows."""
+    window = data.draw(st.sampled_from((None, 0, 150))) if is_causal else None
+    queries = np.array(data.draw(st.lists(st.integers(0, 120), min_size=3, max_size=3)))
+    lengths = np.array([data.draw(st.integers(0, 640)) for _ in queries])
+    first = data.draw(st.integers(0, 20))
+    starts = first + np.concatenate([[0], np.cumsum(queries)])
+    tokens = 400
+    skip = queries == 1
+    plan = make_plan(tokens, 3, group, 40, config, is_causal, window)
+    work = jax.tree.map(np.asarray, plan_work(plan, jnp.asarray(starts), jnp.asarray(lengths), skip))
+    items = [Work(*row) for row in work.items[: work.num_items[0]]]
+    assert len(items) <= plan.max_items
+    for token in range(tokens):
+        row = int(np.searchsorted(starts, token, side="right")) - 1
+        is_dead = not 0 <= row < 3
+        mine = [index for index, item in enumerate(items) if item.first <= token < item.stop]
+        if not is_dead and skip[row]:
+            assert not mine
+            continue
+        assert mine == [*range(work.first_item[token], work.first_item[token] + work.num_splits[token])]
+        assert all(items[i].token + work.place[token] == token for i in mine)
+        length = 0 if is_dead else lengths[row]
+        position = length - starts[row + 1] + token if not is_dead else 0
+        last = min(position if is_causal else length - 1, length - 1)
+        keys = np.arange(0 if window is None else max(0, position - window), last + 1)
+        tiles = [t for i in mine for t in range(items[i].tile_start, items[i].tile_stop)]
+        assert len(set(tiles)) == len(tiles)
+        assert set(keys // config.tile_kv) <= set(tiles)
+        assert all(0 <= t * config.tile_kv < max(length, 1) for t in tiles)
+        assert is_dead or all(items[i].row == row for i in mine)
+
+
+def test_config_holds_itself_to_what_the_kernel_can():
+    for wrong in ({"warpgroups": 4}, {"tile_kv": 96}, {"stages": 1}, {"splits": 0}):
+        with pytest.raises(ValueError, match="must be"):
+            PrefillConfig(**wrong)
+
+
+def test_default_config_fits_shared_memory_and_splits_few_tokens():
+    for head_dim in (64, 128, 256):
+        for crowded in (False, True):
+            for tokens in (8, 64, 2048):
+                config = default_config(tokens, 4, 4, 8, head_dim, crowded, 8192)
+                kv_bytes = 4 * config.stages * config.tile_kv * head_dim
+                assert kv_bytes + 128 * config.warpgroups * head_dim < 227 * 1024
+                assert (config.splits > 1) == (tokens < 2048)

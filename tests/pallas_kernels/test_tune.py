@@ -1,0 +1,122 @@
+"""The sweep of flash configs and the cache it fills, with a clock of our own in the place of a GPU."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import pallas_kernels
+from pallas_kernels import FlashConfig, flash_attention, tune
+from pallas_kernels.flash_attention import tuned
+
+ARGUMENTS = ["--batch", "1", "--heads", "2/1", "--head-dim", "64", "--length", "64", "--causal"]
+SHAPE = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)
+KV_SHAPE = jax.ShapeDtypeStruct((1, 64, 1, 64), jnp.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "jaxattn" / "flash_configs.json"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A Hopper GPU that computes the reference, is fastest at 2 stages of 64 keys, and has its limits."""
+    reference = jax.jit(functools.partial(flash_attention, implementation="reference", is_causal=True))
+
+    def compile_call(call, config, backward):
+        if config.stages == 4:
+            raise ValueError("4 stages take too much shared memory")
+        wrong = 1.5 if config.tile_kv == 192 else 1.0  # the fastest of all, but not right
+        run = lambda query, key, value, out_grad: reference(query, key, value) * wrong
+        run.config = config
+        return run
+
+    def microseconds(compiled, arrays, iterations):
+        config = compiled.config
+        return 1.0 if config.tile_kv == 192 else 100.0 + abs(config.stages - 2) + abs(config.tile_kv - 64)
+
+    monkeypatch.setattr(tune.device, "is_hopper", lambda: True)
+    monkeypatch.setattr(tune, "compile_call", compile_call)
+    monkeypatch.setattr(tune, "microseconds", microseconds)
+    monkeypatch.setattr(tune, "OPTIONS", {"tile_kv": (64, 128, 192), "stages": (1, 2, 3, 4)})
+
+
+def test_no_gpu_is_one_line_and_exit_code_2(capsys):
+    assert tune.main(ARGUMENTS) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "Hopper" in error
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--heads", "3/2"], "--heads must be N or N/K"),
+        (["--heads", "x"], "--heads must be N or N/K"),
+        (["--batch", "0"], "--batch must be at least 1"),
+    ],
+)
+def test_wrong_arguments_say_what_is_allowed(change, message, capsys):
+    with pytest.raises(SystemExit) as exit_code:
+        tune.main(ARGUMENTS + change)
+    assert exit_code.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_fastest_right_config_is_saved_and_found(gpu, cache, capsys):
+    assert pallas_kernels.tuned_config(SHAPE, KV_SHAPE, is_causal=True) is None
+    assert tune.main([*ARGUMENTS, "--save"]) == 0
+    out = capsys.readouterr().out
+    assert "computes something else" in out or "shared memory" in out
+    found = pallas_kernels.tuned_config(SHAPE, KV_SHAPE, is_causal=True)
+    assert (found.tile_kv, found.stages) == (64, 2)
+    assert str(cache) in out
+    assert pallas_kernels.tuned_config(SHAPE, KV_SHAPE) is None  # of another mask nothing is known
+    half = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.float16)
+    assert pallas_kernels.tuned_config(half, KV_SHAPE, is_causal=True) is None
+
+
+def test_nothing_is_saved_unasked(gpu, cache):
+    assert tune.main(ARGUMENTS) == 0
+    assert not cache.exists()
+
+
+def test_configs_go_through_json_whole():
+    config = tuned.config_from_dict(json.loads(json.dumps(dataclasses.asdict(FlashConfig(stages=3)))))
+    assert config == FlashConfig(stages=3)
+    with pytest.raises(ValueError, match="has no field tiles"):
+        tuned.config_from_dict({"tiles": 1})
+
+
+def test_a_config_of_another_version_is_ignored_with_a_warning(cache, caplog):
+    name = tuned.shape_class(
+        SHAPE,
+        KV_SHAPE,
+        KV_SHAPE,
+        is_causal=True,
+        local_window_size=None,
+        logits_soft_cap=None,
+        deterministic=False,
+    )
+    tuned.save_config(name, FlashConfig(), {})
+    entries = json.loads(cache.read_text())
+    (entry,) = next(iter(next(iter(entries.values())).values())).values()
+    entry["config"]["tiles"] = 7
+    cache.write_text(json.dumps(entries))
+    assert tuned.tuned_config(SHAPE, KV_SHAPE, is_causal=True) is None
+    assert "has no field tiles" in caplog.text
+    cache.write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        tuned.tuned_config(SHAPE, KV_SHAPE)
+
+
+def test_every_candidate_is_valid_and_the_first_is_the_default():
+    for group in [(), ("dq",)]:
+        configs = tune.candidates(FlashConfig(), group)
+        assert configs[0] == FlashConfig()
+        assert len(set(configs)) == len(configs) > 10
