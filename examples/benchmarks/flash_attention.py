@@ -1,194 +1,221 @@
-"""FlashAttention on this GPU: ours, cuDNN, XLA and, where installed, Tokamax; forward and forward + backward.
+"""FlashAttention on this GPU against cuDNN, Tokamax (where installed) and XLA.
 
-    python examples/benchmarks/flash_attention.py --out results/flash_attention.json --plot
-    results/flash_attention.png
+    python examples/benchmarks/flash_attention.py --out flash_attention.json --plot flash_attention.png
+    python examples/benchmarks/flash_attention.py --quick                        # the main table, one process
+    python examples/benchmarks/flash_attention.py --rows "window|H=96"
+    python examples/benchmarks/flash_attention.py --shape "B=4 T=4096 N=32 K=8 H=128 causal"
 
-16,384 tokens and N x H = 2048 in each row. Time is kernel time by CUPTI, the median of several runs on random
-data. FLOPs are counted as 4 B N T^2 H, half of it if causal, x 3.5 for forward + backward, whatever an
-implementation does.
+Forward, and forward + backward. Time is the time in kernels by CUPTI on random data: the median over fresh
+processes (3 by default) of each one's median over runs; peers take turns within a process. FLOPs are counted
+as 4 H for each pair of a query and a key it sees, x 3.5 for forward + backward, whatever an implementation
+does. The rows that ask for deterministic gradients run in processes of their own, with
+--xla_gpu_deterministic_ops, which makes cuDNN so. FlashAttention's claims against standard attention
+(flash_claims.py) are measured too, unless --no-claims.
 """
 
 import argparse
-import functools
+import contextlib
+import dataclasses
 import json
-import statistics
+import os
+import re
+import shutil
+import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
+import attention_tables
+import flash_claims
 import report
-from jax.experimental.mosaic.gpu import profiler
+from attention_peers import PEERS
+from attention_rows import MAIN_ROWS, ROWS, Row, parse_row
 
-from pallas_kernels import flash_attention
-
-TOKENS, WIDTH = 16384, 2048
-ROWS = [
-    *((128, True, length) for length in (1024, 2048, 4096, 8192, 16384)),
-    *((128, False, length) for length in (1024, 4096)),
-    *((64, True, length) for length in (1024, 4096, 16384)),
-    *((64, False, length) for length in (1024, 4096)),
-    *((256, True, length) for length in (4096, 16384)),
-    (256, False, 4096),
-]
-MAX_XLA_LENGTH = 4096  # beyond, its T x T logits do not fit
+HERE = Path(__file__).parent
 
 
-def implementations() -> dict:
-    """name -> function(query, key, value, is_causal)."""
-    table = {
-        "jaxattn": lambda q, k, v, causal: flash_attention(q, k, v, is_causal=causal, implementation="sm90"),
-        "cudnn": lambda q, k, v, causal: jax.nn.dot_product_attention(
-            q, k, v, is_causal=causal, implementation="cudnn"
-        ),
-        "xla": lambda q, k, v, causal: jax.nn.dot_product_attention(
-            q, k, v, is_causal=causal, implementation="xla"
-        ),
-    }
-    # Tokamax imports a profiler's command line that an installation need not have.
-    sys.modules.setdefault("xprof.cli.tools", types.SimpleNamespace(get_kernel_stats_tool=None))
-    try:
-        import tokamax
+@dataclasses.dataclass
+class Worker:
+    """A fresh process that compiles at once, and times when told to."""
 
-        table["tokamax"] = lambda q, k, v, causal: tokamax.dot_product_attention(
-            q, k, v, is_causal=causal, implementation="mosaic"
+    process: subprocess.Popen
+    rows: list[Row]
+    compile_seconds: float = 0.0
+
+    @classmethod
+    def start(cls, script: str, job: dict, rows: list[Row], flags: str = "") -> "Worker":
+        paths = os.pathsep.join([str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])
+        # Processes share the GPU's memory: none may take most of it at its start.
+        variables = {**os.environ, "PYTHONPATH": paths, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        variables["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+        command = [sys.executable, str(HERE / script)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        worker = cls(subprocess.Popen(command, env=variables, **pipes), rows)
+        worker._say(json.dumps({**job, "rows": [dataclasses.asdict(row) for row in rows]}))
+        return worker
+
+    def wait_compiled(self) -> None:
+        self.compile_seconds = float(self._hear("@compiled") or 0)
+
+    def measure(self) -> dict:
+        """What the process reports; {"failure": ...} where it died, as a kernel can make it."""
+        if self.compile_seconds:
+            with contextlib.suppress(BrokenPipeError):
+                self._say("measure")
+        answer = self._hear("@done") if self.compile_seconds else None
+        exit_code = self._close()
+        result = (
+            json.loads(answer) if answer else {"failure": f"the process ended with exit code {exit_code}"}
         )
-    except ImportError:
-        pass
-    return table
+        return {"compile_seconds": self.compile_seconds, **result}
 
+    def _say(self, line: str) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
 
-def forward_and_backward(attend):
-    def step(query, key, value, out_grad):
-        out, vjp = jax.vjp(attend, query, key, value)
-        return out, vjp(out_grad)
-
-    return step
-
-
-def milliseconds(function, arrays, iterations: int) -> float | None:
-    """Median kernel time of function(*arrays), or None where it cannot run."""
-    try:
-        jitted = jax.jit(function)
-        jax.block_until_ready(jitted(*arrays))
-        _, times = profiler.measure(jitted, iterations=iterations)(*arrays)
-        return statistics.median(times)
-    except Exception as error:
-        print(f"  {type(error).__name__}: {str(error).splitlines()[0][:100]}", file=sys.stderr)
+    def _hear(self, word: str) -> str | None:
+        """The rest of the next line that begins with a word; None where none comes any more."""
+        assert self.process.stdout
+        for line in self.process.stdout:
+            if line.startswith(word + " "):
+                return line[len(word) + 1 :]
         return None
 
-
-def memory_bytes(attend, arrays) -> int:
-    """Device memory beside arguments and results."""
-    return jax.jit(attend).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
-
-
-def measure_row(head_dim: int, is_causal: bool, length: int, iterations: int) -> dict:
-    batch, heads = TOKENS // length, WIDTH // head_dim
-    keys = jax.random.split(jax.random.key(0), 4)
-    arrays = [jax.random.normal(key, (batch, length, heads, head_dim), jnp.bfloat16) for key in keys]
-    flops = 4 * batch * heads * length**2 * head_dim * (0.5 if is_causal else 1)
-    row = {"H": head_dim, "causal": is_causal, "T": length, "B": batch, "N": heads}
-    for name, function in implementations().items():
-        if (name == "xla" and length > MAX_XLA_LENGTH) or (name == "cudnn" and head_dim > 128):
-            continue
-        attend = functools.partial(_attend, function, is_causal)
-        forward = milliseconds(attend, arrays[:3], iterations)
-        both = milliseconds(forward_and_backward(attend), arrays, iterations)
-        row[name] = {
-            "forward_ms": forward,
-            "forward_tflops": flops / forward / 1e9 if forward else None,
-            "forward_backward_ms": both,
-            "forward_backward_tflops": 3.5 * flops / both / 1e9 if both else None,
-            "forward_temp_bytes": memory_bytes(attend, arrays[:3]) if forward else None,
-        }
-    return row
+    def _close(self) -> int:
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe
+            pipe.close()
+        return self.process.wait()
 
 
-def _attend(function, is_causal, query, key, value):
-    return function(query, key, value, is_causal)
+def measure(rows: list[Row], options: argparse.Namespace) -> dict:
+    """Compiles in all processes at once; then each has the GPU to itself in turn."""
+    start = time.perf_counter()
+    plain = [row for row in rows if not row.deterministic]
+    deterministic = [row for row in rows if row.deterministic]
+    peers = list(PEERS)
+    workers = []
+    # Python traces and lowers on one core a process: several processes share the rows of one turn.
+    groups = max(1, len(os.sched_getaffinity(0)) // (options.processes + 1))
+    shares = [(plain[group::groups], "") for group in range(groups)]
+    shares.append((deterministic, "--xla_gpu_deterministic_ops"))
+    shares = [share for share in shares if share[0]]
+    for turn in range(options.processes):
+        for index, (share, flags) in enumerate(shares):
+            job = {"turn": turn, "peers": peers, "ceiling": index == 0}
+            workers.append(Worker.start("attention_worker.py", job, share, flags))
+    claims = None
+    if options.claims:
+        claims = Worker.start("flash_claims.py", {}, [])
+    for worker in [*workers, *([claims] if claims else [])]:
+        worker.wait_compiled()
+    compile_seconds = time.perf_counter() - start
+    results = [worker.measure() for worker in workers]
+    if failures := [result["failure"] for result in results if "failure" in result]:
+        print(f"{len(failures)} of {len(results)} processes failed: {failures[0]}", file=sys.stderr)
+    if results and all("failure" in result for result in results):
+        raise SystemExit("flash_attention.py: no process measured anything")
+    figures = {
+        "timing": f"CUPTI kernel time; median of {options.processes} fresh processes of medians over runs",
+        "seconds": {"compile, all processes at once": round(compile_seconds, 1)},
+        "processes": [{k: v for k, v in result.items() if k != "rows"} for result in results],
+        **attention_tables.combine(rows, results),
+    }
+    figures["seconds"]["timing, one process after the other"] = sum(
+        result.get("timing_seconds", 0) for result in results
+    )
+    if claims:
+        figures["claims"] = claims.measure()
+        figures["seconds"]["claims"] = figures["claims"].get("timing_seconds", 0)
+    figures["seconds"]["all"] = round(time.perf_counter() - start, 1)
+    return figures
 
 
-def matmul_tflops(size: int = 8192) -> float | None:
-    """The ceiling: a bf16 matrix product on random data."""
-    x, y = (jax.random.normal(jax.random.key(seed), (size, size), jnp.bfloat16) for seed in (0, 1))
-    time = milliseconds(jnp.matmul, (x, y), 8)
-    return 2 * size**3 / time / 1e9 if time else None
-
-
-def table(rows: list[dict]) -> str:
-    """TFLOP/s of every row, and the ratio to the best peer."""
-    names = list(dict.fromkeys(name for row in rows for name in row if isinstance(row[name], dict)))
-    lines = []
-    for metric in ("forward", "forward_backward"):
-        lines.append(
-            f"{metric} TFLOP/s".ljust(32) + "".join(name.rjust(10) for name in names) + "  / best peer"
-        )
-        for row in rows:
-            rates = {name: row[name][f"{metric}_tflops"] for name in names if name in row}
-            peers = [rate for name, rate in rates.items() if name != "jaxattn" and rate]
-            ours = rates.get("jaxattn")
-            cells = "".join(
-                f"{rates.get(name):10.0f}" if rates.get(name) else " " * 9 + "-" for name in names
-            )
-            ratio = f"{ours / max(peers):10.2f}" if ours and peers else ""
-            kind = "causal" if row["causal"] else "full"
-            lines.append(f"H={row['H']:<4} {kind:<7} T={row['T']:<6}".ljust(32) + cells + ratio)
-    return "\n".join(lines)
-
-
-def plot(result: dict, path: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = result["rows"]
-    names = list(dict.fromkeys(name for row in rows for name in row if isinstance(row[name], dict)))
-    labels = [f"H {row['H']}\n{'causal' if row['causal'] else 'full'}\nT {row['T']}" for row in rows]
-    figure, axes = plt.subplots(2, 1, figsize=(14, 8), sharex=True)
-    titles = ("forward", "forward_backward"), ("forward", "forward + backward")
-    for axis, metric, title in zip(axes, *titles, strict=True):
-        width = 0.8 / len(names)
-        for index, name in enumerate(names):
-            rates = [row.get(name, {}).get(f"{metric}_tflops") or 0 for row in rows]
-            axis.bar([x + index * width for x in range(len(rows))], rates, width, label=name)
-        axis.set_ylabel("TFLOP/s")
-        axis.set_title(f"{title}, bf16, {result['device']}")
-        axis.grid(axis="y", alpha=0.3)
-    axes[0].legend(ncols=len(names))
-    axes[1].set_xticks([x + 0.3 for x in range(len(rows))], labels, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", help="write the figures here, as JSON")
-    parser.add_argument("--plot", help="write a bar chart here, as PNG")
-    parser.add_argument("--plot-from", help="only plot: read this JSON instead of measuring")
-    parser.add_argument("--iterations", type=int, default=8)
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", help="write every figure here, as JSON; those of the claims to NAME_claims.json"
+    )
+    parser.add_argument("--plot", help="write charts here, as PNG")
+    parser.add_argument("--plot-from", help="measure nothing: tables and charts of this JSON")
+    parser.add_argument("--markdown", action="store_true", help="print tables as Markdown, for the README")
+    parser.add_argument("--quick", action="store_true", help="one process and the main table only")
+    parser.add_argument("--rows", metavar="REGEX", help="only rows whose section or label matches")
+    parser.add_argument(
+        "--shape", action="append", help='a row of your own, "B=4 T=4096 N=32 K=8 H=128 causal"'
+    )
+    parser.add_argument("--processes", type=int, default=3, help="fresh processes (3)")
+    parser.add_argument("--claims", action=argparse.BooleanOptionalAction, help="against standard attention")
+    parser.add_argument("--only-claims", action="store_true", help="nothing but those")
     options = parser.parse_args()
-    if options.plot_from:
-        result = json.loads(Path(options.plot_from).read_text())
-    else:
-        rows = []
-        for head_dim, is_causal, length in ROWS:
-            rows.append(measure_row(head_dim, is_causal, length, options.iterations))
-            print(f"measured H={head_dim} causal={is_causal} T={length}", file=sys.stderr, flush=True)
-        result = {
-            **report.environment(),
-            "timing": f"CUPTI kernel time, median of {options.iterations}",
-            "matmul_8192_tflops": matmul_tflops(),
-            "rows": rows,
-        }
-        report.save(options.out, result)
-    print(f"{result['device']}, {result['versions']}, matmul {result['matmul_8192_tflops'] or 0:.0f} TFLOP/s")
-    print(table(result["rows"]))
+    if options.quick:
+        options.processes = 1
+    if options.claims is None:
+        options.claims = options.only_claims or not (options.quick or options.rows or options.shape)
+    try:
+        options.selected = select(options)
+    except (ValueError, re.error) as error:
+        parser.error(str(error))
+    return options
+
+
+def select(options: argparse.Namespace) -> list[Row]:
+    """The rows that the command line asks for."""
+    if options.only_claims:
+        return []
+    if options.shape:
+        return [parse_row(text) for text in options.shape]
+    rows = MAIN_ROWS if options.quick else ROWS
+    if not options.rows:
+        return rows
+    chosen = [row for row in ROWS if re.search(options.rows, f"{row.section} {row.label}")]
+    if not chosen:
+        raise ValueError(f"--rows: {options.rows!r} matches none of " + "; ".join(row.label for row in ROWS))
+    return chosen
+
+
+def beside(path: str | None) -> str | None:
+    """NAME_claims.png of NAME.png."""
+    return path and str(Path(path).with_stem(Path(path).stem + "_claims"))
+
+
+def publish(
+    figures: dict, module: types.ModuleType, options: argparse.Namespace, rename=lambda path: path
+) -> None:
+    """Prints the table of what was measured, writes its JSON and its chart."""
+    if not (figures.get("rows") or figures.get("calls")):
+        return
+    if not options.plot_from:
+        report.save(rename(options.out), figures)
+    print(module.text(figures, report.markdown if options.markdown else report.table) + "\n")
     if options.plot:
-        plot(result, options.plot)
+        module.plot(figures, rename(options.plot))
+
+
+def main() -> int:
+    options = parse()
+    if options.plot_from:
+        paths = [Path(options.plot_from), Path(beside(options.plot_from) or "")]
+        result, claims = (json.loads(path.read_text()) if path.exists() else {} for path in paths)
+    elif shutil.which("nvidia-smi") is None:  # asking JAX would take GPU memory in this process
+        print("flash_attention.py: needs an NVIDIA GPU, found no nvidia-smi", file=sys.stderr)
+        return 2
+    else:
+        result = measure(options.selected, options)
+        claims = result.pop("claims", {})
+        # Only now: this process must not hold GPU memory while the others measure.
+        result, claims = ({**report.environment(), **figures} for figures in (result, claims))
+    publish(result, attention_tables, options)
+    publish(claims, flash_claims, options, rename=beside)
+    if "failure" in claims:
+        print(f"the claims were not measured: {claims['failure']}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

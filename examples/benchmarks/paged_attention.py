@@ -1,219 +1,221 @@
 """Paged decode on this GPU against contiguous caches and the rate at which memory can be read.
 
     python examples/benchmarks/paged_attention.py --out paged_attention.json --plot paged_attention.png
+    python examples/benchmarks/paged_attention.py --heads 32/8 --head-dim 128 --rows 1 64 --context 4096
 
-One query token a row, bf16. Every row's pages lie scattered over the pool. Time is kernel time by CUPTI, the
-median of several runs, the merging of splits included; caches that would fit in the L2 cache are rotated.
-Rates count each K and V once. Peers: cuDNN's decode over a contiguous cache, through
-jax.nn.dot_product_attention, and JAX's own paged attention (Pallas Triton, deprecated) while it can be
-imported.
+One query token a row. Without --heads: the decode comparison of the vAttention paper (Prabhu et al. 2024) at
+the level of kernels, batches of 1 to 32 rows of 16384 tokens in the shapes of Yi-6B, Llama-3-8B and Yi-34B;
+other shapes; rows of very uneven lengths against even ones; rows that share a prefix; quantized pages. Every
+row's pages lie scattered over the pool. Time is kernel time by CUPTI, the median of several runs, the merging
+of splits included; caches that would fit in the L2 cache are taken in turn. Rates count the K and V of each
+row once, and the scales of quantized pages. `contiguous` is our kernel without pages: what the first page
+size takes longer is the tax of paging. Peers: cuDNN through jax.nn.dot_product_attention, and JAX's own paged
+attention (Pallas Triton, deprecated) while it can be imported.
 """
 
 import argparse
-import functools
 import json
 import statistics
 import sys
-import warnings
+import traceback
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import report
+from decode_peers import PEERS, Row
 from jax.experimental.mosaic.gpu import profiler
 
-from pallas_kernels import paged_attention
+CONTEXT = 16384
+MODELS = {"Yi-6B": (32, 4, 128), "Llama-3-8B": (32, 8, 128), "Yi-34B": (56, 8, 128)}
+BATCHES = (1, 2, 4, 8, 16, 32)
+LLAMA = ("Llama-3-8B", *MODELS["Llama-3-8B"])
+UNEVEN = tuple(int(x) for x in np.geomspace(32768, 1, 83).round())  # 275,161 tokens
+EVEN = (sum(UNEVEN) // len(UNEVEN),) * len(UNEVEN)
 
-L2_BYTES = 60e6
-GOAL = 0.95  # of the read ceiling
-
-
-class Shape(NamedTuple):
-    """Heads of a model, and a batch of rows of one length."""
-
-    model: str
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rows: int
-    length: int
-
-    @property
-    def cache_bytes(self) -> int:
-        return 4 * self.rows * self.length * self.num_kv_heads * self.head_dim
-
-    @property
-    def num_caches(self) -> int:
-        """Caches to rotate, so that none is found in the L2 cache."""
-        return max(1, -(-int(4 * L2_BYTES) // self.cache_bytes))
-
-    @property
-    def label(self) -> str:
-        heads = f"{self.num_heads}/{self.num_kv_heads}, {self.head_dim}"
-        return f"{self.model} {heads}; {self.rows} x {self.length}"
-
-
-SHAPES = [
-    Shape("Yi-6B", 32, 4, 128, 16, 16384),
-    Shape("Llama-3-8B", 32, 8, 128, 16, 16384),
-    Shape("Llama-3-8B", 32, 8, 128, 128, 2048),
-    Shape("GPT-2 medium", 16, 16, 64, 256, 1024),
-    Shape("Llama-3-8B", 32, 8, 128, 1, 16384),
-]
+SECTIONS: dict[str, list[Row]] = {
+    "vAttention's comparison": [
+        Row(model, *heads, (CONTEXT,) * batch) for model, heads in MODELS.items() for batch in BATCHES
+    ],
+    "Other shapes": [
+        Row(*LLAMA, (2048,) * 128),
+        Row("GPT-2 medium", 16, 16, 64, (1024,) * 256),
+    ],
+    "Uneven rows": [
+        Row(*LLAMA, EVEN, f"83 rows of {EVEN[0]}", capacity=32768),
+        Row(*LLAMA, UNEVEN, "83 rows, 1 to 32768 tokens"),
+    ],
+    "Shared prefix": [
+        Row(*LLAMA, (8192 + 256,) * 64, "64 rows share 8192, own 256", prefix=8192),
+    ],
+    "Quantized pages": [
+        Row(*LLAMA, (length,) * batch, f"{batch} x {length}, {dtype}", dtype)
+        for batch, length in ((16, CONTEXT), (128, 2048))
+        for dtype in ("int8", "float8_e4m3fn")
+    ],
+}
+NAMES = ("page 16", "page 128", "cascade, page 16", "contiguous", "cuDNN contiguous", "JAX Triton page 16")
 
 
-def microseconds(attend, shape: Shape, arrays, iterations: int) -> float:
-    """Kernel time of one call of attend(cache index, *arrays), the median over runs of all caches in turn."""
-    run = jax.jit(lambda *arrays: [attend(index, *arrays) for index in range(shape.num_caches)])
-    _, times = profiler.measure(run, iterations=iterations)(*arrays)
-    assert times is not None, "no kernel ran"
-    return 1e3 * statistics.median(times) / shape.num_caches
+def or_reason(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the function returns, or why it cannot: a peer that cannot do a row has no figure."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        if not isinstance(error, NotImplementedError | ImportError):
+            traceback.print_exc(limit=2)
+        return f"{type(error).__name__}: {error}"[:300]
 
 
-def random(index: int, *shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(index), shape, jnp.bfloat16)
+def start_compiling(pool: ThreadPoolExecutor, row: Row, names: list[str]) -> dict[str, Future | str]:
+    """Programs, lowered here, being compiled in threads."""
+    lowered = {name: or_reason(lambda name: PEERS[name](row).lower(), name) for name in names}
+    return {
+        name: program if isinstance(program, str) else pool.submit(or_reason, program.compile)
+        for name, program in lowered.items()
+    }
 
 
-def scattered_tables(shape: Shape, page_size: int) -> jax.Array:
-    width = shape.length // page_size
-    pages = np.random.default_rng(0).permutation(shape.rows * width) + 1
-    return jnp.asarray(pages.reshape(shape.rows, width), jnp.int32)
-
-
-def measure_ours(shape: Shape, page_size: int, iterations: int) -> float:
-    tables = scattered_tables(shape, page_size)
-    pool = (shape.num_caches, tables.size + 1, shape.num_kv_heads, page_size, shape.head_dim)
-    lengths = jnp.full((shape.rows,), shape.length, jnp.int32)
-    query = random(0, shape.rows, shape.num_heads, shape.head_dim)
-
-    def attend(index, query, k_pages, v_pages, tables, lengths):
-        return paged_attention(
-            query, k_pages, v_pages, tables, lengths, layer=jnp.int32(index), implementation="sm90"
-        )
-
-    arrays = query, random(1, *pool), random(2, *pool), tables, lengths
-    return microseconds(attend, shape, arrays, iterations)
-
-
-def measure_cudnn(shape: Shape, iterations: int) -> float:
-    cache = (shape.rows, shape.length, shape.num_kv_heads, shape.head_dim)
-    query = random(0, shape.rows, 1, shape.num_heads, shape.head_dim)
-    caches = [(random(2 * i + 1, *cache), random(2 * i + 2, *cache)) for i in range(shape.num_caches)]
-
-    def attend(index, query, caches):
-        return jax.nn.dot_product_attention(query, *caches[index], implementation="cudnn")
-
-    return microseconds(attend, shape, (query, caches), iterations)
-
-
-def measure_triton(shape: Shape, page_size: int, iterations: int) -> float:
-    """JAX's deprecated op, the better of two splits."""
-    from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention as triton_paged_attention
-
-    tables = scattered_tables(shape, page_size)
-    pool = (shape.num_kv_heads, tables.size + 1, page_size, shape.head_dim)
-    query = random(0, shape.rows, shape.num_heads, shape.head_dim)
-    caches = [(random(2 * i + 1, *pool), random(2 * i + 2, *pool)) for i in range(shape.num_caches)]
-    lengths = jnp.full((shape.rows,), shape.length, jnp.int32)
-
-    def attend(splits, index, query, caches, tables, lengths):
-        return triton_paged_attention(
-            query, *caches[index], tables, lengths, k_splits=splits, pages_per_compute_block=64 // page_size
-        )
-
-    arrays = query, caches, tables, lengths
-    return min(
-        microseconds(functools.partial(attend, splits), shape, arrays, iterations) for splits in (4, 16)
-    )
+def measure_row(row: Row, compiled: dict[str, Future | str], ceiling: float, iterations: int) -> dict:
+    times: dict[str, float | None] = {}
+    for name, future in compiled.items():
+        outcome = future.result() if isinstance(future, Future) else future
+        if not isinstance(outcome, str):
+            outcome = or_reason(outcome.microseconds, iterations)
+        if isinstance(outcome, str):
+            print(f"{row.label}: {name}: {outcome}", file=sys.stderr)
+        times[name] = None if isinstance(outcome, str) else outcome
+    rates = {name: time and row.cache_bytes / time / 1e6 for name, time in times.items()}
+    return {
+        "row": row.label,
+        "num_rows": row.num_rows,
+        "heads": f"{row.num_heads}/{row.num_kv_heads}",
+        "head_dim": row.head_dim,
+        "dtype": row.dtype,
+        "cache_bytes": row.cache_bytes,
+        "microseconds": times,
+        "tokens_per_s": {name: time and row.num_rows / time * 1e6 for name, time in times.items()},
+        "tb_per_s": rates,
+        "share_of_ceiling": {name: rate and rate / ceiling for name, rate in rates.items()},
+    }
 
 
 def read_ceiling(iterations: int) -> float:
     """TB/s of a reduction over 2 GB."""
-    array = random(0, 1 << 30)
-    _, times = profiler.measure(jax.jit(lambda x: x.astype(jnp.float32).sum()), iterations=iterations)(array)
+    array = jax.random.normal(jax.random.key(0), (1 << 30,), jnp.bfloat16)
+    total = jax.jit(lambda x: x.astype(jnp.float32).sum())
+    _, times = profiler.measure(total, iterations=iterations)(array)
     assert times is not None
     return array.nbytes / statistics.median(times) / 1e9
 
 
-def attempt(measure, *arguments) -> float | None:
-    """A peer that cannot do a shape, or is not there any more, has no figure."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return measure(*arguments)
-    except Exception as error:
-        print(f"{measure.__name__}{arguments}: {type(error).__name__}: {error}"[:300], file=sys.stderr)
-        return None
+def measure(sections: dict[str, list[Row]], names: list[str], iterations: int) -> dict:
+    """Compiles all programs in threads, and then times them one by one."""
+    with ThreadPoolExecutor() as pool:
+        compiled = {
+            title: [start_compiling(pool, row, names) for row in rows] for title, rows in sections.items()
+        }
+    ceiling = read_ceiling(iterations)
+    results: dict = {"read_ceiling_tb_per_s": ceiling, "sections": {}}
+    for title, rows in sections.items():
+        results["sections"][title] = [
+            measure_row(row, futures, ceiling, iterations)
+            for row, futures in zip(rows, compiled[title], strict=True)
+        ]
+        print(f"measured: {title}", file=sys.stderr, flush=True)
+    return results
 
 
-def measure_shape(shape: Shape, page_sizes: list[int], iterations: int) -> dict:
-    times: dict[str, float | None] = {
-        f"jaxattn, page {size}": measure_ours(shape, size, iterations) for size in page_sizes
-    }
-    times["cuDNN, contiguous"] = attempt(measure_cudnn, shape, iterations)
-    times["JAX Triton, page 16"] = attempt(measure_triton, shape, 16, iterations)
-    rates = {name: time and shape.cache_bytes / time / 1e6 for name, time in times.items()}
-    return {"shape": shape.label, "cache_bytes": shape.cache_bytes, "microseconds": times, "tb_per_s": rates}
-
-
-def table(result: dict) -> str:
-    names = list(result["rows"][0]["tb_per_s"])
-    rows = [(row["shape"], *(row["tb_per_s"][name] for name in names)) for row in result["rows"]]
-    return report.table(("TB/s of K and V", *names), rows)
+def tables(result: dict) -> str:
+    """A table a section: us and TB/s of each name; tokens/s, share of the ceiling and paging's tax of the
+    first."""
+    parts = [f"{result['device']}: read ceiling {result['read_ceiling_tb_per_s']:.2f} TB/s"]
+    for title, rows in result["sections"].items():
+        names = [name for name in rows[0]["microseconds"] if any(row["microseconds"][name] for row in rows)]
+        if not names:
+            parts.append(f"{title}: no figures")
+            continue
+        first, lines = names[0], []
+        for row in rows:
+            times, rates = row["microseconds"], row["tb_per_s"]
+            cells = [f"{times[name]:7.1f} {rates[name]:5.2f}" if times[name] else "" for name in names]
+            paged, whole = times[first], times.get("contiguous")
+            tax = f"{100 * (paged / whole - 1):+.1f}%" if paged and whole else "-"
+            rest = (row["tokens_per_s"][first], row["share_of_ceiling"][first], tax)
+            lines.append((row["row"], *cells, *rest))
+        header = (f"{title} (us, TB/s)", *names, f"{first}: tokens/s", "of ceiling", "tax")
+        parts.append(report.table(header, lines))
+    return "\n\n".join(parts)
 
 
 def plot(result: dict, path: str) -> None:
+    """One panel a model of vAttention's comparison: rate against rows."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(12, 5))
-    names = list(result["rows"][0]["tb_per_s"])
-    width = 0.8 / len(names)
-    for index, name in enumerate(names):
-        rates = [row["tb_per_s"][name] or 0 for row in result["rows"]]
-        axis.bar([x + index * width for x in range(len(rates))], rates, width, label=name)
-    ceiling = result["read_ceiling_tb_per_s"]
-    axis.axhline(ceiling, color="black", linewidth=1, label=f"read ceiling, {ceiling:.2f} TB/s")
-    labels = [row["shape"].replace("; ", "\n") for row in result["rows"]]
-    axis.set_xticks([x + 0.4 - width / 2 for x in range(len(labels))], labels, fontsize=8)
-    axis.set_ylabel("TB/s of K and V")
-    axis.set_title(f"Decode, one query token a row, bf16, {result['device']}")
-    axis.grid(axis="y", alpha=0.3)
-    axis.legend(ncols=3, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12))
-    figure.tight_layout()
+    section, ceiling = next(iter(result["sections"].values())), result["read_ceiling_tb_per_s"]
+    models = list(dict.fromkeys(row["row"].split(";")[0] for row in section))
+    figure, axes = plt.subplots(1, len(models), figsize=(4.6 * len(models), 4.4), sharey=True, squeeze=False)
+    for axis, model in zip(axes[0], models, strict=True):
+        rows = [row for row in section if row["row"].split(";")[0] == model]
+        for name in (name for name, rate in rows[0]["tb_per_s"].items() if rate):
+            rates = [row["tb_per_s"][name] or float("nan") for row in rows]
+            ours = not name.startswith(("cuDNN", "JAX"))
+            label = f"jaxattn, {name}" if ours else name
+            axis.plot([row["num_rows"] for row in rows], rates, "o-" if ours else "s--", ms=4, label=label)
+        axis.axhline(ceiling, color="black", linewidth=1, label=f"read ceiling, {ceiling:.2f} TB/s")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks([row["num_rows"] for row in rows], [str(row["num_rows"]) for row in rows])
+        axis.set(title=model, xlabel="rows", ylim=(0, 1.08 * ceiling))
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("TB/s of K and V")
+    figure.suptitle(f"Decode, one query token a row of {CONTEXT} tokens, bf16, {result['device']}")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=len(labels), fontsize=8, loc="lower center")
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
     figure.savefig(path, dpi=110)
+
+
+def chosen_sections(options: argparse.Namespace) -> dict[str, list[Row]]:
+    """What the command line asks for; without --heads everything."""
+    if options.heads is None:
+        return SECTIONS
+    num_heads, num_kv_heads = map(int, options.heads.split("/"))
+    shape = ("heads", num_heads, num_kv_heads, options.head_dim)
+    rows = [Row(*shape, (options.context,) * batch, dtype=options.dtype) for batch in options.rows]
+    return {f"{options.context} tokens a row": rows}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", help="write the figures here, as JSON")
-    parser.add_argument("--plot", help="write a bar chart here, as PNG")
-    parser.add_argument("--plot-from", help="only plot: read this JSON instead of measuring")
-    parser.add_argument("--page-sizes", type=int, nargs="+", default=[16, 64, 128])
+    parser.add_argument("--heads", help="query heads/KV heads, such as 32/8: only this shape")
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--rows", type=int, nargs="+", default=list(BATCHES))
+    parser.add_argument("--context", type=int, default=CONTEXT)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "int8", "float8_e4m3fn"))
+    parser.add_argument("--page-size", type=int, nargs="+", default=[16, 128])
     parser.add_argument("--iterations", type=int, default=8)
+    parser.add_argument("--out", help="write the figures here, as JSON")
+    parser.add_argument("--plot", help="write a chart here, as PNG")
+    parser.add_argument("--plot-from", help="only plot: read this JSON instead of measuring")
     options = parser.parse_args()
     if options.plot_from:
         result = json.loads(Path(options.plot_from).read_text())
+    elif jax.default_backend() != "gpu":
+        sys.exit(f"paged_attention.py: needs an NVIDIA GPU, found {jax.devices()[0].device_kind}")
     else:
-        rows = []
-        for shape in SHAPES:
-            rows.append(measure_shape(shape, options.page_sizes, options.iterations))
-            print(f"measured {shape.label}", file=sys.stderr, flush=True)
-        ceiling = read_ceiling(options.iterations)
-        for row in rows:
-            row["share_of_ceiling"] = {
-                name: rate and rate / ceiling for name, rate in row["tb_per_s"].items()
-            }
-        timing = f"CUPTI kernel time, median of {options.iterations}"
-        result = {"timing": timing, "read_ceiling_tb_per_s": ceiling, "goal_share": GOAL, "rows": rows}
-        result = report.environment() | result
+        names = [f"page {size}" for size in options.page_size]
+        names += [name for name in NAMES if not name.startswith("page")]
+        result = report.environment() | {"timing": f"CUPTI kernel time, median of {options.iterations}"}
+        result |= measure(chosen_sections(options), names, options.iterations)
         report.save(options.out, result)
-    print(f"{result['device']}: read ceiling {result['read_ceiling_tb_per_s']:.2f} TB/s")
-    print(table(result))
+    print(tables(result))
     if options.plot:
         plot(result, options.plot)
 

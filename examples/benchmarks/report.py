@@ -58,6 +58,12 @@ def table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
     return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, cells)])
 
 
+def markdown(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    """The same as a table of Markdown, for the README."""
+    lines = [header, ["---"] * len(header), *([_cell(value) for value in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def _cell(value: Any) -> str:
     if value is None:
         return "-"

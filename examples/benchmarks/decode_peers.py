@@ -1,0 +1,217 @@
+"""Who decodes in paged_attention.py: ours over pages and over contiguous caches, and peers.
+
+PEERS[name](row) gives a Program, or raises NotImplementedError with why it cannot do that row.
+"""
+
+import functools
+import math
+import statistics
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic.gpu import profiler
+
+from pallas_kernels import cascade_attention, contiguous_attention, paged_attention
+
+L2_BYTES = 60e6
+MAX_CACHES = 64
+
+
+class Row(NamedTuple):
+    """Heads of a model and the lengths of a batch; `dtype` of the cache."""
+
+    model: str
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    lengths: tuple[int, ...]
+    note: str = ""
+    dtype: str = "bfloat16"
+    capacity: int = 0  # tokens a row has room for; by default the longest length
+    prefix: int = 0  # leading tokens whose pages all rows share
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def room(self) -> int:
+        return self.capacity or max(self.lengths)
+
+    @property
+    def cache_bytes(self) -> int:
+        """K and V of all rows, and the scales of quantized ones; a shared prefix counts once for each row."""
+        vector = self.head_dim * jnp.dtype(self.dtype).itemsize + 4 * self.is_quantized
+        return 2 * sum(self.lengths) * self.num_kv_heads * vector
+
+    @property
+    def is_quantized(self) -> bool:
+        return jnp.dtype(self.dtype).itemsize == 1
+
+    @property
+    def is_uniform(self) -> bool:
+        return set(self.lengths) == {self.room}
+
+    @property
+    def num_caches(self) -> int:
+        """Caches to take in turn, so that none is found in L2; no more than compile in good time."""
+        return min(MAX_CACHES, -(-int(4 * L2_BYTES) // self.cache_bytes))
+
+    @property
+    def label(self) -> str:
+        shape = f"{self.num_rows} x {self.room}" if self.is_uniform else f"{self.num_rows} rows"
+        heads = f"{self.num_heads}/{self.num_kv_heads}, {self.head_dim}"
+        return f"{self.model} {heads}; {self.note or shape}"
+
+
+class Program(NamedTuple):
+    """attend(cache index, *arrays) and its arrays; large ones as shapes, filled when they are needed."""
+
+    attend: Callable[..., jax.Array]
+    arrays: tuple[Any, ...]
+    num_caches: int
+
+    def lower(self) -> "Lowered":
+        """One call for each of the caches in turn."""
+        run = jax.jit(lambda *arrays: [self.attend(index, *arrays) for index in range(self.num_caches)])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a peer is deprecated
+            return Lowered(run.lower(*self.arrays), jax.jit(self._filled).lower(), self.num_caches)
+
+    def _filled(self) -> Any:
+        """The arrays, with random numbers for shapes."""
+        keys = map(jax.random.key, range(1000))
+        fill = lambda x: _random(next(keys), x) if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x)
+        return jax.tree.map(fill, self.arrays)
+
+
+class Lowered(NamedTuple):
+    """A program before the compiler, which may run in a thread; all that comes before it may not."""
+
+    run: jax.stages.Lowered
+    fill: jax.stages.Lowered
+    num_caches: int
+
+    def compile(self) -> "Compiled":
+        return Compiled(self.run.compile(), self.fill.compile(), self.num_caches)
+
+
+class Compiled(NamedTuple):
+    """A program for the device, and what makes its arrays there."""
+
+    run: jax.stages.Compiled
+    fill: jax.stages.Compiled
+    num_caches: int
+
+    def microseconds(self, iterations: int) -> float:
+        """Kernel time of one call, the median over runs of all caches in turn."""
+        _, times = profiler.measure(self.run, iterations=iterations)(*self.fill())
+        assert times is not None, "no kernel ran"
+        return 1e3 * statistics.median(times) / self.num_caches
+
+
+def _random(key: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
+    numbers = jax.random.normal(key, shape.shape, jnp.bfloat16)
+    if shape.dtype == jnp.float32:  # scales
+        return jnp.abs(numbers).astype(jnp.float32) / 40
+    return (numbers * (40 if shape.dtype.itemsize == 1 else 1)).astype(shape.dtype)
+
+
+def _query(row: Row) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((row.num_rows, row.num_heads, row.head_dim), jnp.bfloat16)
+
+
+def _scattered_tables(row: Row, page_size: int) -> np.ndarray:
+    """Every row's pages, anywhere in the pool; NULL_PAGE beyond its length."""
+    counts = [-(-length // page_size) for length in row.lengths]
+    pages = iter(np.random.default_rng(0).permutation(sum(counts)).astype(np.int32) + 1)
+    tables = np.zeros((row.num_rows, -(-row.room // page_size)), np.int32)
+    for table, count in zip(tables, counts, strict=True):
+        table[:count] = [next(pages) for _ in range(count)]
+    tables[:, : row.prefix // page_size] = tables[0, : row.prefix // page_size]
+    return tables
+
+
+def over_pages(page_size: int, row: Row, is_cascade: bool = False) -> Program:
+    """Our paged_attention, or cascade_attention; the caches are layers of one pool."""
+    if is_cascade and not row.prefix:
+        raise NotImplementedError("no prefix is shared")
+    tables = _scattered_tables(row, page_size)
+    shape = (row.num_caches, int(tables.max()) + 1, row.num_kv_heads, page_size, row.head_dim)
+    pages = jax.ShapeDtypeStruct(shape, jnp.dtype(row.dtype))
+    scales = (jax.ShapeDtypeStruct(shape[:4], jnp.float32),) * 2 if row.is_quantized else ()
+
+    def attend(index, query, k_pages, v_pages, scales, tables, lengths):
+        options = dict(zip(("k_scale", "v_scale"), scales, strict=False))
+        options |= {"layer": jnp.int32(index), "implementation": "sm90"}
+        if is_cascade:
+            group = jnp.array([row.prefix]), jnp.zeros(row.num_rows, jnp.int32)
+            return cascade_attention(query, k_pages, v_pages, tables, lengths, *group, **options)
+        return paged_attention(query, k_pages, v_pages, tables, lengths, **options)
+
+    lengths = np.asarray(row.lengths, np.int32)
+    return Program(attend, (_query(row), pages, pages, scales, tables, lengths), row.num_caches)
+
+
+def _caches(row: Row) -> tuple[tuple[jax.ShapeDtypeStruct, ...], ...]:
+    if row.is_quantized:
+        raise NotImplementedError("no quantized caches")
+    cache = jax.ShapeDtypeStruct((row.num_rows, row.room, row.num_kv_heads, row.head_dim), jnp.bfloat16)
+    return ((cache, cache),) * row.num_caches
+
+
+def contiguous(row: Row) -> Program:
+    """Our kernel where every row's cache is one piece."""
+
+    def attend(index, query, caches, lengths):
+        return contiguous_attention(query, *caches[index], lengths, implementation="sm90")
+
+    arrays = (_query(row), _caches(row), np.asarray(row.lengths, np.int32))
+    return Program(attend, arrays, row.num_caches)
+
+
+def cudnn(row: Row) -> Program:
+    """cuDNN's decode over contiguous caches, through jax.nn.dot_product_attention."""
+
+    def attend(index, query, caches, lengths):
+        options = {} if row.is_uniform else {"key_value_seq_lengths": lengths}
+        return jax.nn.dot_product_attention(query[:, None], *caches[index], implementation="cudnn", **options)
+
+    arrays = (_query(row), _caches(row), np.asarray(row.lengths, np.int32))
+    return Program(attend, arrays, row.num_caches)
+
+
+def triton(page_size: int, row: Row) -> Program:
+    """JAX's own op, deprecated, in Pallas Triton."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention as attend_in_triton
+    if row.is_quantized or not row.is_uniform:
+        raise NotImplementedError("measured for uniform rows in bf16 only")
+    tables = _scattered_tables(row, page_size)
+    shape = (row.num_kv_heads, int(tables.max()) + 1, page_size, row.head_dim)
+    pages = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    # Its best of 4 and 16 splits: 16 where the rows alone do not fill the chip.
+    splits = 16 if row.num_rows * row.num_kv_heads < 128 else 4
+    block = math.gcd(64 // page_size, tables.shape[1])
+
+    def attend(index, query, caches, tables, lengths):
+        return attend_in_triton(
+            query, *caches[index], tables, lengths, k_splits=splits, pages_per_compute_block=block
+        )
+
+    arrays = (_query(row), ((pages, pages),) * row.num_caches, tables, np.asarray(row.lengths, np.int32))
+    return Program(attend, arrays, row.num_caches)
+
+
+PEERS: dict[str, Callable[[Row], Program]] = {
+    **{f"page {size}": functools.partial(over_pages, size) for size in (8, 16, 32, 64, 128, 256)},
+    "cascade, page 16": functools.partial(over_pages, 16, is_cascade=True),
+    "contiguous": contiguous,
+    "cuDNN contiguous": cudnn,
+    "JAX Triton page 16": functools.partial(triton, 16),
+}
