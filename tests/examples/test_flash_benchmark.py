@@ -1,6 +1,8 @@
 """The FlashAttention benchmark without a GPU: what it counts, how it combines, what it writes."""
 
 import json
+import threading
+import time
 import types
 
 import attention_tables
@@ -8,9 +10,10 @@ import attention_worker
 import flash_attention
 import flash_claims
 import numpy as np
+import processes
 import pytest
 import report
-from attention_peers import xla
+from attention_peers import has_standard, xla
 from attention_rows import MAIN_ROWS, ROWS, Row, document_lengths, parse_row
 
 SMALL = [
@@ -60,11 +63,11 @@ def measured(monkeypatch, times: list[float]) -> dict:
     rows = SMALL[::2]
     compiled = attention_worker.compile_all(rows, ["jaxattn", "cudnn", "tokamax"])
     results = []
-    for turn, time in enumerate(times):
-        # Ours takes `time`, the peer 2: forward, then forward + backward, in the order of this turn.
+    for turn, taken in enumerate(times):
+        # Ours takes `taken`, the peer 2: forward, then forward + backward, in the order of this turn.
         order = ["jaxattn", "cudnn", "tokamax"]
         order = [peer for peer in order[turn:] + order[:turn] if peer != "cudnn"]
-        clock = iter([time if peer == "jaxattn" else 2.0 for peer in order * 2] * len(rows))
+        clock = iter([taken if peer == "jaxattn" else 2.0 for peer in order * 2] * len(rows))
         figures = [attention_worker.measure_row(row, compiled[row], turn) for row in rows]
         results.append({"matmul_tflops": [800.0, 810.0], "rows": figures, "timing_seconds": 1.0})
     return attention_tables.combine(rows, results)
@@ -122,21 +125,81 @@ def test_rows_are_selected_by_section_and_label():
     assert flash_attention.select(options) == [parse_row("B=1 T=2 N=3 H=4")]
 
 
-def test_processes_speak_in_lines(tmp_path):
-    script = tmp_path / "worker.py"
-    script.write_text(
-        "import json\n"
-        "job = json.loads(input())\n"
-        "print('a library chats'); print('@compiled 1.5', flush=True)\n"
-        "input(); print('@done', json.dumps({'rows': len(job['rows']), 'turn': job['turn']}))\n"
-    )
-    worker = flash_attention.Worker.start(str(script), {"turn": 2}, SMALL)
-    worker.wait_compiled()
-    assert worker.measure() == {"compile_seconds": 1.5, "rows": 3, "turn": 2}
-    script.write_text("raise SystemExit(3)")
-    worker = flash_attention.Worker.start(str(script), {}, [])
-    worker.wait_compiled()
-    assert "exit code 3" in worker.measure()["failure"]
+def test_standard_attention_is_measured_where_its_logits_fit():
+    assert {row.section for row in ROWS if has_standard(row)} == {"main"}
+    lengths = {(row.H, row.T) for row in MAIN_ROWS if has_standard(row)}
+    assert lengths == {(64, 1024), (128, 1024), (128, 4096), (256, 4096)}
+
+
+WORKER = """
+import json, os, sys, time
+job = json.loads(input())
+row = lambda label, **peers: print('@part', json.dumps({'row': {'label': label, 'peers': peers}}), flush=True)
+mode = {MODES}[job['turn']]
+if mode == 'dies': os._exit(3)
+print('a library chats')
+print('@compiled', json.dumps({'seconds': 1.5, 'device': 'toy', 'num_devices': 1}), flush=True)
+input()
+print('@part', json.dumps({'matmul_tflops': 800.0}), flush=True)
+labels = [' '.join(name) for name in LABELS]
+row(labels[0], jaxattn={'forward_ms': 1.0}, cudnn={'forward_ms': 2.0})
+if mode == 'hangs': time.sleep(1000)
+row(labels[1], jaxattn={'forward_ms': 1.0}, cudnn={'forward_ms': 2.0})
+row(labels[0], xla={'forward_ms': 9.0})
+print('@done', json.dumps({'timing_seconds': 1.0}), flush=True)
+"""
+
+
+def run_workers(monkeypatch, tmp_path, modes: list[str], *arguments: str) -> tuple[int, dict]:
+    """flash_attention.py with processes that compute nothing, one a turn."""
+    labels = [row.label.split(" ") for row in SMALL]
+    script = tmp_path / "attention_worker.py"
+    script.write_text(WORKER.replace("{MODES}", repr(modes)).replace("LABELS", repr(labels)))
+    monkeypatch.setattr(processes, "HERE", tmp_path)
+    monkeypatch.setattr(flash_attention, "PART_SECONDS", 1.0)
+    monkeypatch.setattr(flash_attention.os, "sched_getaffinity", lambda process: {0})
+    monkeypatch.setattr(flash_attention, "select", lambda options: SMALL)
+    monkeypatch.setattr(flash_attention.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(flash_attention.signal, "signal", lambda *_: None)
+    out = tmp_path / "out.json"
+    monkeypatch.setattr("sys.argv", ["x", "--out", str(out), "--processes", str(len(modes)), *arguments])
+    code = flash_attention.main()
+    return code, json.loads(out.read_text()) if out.exists() else {}
+
+
+def test_a_process_that_hangs_or_dies_costs_only_what_it_had_not_said(monkeypatch, tmp_path, capsys):
+    code, result = run_workers(monkeypatch, tmp_path, ["whole", "hangs", "dies"], "--no-claims")
+    assert code == 1
+    first, second = result["rows"]
+    assert first["peers"]["jaxattn"]["forward_ms"] == [1.0, 1.0]
+    assert first["peers"]["xla"]["forward_ms"] == [9.0]
+    assert second["peers"]["jaxattn"]["forward_ms"] == [1.0]
+    assert list(result["not_measured"]) == [SMALL[2].label]
+    assert result["matmul_8192_tflops"] == 800
+    assert result["device"] == "toy"
+    failures = [process.get("failure", "") for process in result["processes"]]
+    assert failures[0] == ""
+    assert failures[1].startswith("killed: measuring, after 2 parts")
+    assert failures[2] == "compiling, it ended with exit code 3"
+    assert "1 rows:" in capsys.readouterr().out
+
+
+def test_what_the_budget_does_not_reach_is_said(monkeypatch, tmp_path):
+    start = time.monotonic()
+    code, result = run_workers(monkeypatch, tmp_path, ["hangs", "whole"], "--no-claims", "--max-seconds", "2")
+    assert time.monotonic() - start < 10
+    assert code == 1
+    assert set(result["not_measured"]) == {SMALL[1].label, SMALL[2].label} - {
+        row["label"] for row in result["rows"]
+    }
+
+
+def test_a_call_that_is_not_compiled_in_time_has_no_figure(monkeypatch):
+    released = threading.Event()
+    monkeypatch.setattr(attention_worker, "compile_call", lambda *call: released.wait())
+    compiled = attention_worker.compile_all(SMALL[:1], ["jaxattn"], seconds=0.1)
+    released.set()
+    assert compiled[SMALL[0]]["jaxattn", "forward"] == "not compiled within 0 s"
 
 
 @pytest.mark.parametrize("square", [0, 96])
@@ -156,10 +219,11 @@ def test_claims_are_published_beside_the_rows(monkeypatch, tmp_path, capsys):
         for length in flash_claims.LENGTHS
     ]
     limit = {"name": "jaxattn", "metric": "forward", "T": 1024, "bytes": 9, "ran_T": 768}
-    claims = {"shape": "small", "limit_bytes": 16e9, "calls": calls, "longest": [limit]}
-    monkeypatch.setattr(flash_attention, "measure", lambda rows, options: {"rows": [], "claims": claims})
+    claims = flash_claims.collect([*({"call": call} for call in calls), {"longest": limit}])
+    monkeypatch.setattr(flash_attention, "measure_claims", lambda deadline, keep: claims)
     out, plot = tmp_path / "a.json", tmp_path / "a.png"
     monkeypatch.setattr(flash_attention.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(flash_attention.signal, "signal", lambda *_: None)
     monkeypatch.setattr(
         "sys.argv", ["x", "--only-claims", "--out", str(out), "--plot", str(plot), "--markdown"]
     )
@@ -176,5 +240,6 @@ def test_claims_are_published_beside_the_rows(monkeypatch, tmp_path, capsys):
 def test_no_gpu_is_one_line_and_exit_code_2(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["x"])
     monkeypatch.setattr(flash_attention.shutil, "which", lambda name: None)
-    assert flash_attention.main() == 2
+    with pytest.raises(SystemExit, match="2"):
+        flash_attention.main()
     assert capsys.readouterr().err.count("\n") == 1

@@ -16,6 +16,7 @@ from tests.pallas_kernels.flash_cases import (
     poison_padding,
     random_inputs,
 )
+from tests.pallas_kernels.tolerance import LIMITS, assert_close
 
 pytestmark = [
     pytest.mark.gpu,
@@ -56,12 +57,6 @@ CASES |= {
 CASES |= {f"fp16 {name}": {"h": 128, "dtype": jnp.float16} | case for name, case in LARGE.items()}
 
 
-def rms(actual, expected):
-    actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))
-    assert np.isfinite(actual).all()
-    return np.sqrt(np.mean((actual - expected) ** 2)) / max(np.sqrt(np.mean(expected**2)), 1e-6)
-
-
 def run(implementation, arrays, out_grad, lse_grad, arguments):
     call = functools.partial(flash_attention, return_lse=True, implementation=implementation, **arguments)
 
@@ -88,11 +83,11 @@ def test_forward_and_backward(name):
     if poison:
         arrays = poison_padding(*arrays, **case)
     (out, lse), grads = run("sm90", arrays, out_grad, lse_grad, case)
-    limit = {"bfloat16": 5e-3, "float16": 7e-4}[jnp.dtype(dtype).name]
-    assert rms(out, expected) < limit
+    limit = LIMITS[jnp.dtype(dtype).name]
+    assert_close("out", out, expected, limit)
     np.testing.assert_allclose(lse, expected_lse, atol=1e-4, rtol=1e-4)
-    for actual, wanted in zip(grads, expected_grads, strict=True):
-        assert rms(actual, wanted) < limit
+    for name, actual, wanted in zip(("query", "key", "value"), grads, expected_grads, strict=True):
+        assert_close(name, actual, wanted, limit)
 
 
 def naive(query, key, value, is_causal):

@@ -11,6 +11,7 @@ import pytest
 from pallas_kernels import PAGE_SIZES, PagedConfig, contiguous_attention, paged_attention
 from pallas_kernels.kv_pages.pool import QUANTIZED
 from tests.pallas_kernels.paged_inputs import cast, contiguous, make_case, quantize
+from tests.pallas_kernels.tolerance import LIMITS, assert_close
 
 pytestmark = pytest.mark.gpu
 
@@ -50,9 +51,8 @@ def check_on_gpu(case, dtype, pages=None, per_head=(), **options):
     expected, expected_lse = attend(op, arrays, named, "reference", items)
     out, again, expected = (np.asarray(x, np.float32) for x in (out, again, expected))
     np.testing.assert_array_equal(out, again)
-    scale = max(np.sqrt(np.mean(expected**2)), 1e-3)
-    limit = 5e-3 if dtype == jnp.bfloat16 or pages in QUANTIZED else 7e-4
-    assert np.sqrt(np.mean((out - expected) ** 2)) / scale < limit
+    limit = LIMITS["bfloat16" if pages in QUANTIZED else jnp.dtype(dtype).name]
+    assert_close("out", out, expected, limit)
     np.testing.assert_allclose(lse, expected_lse, atol=2e-3)
     return out
 
