@@ -15,31 +15,46 @@ TIE = 0.02  # rates that are closer are equal
 
 
 def combine(rows: list[Row], results: list[dict]) -> dict:
-    """The ceiling, and for each row the medians over processes."""
+    """The ceiling, for each row the medians over processes, and why rows were not measured."""
     by_label: dict[str, list[dict]] = {}
     for result in results:
         for row in result.get("rows", ()):
             by_label.setdefault(row["label"], []).append(row["peers"])
     matmuls = [rate for result in results for rate in result.get("matmul_tflops", ())]
-    ceiling = statistics.median(matmuls or [math.nan])
+    ceiling = statistics.median(matmuls) if matmuls else None
     combined = [_combine_row(row, by_label[row.label], ceiling) for row in rows if row.label in by_label]
-    return {"matmul_8192_tflops": ceiling, "rows": combined, "means": means(combined)}
+    failures = {
+        label: result["failure"]
+        for result in reversed(results)
+        for label in result.get("share", ())
+        if "failure" in result
+    }
+    missing = {row.label: failures.get(row.label, "not reached") for row in rows if row.label not in by_label}
+    return {
+        "matmul_8192_tflops": ceiling,
+        "rows": combined,
+        "not_measured": missing,
+        "means": means(combined),
+    }
 
 
-def _combine_row(row: Row, runs: list[dict], ceiling: float) -> dict:
+def _combine_row(row: Row, runs: list[dict], ceiling: float | None) -> dict:
+    names = dict.fromkeys(peer for run in runs for peer in run)  # standard attention is in one run only
     peers = {}
-    for peer in sorted(runs[0], key=lambda peer: peer != OURS):
+    for peer in sorted(names, key=lambda peer: (peer != OURS, peer == STANDARD)):
+        of_runs = [run[peer] for run in runs if peer in run]
         figures: dict[str, Any] = {}
         for metric, factor in FACTORS.items():
-            times = [run[peer][f"{metric}_ms"] for run in runs if f"{metric}_ms" in run[peer]]
-            figures[f"{metric}_temp_bytes"] = runs[0][peer].get(f"{metric}_temp_bytes")
+            known = {key: value for run in reversed(of_runs) for key, value in run.items()}
+            times = [run[f"{metric}_ms"] for run in of_runs if f"{metric}_ms" in run]
+            figures[f"{metric}_temp_bytes"] = known.get(f"{metric}_temp_bytes")
             if times:
                 rate = factor * row.flops / statistics.median(times) / 1e9
                 figures[f"{metric}_ms"] = times
                 figures[f"{metric}_tflops"] = rate
-                figures[f"{metric}_share_of_matmul"] = rate / ceiling
+                figures[f"{metric}_share_of_matmul"] = ceiling and rate / ceiling
             else:
-                figures[f"{metric}_error"] = runs[0][peer].get(f"{metric}_error")
+                figures[f"{metric}_error"] = known.get(f"{metric}_error", "not reached")
         peers[peer] = figures
     entry = {"label": row.label, **dataclasses.asdict(row), "forward_flops": row.flops, "peers": peers}
     entry["ratio_to_best_peer"] = {metric: _ratio(entry, metric) for metric in FACTORS}
@@ -69,7 +84,7 @@ def means(rows: list[dict]) -> dict:
             row["ratio_to_best_peer"][metric] for row in rows
         )
         figures[f"{metric}, over FlashAttention-4 (recorded)"] = _mean(
-            (rate := row["peers"][OURS].get(f"{metric}_tflops")) and rate / row["recorded"][metric]
+            (rate := row["peers"].get(OURS, {}).get(f"{metric}_tflops")) and rate / row["recorded"][metric]
             for row in main
         )
     return figures
@@ -90,8 +105,9 @@ def text(result: dict, as_table: Callable[..., str]) -> str:
     """One table for each direction, and the geometric means."""
     rows = result["rows"]
     names = list(dict.fromkeys(peer for row in rows for peer in row["peers"]))
+    ceiling = result["matmul_8192_tflops"]
     parts = [
-        f"{result['device']}, {result['versions']}; matmul {result['matmul_8192_tflops']:.0f} TFLOP/s; "
+        f"{result['device']}, {result['versions']}; matmul {ceiling and round(ceiling)} TFLOP/s; "
         f"seconds: {result['seconds']}"
     ]
     for metric in FACTORS:
@@ -101,6 +117,9 @@ def text(result: dict, as_table: Callable[..., str]) -> str:
     parts.append("\n".join(["* recorded on an H200 in another run:", *(f"  {source}" for source in sources)]))
     parts += _sparse(rows)
     parts.append("\n".join(["no figure:", *_reasons(rows)]))
+    if missing := result.get("not_measured"):
+        lines = [f"  {label}: {reason}" for label, reason in missing.items()]
+        parts.append("\n".join([f"not measured, {len(missing)} rows:", *lines]))
     ratios = {name: value for name, value in result["means"].items() if isinstance(value, float)}
     parts.append(
         "\n".join(["geometric means:", *(f"  {name}: {ratio:.3f}" for name, ratio in ratios.items())])
@@ -121,7 +140,7 @@ def _sparse(rows: list[dict]) -> list[str]:
     lines = []
     for metric in FACTORS:
         rates = {
-            row["density"]: row["peers"][OURS].get(f"{metric}_tflops")
+            row["density"]: row["peers"].get(OURS, {}).get(f"{metric}_tflops")
             for row in rows
             if row["section"] == "block sparse"
         }
@@ -165,13 +184,14 @@ def plot(result: dict, path: str) -> None:
     plt.close(figure)
 
 
-def _bars(axis: Any, rows: list[dict], metric: str, ceiling: float) -> None:
+def _bars(axis: Any, rows: list[dict], metric: str, ceiling: float | None) -> None:
     names = list(dict.fromkeys(peer for row in rows for peer in row["peers"]))
     width = 0.8 / len(names)
     for index, name in enumerate(names):
         rates = [row["peers"].get(name, {}).get(f"{metric}_tflops") or 0 for row in rows]
         axis.bar([x + index * width for x in range(len(rows))], rates, width, label=name)
-    axis.axhline(ceiling, color="black", linewidth=1, linestyle=":", label="matmul of this run")
+    if ceiling:
+        axis.axhline(ceiling, color="black", linewidth=1, linestyle=":", label="matmul of this run")
     labels = [f"H {row['H']}\n{'causal' if row['causal'] else 'full'}\nT {row['T']}" for row in rows]
     axis.set_xticks([x + 0.4 - width / 2 for x in range(len(rows))], labels, fontsize=8)
     axis.set_ylabel("TFLOP/s")

@@ -9,136 +9,141 @@ Forward, and forward + backward. Time is the time in kernels by CUPTI on random 
 processes (3 by default) of each one's median over runs; peers take turns within a process. FLOPs are counted
 as 4 H for each pair of a query and a key it sees, x 3.5 for forward + backward, whatever an implementation
 does. The rows that ask for deterministic gradients run in processes of their own, with
---xla_gpu_deterministic_ops, which makes cuDNN so. FlashAttention's claims against standard attention
-(flash_claims.py) are measured too, unless --no-claims.
+--xla_gpu_deterministic_ops, which makes cuDNN so. Standard attention, computed by XLA, is measured in the
+first process and beside the main table only. FlashAttention's claims against it (flash_claims.py) are
+measured last, unless --no-claims.
+
+A process that hangs is killed. --out is rewritten as figures come in, so that a run which is cut off, or has
+no more --max-seconds, leaves what was measured, and says what was not.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
 import re
 import shutil
-import subprocess
+import signal
 import sys
 import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import attention_tables
 import flash_claims
+import jax
 import report
-from attention_peers import PEERS
+from attention_peers import PEERS, STANDARD
 from attention_rows import MAIN_ROWS, ROWS, Row, parse_row
+from processes import Deadline, Worker
 
-HERE = Path(__file__).parent
-
-
-@dataclasses.dataclass
-class Worker:
-    """A fresh process that compiles at once, and times when told to."""
-
-    process: subprocess.Popen
-    rows: list[Row]
-    compile_seconds: float = 0.0
-
-    @classmethod
-    def start(cls, script: str, job: dict, rows: list[Row], flags: str = "") -> "Worker":
-        paths = os.pathsep.join([str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])
-        # Processes share the GPU's memory: none may take most of it at its start.
-        variables = {**os.environ, "PYTHONPATH": paths, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        variables["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
-        command = [sys.executable, str(HERE / script)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        worker = cls(subprocess.Popen(command, env=variables, **pipes), rows)
-        worker._say(json.dumps({**job, "rows": [dataclasses.asdict(row) for row in rows]}))
-        return worker
-
-    def wait_compiled(self) -> None:
-        self.compile_seconds = float(self._hear("@compiled") or 0)
-
-    def measure(self) -> dict:
-        """What the process reports; {"failure": ...} where it died, as a kernel can make it."""
-        if self.compile_seconds:
-            with contextlib.suppress(BrokenPipeError):
-                self._say("measure")
-        answer = self._hear("@done") if self.compile_seconds else None
-        exit_code = self._close()
-        result = (
-            json.loads(answer) if answer else {"failure": f"the process ended with exit code {exit_code}"}
-        )
-        return {"compile_seconds": self.compile_seconds, **result}
-
-    def _say(self, line: str) -> None:
-        assert self.process.stdin
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
-
-    def _hear(self, word: str) -> str | None:
-        """The rest of the next line that begins with a word; None where none comes any more."""
-        assert self.process.stdout
-        for line in self.process.stdout:
-            if line.startswith(word + " "):
-                return line[len(word) + 1 :]
-        return None
-
-    def _close(self) -> int:
-        for pipe in (self.process.stdin, self.process.stdout):
-            assert pipe
-            pipe.close()
-        return self.process.wait()
+COMPILE_SECONDS = 400  # of all processes at once
+COMPILE_SHARE = 0.6  # of --max-seconds
+PART_SECONDS = 90  # between two figures of a process; standard attention is compiled in between
 
 
-def measure(rows: list[Row], options: argparse.Namespace) -> dict:
-    """Compiles in all processes at once; then each has the GPU to itself in turn."""
-    start = time.perf_counter()
+def start_workers(rows: list[Row], options: argparse.Namespace, compile_seconds: float) -> list[Worker]:
+    """All processes, those of the first turn first; `share` are the labels of a process's rows."""
     plain = [row for row in rows if not row.deterministic]
     deterministic = [row for row in rows if row.deterministic]
-    peers = list(PEERS)
-    workers = []
     # Python traces and lowers on one core a process: several processes share the rows of one turn.
     groups = max(1, len(os.sched_getaffinity(0)) // (options.processes + 1))
     shares = [(plain[group::groups], "") for group in range(groups)]
     shares.append((deterministic, "--xla_gpu_deterministic_ops"))
     shares = [share for share in shares if share[0]]
+    peers = [peer for peer in PEERS if peer != STANDARD]
+    workers = []
     for turn in range(options.processes):
         for index, (share, flags) in enumerate(shares):
-            job = {"turn": turn, "peers": peers, "ceiling": index == 0}
-            workers.append(Worker.start("attention_worker.py", job, share, flags))
-    claims = None
-    if options.claims:
-        claims = Worker.start("flash_claims.py", {}, [])
-    for worker in [*workers, *([claims] if claims else [])]:
-        worker.wait_compiled()
-    compile_seconds = time.perf_counter() - start
-    results = [worker.measure() for worker in workers]
-    if failures := [result["failure"] for result in results if "failure" in result]:
-        print(f"{len(failures)} of {len(results)} processes failed: {failures[0]}", file=sys.stderr)
-    if results and all("failure" in result for result in results):
-        raise SystemExit("flash_attention.py: no process measured anything")
-    figures = {
-        "timing": f"CUPTI kernel time; median of {options.processes} fresh processes of medians over runs",
-        "seconds": {"compile, all processes at once": round(compile_seconds, 1)},
-        "processes": [{k: v for k, v in result.items() if k != "rows"} for result in results],
-        **attention_tables.combine(rows, results),
+            job = {"turn": turn, "peers": peers, "ceiling": index == 0, "compile_seconds": compile_seconds}
+            job["rows"] = [dataclasses.asdict(row) for row in share]
+            labels = tuple(row.label for row in share)
+            workers.append(Worker("attention_worker.py", job, flags, labels))
+    return workers
+
+
+def result_of(worker: Worker) -> dict:
+    """What a process measured, its parts put together."""
+    rows: dict[str, dict] = {}
+    for part in worker.parts:
+        if "row" in part:
+            label, peers = part["row"]["label"], part["row"]["peers"]
+            row = rows.setdefault(label, {"label": label, "peers": {}})
+            for peer, figures in peers.items():
+                row["peers"][peer] = row["peers"].get(peer, {}) | figures
+    return {
+        "compile_seconds": worker.facts.get("seconds"),
+        "matmul_tflops": [part["matmul_tflops"] for part in worker.parts if "matmul_tflops" in part],
+        "rows": list(rows.values()),
+        "share": list(worker.share),
+        **worker.done,
+        **({"failure": worker.failure} if worker.failure else {}),
     }
-    figures["seconds"]["timing, one process after the other"] = sum(
-        result.get("timing_seconds", 0) for result in results
-    )
-    if claims:
-        figures["claims"] = claims.measure()
-        figures["seconds"]["claims"] = figures["claims"].get("timing_seconds", 0)
-    figures["seconds"]["all"] = round(time.perf_counter() - start, 1)
+
+
+def measure(
+    rows: list[Row], options: argparse.Namespace, deadline: Deadline, keep: Callable[[dict], None]
+) -> dict:
+    """Compiles in all processes at once; then each has the GPU to itself in turn. `keep` is given all figures
+    whenever there are more.
+    """
+    start = time.perf_counter()
+    seconds: dict[str, float] = {}
+    figures: dict = {}
+    compile_seconds = min(COMPILE_SECONDS, COMPILE_SHARE * (options.max_seconds or float("inf")))
+    workers = start_workers(rows, options, compile_seconds)
+
+    def update() -> None:
+        results = [result_of(worker) for worker in workers]
+        seconds["all"] = round(time.perf_counter() - start, 1)
+        facts = next((worker.facts for worker in workers if worker.facts), {})
+        figures.update({name: facts[name] for name in ("device", "num_devices") if name in facts})
+        timing = f"CUPTI kernel time; median of {options.processes} fresh processes of medians over runs"
+        processes = [{k: v for k, v in r.items() if k not in ("rows", "share")} for r in results]
+        figures.update({"timing": timing, "seconds": seconds, "processes": processes})
+        figures.update(attention_tables.combine(rows, results))
+        if figures["rows"]:
+            keep(figures)
+
+    try:
+        compiling = Deadline(compile_seconds + 30)  # a process itself gives up a little earlier
+        for worker in workers:
+            worker.wait_compiled(deadline.at_most(compiling.seconds_left))
+        seconds["compile, all processes at once"] = round(time.perf_counter() - start, 1)
+        for worker in workers:
+            worker.measure(lambda: deadline.at_most(PART_SECONDS), update)
+    finally:
+        for worker in workers:
+            worker.close("not reached")
+        update()
+    return figures
+
+
+def measure_claims(deadline: Deadline, keep: Callable[[dict], None]) -> dict:
+    """The claims, in a process of their own."""
+    worker = Worker("flash_claims.py", {})
+    figures: dict = {}
+
+    def update() -> None:
+        figures.update(flash_claims.collect(worker.parts) | worker.done)
+        figures.update({k: v for k, v in worker.facts.items() if k in ("device", "num_devices")})
+        figures.update({"failure": worker.failure} if worker.failure else {})
+        if figures["calls"]:
+            keep(figures)
+
+    try:
+        worker.wait_compiled(deadline.at_most(COMPILE_SECONDS))
+        worker.measure(lambda: deadline.at_most(PART_SECONDS), update)
+    finally:
+        worker.close("not reached")
+        update()
     return figures
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--out", help="write every figure here, as JSON; those of the claims to NAME_claims.json"
+    parser = report.parser(
+        __doc__, "write every figure here, as JSON; those of the claims to NAME_claims.json"
     )
     parser.add_argument("--plot", help="write charts here, as PNG")
     parser.add_argument("--plot-from", help="measure nothing: tables and charts of this JSON")
@@ -149,11 +154,14 @@ def parse() -> argparse.Namespace:
         "--shape", action="append", help='a row of your own, "B=4 T=4096 N=32 K=8 H=128 causal"'
     )
     parser.add_argument("--processes", type=int, default=3, help="fresh processes (3)")
+    parser.add_argument("--max-seconds", type=float, help="what is not reached by then is not measured")
     parser.add_argument("--claims", action=argparse.BooleanOptionalAction, help="against standard attention")
     parser.add_argument("--only-claims", action="store_true", help="nothing but those")
     options = parser.parse_args()
     if options.quick:
         options.processes = 1
+    if options.processes < 1:
+        parser.error(f"--processes must be at least 1, got {options.processes}")
     if options.claims is None:
         options.claims = options.only_claims or not (options.quick or options.rows or options.shape)
     try:
@@ -191,30 +199,43 @@ def publish(
         return
     if not options.plot_from:
         report.save(rename(options.out), figures)
+        figures = report.environment(figures) | figures
     print(module.text(figures, report.markdown if options.markdown else report.table) + "\n")
     if options.plot:
         module.plot(figures, rename(options.plot))
+
+
+def run(options: argparse.Namespace) -> tuple[dict, dict]:
+    """Measures the rows, then the claims."""
+    if shutil.which("nvidia-smi") is None:
+        report.refuse("needs an NVIDIA GPU, found no nvidia-smi")
+    jax.config.update("jax_platforms", "cpu")  # here: the GPU's memory is the processes'
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    what = f"{len(options.selected)} rows of attention, {options.processes} turns of fresh processes"
+    print(f"{what}, on this GPU", flush=True)
+    deadline = Deadline(options.max_seconds)
+    rows, claims = {}, {}
+    if options.selected:
+        rows = measure(options.selected, options, deadline, lambda f: report.save(options.out, f, False))
+    if options.claims:
+        claims = measure_claims(deadline, lambda f: report.save(beside(options.out), f, False))
+    return rows, claims
 
 
 def main() -> int:
     options = parse()
     if options.plot_from:
         paths = [Path(options.plot_from), Path(beside(options.plot_from) or "")]
-        result, claims = (json.loads(path.read_text()) if path.exists() else {} for path in paths)
-    elif shutil.which("nvidia-smi") is None:  # asking JAX would take GPU memory in this process
-        print("flash_attention.py: needs an NVIDIA GPU, found no nvidia-smi", file=sys.stderr)
-        return 2
+        rows, claims = (json.loads(path.read_text()) if path.exists() else {} for path in paths)
     else:
-        result = measure(options.selected, options)
-        claims = result.pop("claims", {})
-        # Only now: this process must not hold GPU memory while the others measure.
-        result, claims = ({**report.environment(), **figures} for figures in (result, claims))
-    publish(result, attention_tables, options)
+        rows, claims = run(options)
+    publish(rows, attention_tables, options)
     publish(claims, flash_claims, options, rename=beside)
-    if "failure" in claims:
-        print(f"the claims were not measured: {claims['failure']}", file=sys.stderr)
-        return 1
-    return 0
+    failures = [process["failure"] for process in rows.get("processes", ()) if "failure" in process]
+    failures += [f"the claims: {claims['failure']}"] if "failure" in claims else []
+    for failure in dict.fromkeys(failures):
+        print(f"flash_attention.py: a process failed: {failure}", file=sys.stderr)
+    return 1 if failures and not options.plot_from else 0
 
 
 if __name__ == "__main__":

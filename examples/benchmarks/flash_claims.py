@@ -2,12 +2,12 @@
 
 What the paper claims (Dao et al., 2022, sections 1 and 4.3): faster, by more the longer the sequence; memory
 linear in the length, not quadratic; longer sequences on the same device. One causal layer of 16 heads of 128,
-bf16, B = 1. A process of flash_attention.py, limited to 16 GB of device memory; speaks as attention_worker.py
-does.
+bf16, B = 1. A process of flash_attention.py (processes.py), limited to 16 GB of device memory:
+
+    python examples/benchmarks/flash_attention.py --only-claims --out flash_attention.json
 """
 
 import functools
-import json
 import os
 import subprocess
 import sys
@@ -26,13 +26,16 @@ METRICS = ("forward", "forward_backward")
 
 
 def main() -> None:
+    if sys.argv[1:] or sys.stdin.isatty():
+        print(__doc__)
+        sys.exit(0 if {"-h", "--help"} & set(sys.argv) else 2)
     sys.stdin.readline()
-    total = subprocess.check_output(
-        ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    )
-    fraction = LIMIT_BYTES / (int(total.split()[0]) * 2**20)
-    os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{fraction:.4f}"  # before JAX is imported
+    os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{memory_fraction():.4f}"  # before JAX is imported
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "true"  # in one piece, so that one array may fill it
+    import report
+    from processes import say
+    from timing import or_reason
+
     start = time.perf_counter()
     cases = [
         (name, metric, length)
@@ -42,27 +45,49 @@ def main() -> None:
         if name == OURS or length <= MAX_STANDARD_LENGTH
     ]
     with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // 2)) as pool:
-        searches = [pool.submit(longest, name, metric) for name in (OURS, STANDARD) for metric in METRICS]
-        compiled = dict(zip(cases, pool.map(lambda case: _attempt(compile_call, *case), cases), strict=True))
-        limits = [search.result() for search in searches]
-    print("@compiled", round(time.perf_counter() - start, 1), flush=True)
+        searches = {
+            (name, metric): pool.submit(or_reason, longest, name, metric)
+            for name in (OURS, STANDARD)
+            for metric in METRICS
+        }
+        # XLA tries its matrix products on the GPU: one call at a time does, when it is measured.
+        compiled = {case: pool.submit(or_reason, compile_call, *case) for case in cases if case[0] == OURS}
+    say("@compiled", {"seconds": round(time.perf_counter() - start, 1), **report.device_facts()})
     if not sys.stdin.readline():  # the parent is gone
         return
     start = time.perf_counter()
-    figures = [measure(case, call) for case, call in compiled.items()]
-    limits = [verify(limit) for limit in limits]
-    result = {
+    for case in cases:
+        call = compiled[case].result() if case in compiled else or_reason(compile_call, *case)
+        say("@part", {"call": measure(case, call)})
+    for (name, metric), search in searches.items():
+        case = {"name": name, "metric": metric, "T": 0}
+        found = or_reason(verify, search.result())
+        say("@part", {"longest": {**case, "error": found} if isinstance(found, str) else found})
+    say("@done", {"timing_seconds": round(time.perf_counter() - start, 1)})
+
+
+def memory_fraction() -> float:
+    """The part of the device's memory that this process may have."""
+    total = subprocess.check_output(
+        ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    )
+    return LIMIT_BYTES / (int(total.split()[0]) * 2**20)
+
+
+def collect(parts: list[dict]) -> dict:
+    """The figures of all parts."""
+    return {
         "shape": f"B=1 N={NUM_HEADS} H={HEAD_DIM} causal bfloat16",
         "limit_bytes": LIMIT_BYTES,
-        "calls": figures,
-        "longest": limits,
-        "timing_seconds": round(time.perf_counter() - start, 1),
+        "calls": [part["call"] for part in parts if "call" in part],
+        "longest": [part["longest"] for part in parts if "longest" in part],
     }
-    print("@done", json.dumps(result), flush=True)
 
 
 def compile_call(name: str, metric: str, length: int, quickly: bool = False) -> Any:
-    """A compiled call; quickly: without timing candidates for XLA's matrix products, which takes memory."""
+    """A compiled call; quickly: without timing candidates for XLA's matrix products, which takes memory.
+    So is what cannot run.
+    """
     import jax
     from attention_peers import forward_and_backward
     from jax import numpy as jnp
@@ -70,7 +95,8 @@ def compile_call(name: str, metric: str, length: int, quickly: bool = False) -> 
     array = jax.ShapeDtypeStruct((1, length, NUM_HEADS, HEAD_DIM), jnp.bfloat16)
     attend = _attend(name)
     call, arrays = (attend, 3) if metric == "forward" else (forward_and_backward(attend), 4)
-    options = {"xla_gpu_autotune_level": 0} if quickly else None
+    is_too_large = name == STANDARD and 4 * NUM_HEADS * length**2 > LIMIT_BYTES
+    options = {"xla_gpu_autotune_level": 0} if quickly or is_too_large else None
     return jax.jit(call).lower(*[array] * arrays, {}).compile(compiler_options=options)
 
 
@@ -84,13 +110,6 @@ def _attend(name: str) -> Any:
     return lambda q, k, v, _: jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
 
 
-def _attempt(function: Any, *arguments: Any) -> Any:
-    try:
-        return function(*arguments)
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error).strip()[:120]}"
-
-
 def inputs(metric: str, length: int) -> list:
     import jax
     from jax import numpy as jnp
@@ -101,16 +120,16 @@ def inputs(metric: str, length: int) -> list:
 
 def measure(case: tuple[str, str, int], call: Any) -> dict:
     """Kernel time and memory of one call, or why there is none."""
-    from attention_worker import milliseconds
+    from timing import milliseconds, or_reason
 
     name, metric, length = case
-    figures = {"name": name, "metric": metric, "T": length}
+    figures: dict[str, Any] = {"name": name, "metric": metric, "T": length}
     if isinstance(call, str):
         return {**figures, "error": call}
     figures["temp_bytes"] = call.memory_analysis().temp_size_in_bytes
     if call_bytes(call) > LIMIT_BYTES:
         return {**figures, "error": f"needs {call_bytes(call) / 1e9:.1f} GB"}
-    timed = _attempt(lambda: milliseconds(call, (*inputs(metric, length), {}), 3 if length > 8192 else 6))
+    timed = or_reason(lambda: milliseconds(call, (*inputs(metric, length), {}), 3 if length > 8192 else 6))
     return {**figures, "error" if isinstance(timed, str) else "ms": timed}
 
 
@@ -142,17 +161,19 @@ def longest(name: str, metric: str) -> dict:
     return {"name": name, "metric": metric, "T": length, "bytes": needed(length)}
 
 
-def verify(limit: dict) -> dict:
+def verify(limit: dict | str) -> dict:
     """Runs the longest call once; where the allocator cannot place it, 2% less, at most three times."""
     import jax
+    from timing import or_reason
 
-    length, outcome = limit["T"], None
+    if isinstance(limit, str):  # why none was found
+        raise RuntimeError(limit)
+    metric, length, outcome = limit["metric"], limit["T"], None
     for _ in range(4):
-        call = compile_call(limit["name"], limit["metric"], length, quickly=True)
+        call = compile_call(limit["name"], metric, length, quickly=True)
         start = time.perf_counter()
-        outcome = _attempt(
-            lambda c, n: jax.block_until_ready(c(*inputs(limit["metric"], n), {})), call, length
-        )
+        run = lambda call, length: jax.block_until_ready(call(*inputs(metric, length), {}))
+        outcome = or_reason(run, call, length)
         if not isinstance(outcome, str):
             del outcome
             return {**limit, "ran_T": length, "ran_seconds": round(time.perf_counter() - start, 2)}

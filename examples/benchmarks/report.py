@@ -1,5 +1,8 @@
-"""What every benchmark writes: figures beside the command, device, versions and date they came from."""
+"""What every benchmark has in common: its command line, and figures beside the command, device, versions and
+date they came from.
+"""
 
+import argparse
 import datetime
 import json
 import platform
@@ -7,21 +10,53 @@ import shlex
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
+DEVICE = ("device", "num_devices")
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "flax", "numpy", "tokamax", "torch")
 
 
-def environment() -> dict[str, Any]:
-    """Command, date, device and versions of this run."""
-    device = jax.devices()[0]
+def parser(description: str | None, out: str = "write every figure here, as JSON") -> argparse.ArgumentParser:
+    """The command line that all share."""
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--out", help=out)
+    return made
+
+
+def refuse(why: str) -> NoReturn:
+    """One line, and the exit code of a wrong command line."""
+    print(f"{Path(sys.argv[0]).name}: {why}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def begin(what: str, needs_gpu: bool = True) -> None:
+    """Says what is measured and on which device; ends with exit code 2 where that is no GPU but must be."""
+    try:
+        device = device_facts()
+    except RuntimeError as error:  # JAX_PLATFORMS asks for a device that is not there
+        refuse(f"needs an NVIDIA GPU: {str(error).splitlines()[0]}")
+    if needs_gpu and jax.default_backend() != "gpu":
+        refuse(f"needs an NVIDIA GPU, found {device['device']}")
+    print(f"{what}; on {device['num_devices']} x {device['device']}", flush=True)
+
+
+def device_facts() -> dict[str, Any]:
+    return {"device": jax.devices()[0].device_kind, "num_devices": len(jax.devices())}
+
+
+def environment(device: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Command, date, device and versions of this run. device: figures that name it, where asking JAX would
+    take GPU memory.
+    """
+    device = {name: device[name] for name in DEVICE if name in device} if device else {}
     return {
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": device.device_kind,
-        "num_devices": len(jax.devices()),
+        **(device or device_facts()),
         "python": platform.python_version(),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
     }
@@ -34,13 +69,19 @@ def _version(name: str) -> str | None:
         return None
 
 
-def save(path: str | Path | None, figures: dict[str, Any]) -> None:
-    """Writes {environment, figures} as JSON; without a path nothing."""
+def save(path: str | Path | None, figures: dict[str, Any], is_last: bool = True) -> None:
+    """Writes {environment, figures} as JSON; without a path nothing. A run that is cut off leaves whole what
+    was written last.
+    """
     if path is None:
         return
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps({**environment(), **figures}, indent=1) + "\n")
-    print(f"written: {path}")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".part")
+    draft.write_text(json.dumps({**environment(figures), **figures}, indent=1) + "\n")
+    draft.replace(path)
+    if is_last:
+        print(f"written: {path}")
 
 
 def table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:

@@ -1,0 +1,28 @@
+"""Time in kernels, and calls that may fail."""
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+from jax.experimental.mosaic.gpu import profiler
+
+
+def milliseconds(call: Any, inputs: tuple, iterations: int) -> float:
+    """Median over runs of the time in kernels, by CUPTI."""
+    _, times = profiler.measure(call, iterations=iterations)(*inputs)
+    if times is None:
+        raise RuntimeError("no kernel ran")
+    return statistics.median(times)
+
+
+def or_reason(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the function returns, or in one line why it returns nothing."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        return reason(error)
+
+
+def reason(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else repr(error)
