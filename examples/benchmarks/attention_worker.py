@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import report
 from attention_peers import PEERS, STANDARD, arrays_of, extras_of, forward_and_backward, has_standard
 from attention_rows import Row
-from processes import say
+from processes import result_by, say
 from timing import milliseconds, or_reason, reason
 
 METRICS = ("forward", "forward_backward")
@@ -68,16 +68,9 @@ def compile_all(rows: list[Row], peers: list[str], seconds: float = 600.0) -> di
     }
     compiled: dict[Row, dict] = {row: {INPUTS: future.result()} for row, future in inputs.items()}
     for (row, peer, metric), future in calls.items():
-        compiled[row][peer, metric] = _result(future, end, seconds)
+        compiled[row][peer, metric] = result_by(future, end, seconds)
     pool.shutdown(wait=False, cancel_futures=True)
     return compiled
-
-
-def _result(future: Future, end: float, seconds: float) -> Any:
-    try:
-        return future.result(timeout=max(0.0, end - time.monotonic()))
-    except TimeoutError:
-        return f"not compiled within {seconds:.0f} s"
 
 
 def _spec(array: Any) -> jax.ShapeDtypeStruct:

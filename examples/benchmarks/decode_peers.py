@@ -5,7 +5,6 @@ PEERS[name](row) gives a Program, or raises NotImplementedError with why it cann
 
 import functools
 import math
-import statistics
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.mosaic.gpu import profiler
+from timing import milliseconds
 
 from pallas_kernels import cascade_attention, contiguous_attention, paged_attention
 
@@ -109,9 +108,7 @@ class Compiled(NamedTuple):
 
     def microseconds(self, iterations: int) -> float:
         """Kernel time of one call, the median over runs of all caches in turn."""
-        _, times = profiler.measure(self.run, iterations=iterations)(*self.fill())
-        assert times is not None, "no kernel ran"
-        return 1e3 * statistics.median(times) / self.num_caches
+        return 1e3 * milliseconds(self.run, self.fill(), iterations) / self.num_caches
 
 
 def _random(key: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:

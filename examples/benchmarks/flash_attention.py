@@ -36,10 +36,10 @@ import jax
 import report
 from attention_peers import PEERS, STANDARD
 from attention_rows import MAIN_ROWS, ROWS, Row, parse_row
-from processes import Deadline, Worker
+from processes import Deadline, Worker, run_in_turn
 
 COMPILE_SECONDS = 400  # of all processes at once
-COMPILE_SHARE = 0.6  # of --max-seconds
+COMPILE_SHARE = 0.6  # of what is left of --max-seconds
 PART_SECONDS = 90  # between two figures of a process; standard attention is compiled in between
 
 
@@ -89,16 +89,17 @@ def measure(
     whenever there are more.
     """
     start = time.perf_counter()
-    seconds: dict[str, float] = {}
     figures: dict = {}
-    compile_seconds = min(COMPILE_SECONDS, COMPILE_SHARE * (options.max_seconds or float("inf")))
+    compile_seconds = deadline.at_most(COMPILE_SECONDS, share=COMPILE_SHARE)
     workers = start_workers(rows, options, compile_seconds)
 
     def update() -> None:
         results = [result_of(worker) for worker in workers]
+        compiling = max((worker.facts.get("seconds", 0) for worker in workers), default=0)
+        seconds = {"compile, all processes at once": compiling}
         seconds["all"] = round(time.perf_counter() - start, 1)
         facts = next((worker.facts for worker in workers if worker.facts), {})
-        figures.update({name: facts[name] for name in ("device", "num_devices") if name in facts})
+        figures.update({name: facts[name] for name in report.DEVICE if name in facts})
         timing = f"CUPTI kernel time; median of {options.processes} fresh processes of medians over runs"
         processes = [{k: v for k, v in r.items() if k not in ("rows", "share")} for r in results]
         figures.update({"timing": timing, "seconds": seconds, "processes": processes})
@@ -106,17 +107,7 @@ def measure(
         if figures["rows"]:
             keep(figures)
 
-    try:
-        compiling = Deadline(compile_seconds + 30)  # a process itself gives up a little earlier
-        for worker in workers:
-            worker.wait_compiled(deadline.at_most(compiling.seconds_left))
-        seconds["compile, all processes at once"] = round(time.perf_counter() - start, 1)
-        for worker in workers:
-            worker.measure(lambda: deadline.at_most(PART_SECONDS), update)
-    finally:
-        for worker in workers:
-            worker.close("not reached")
-        update()
+    run_in_turn(workers, deadline, compile_seconds, PART_SECONDS, update)
     return figures
 
 
@@ -127,17 +118,12 @@ def measure_claims(deadline: Deadline, keep: Callable[[dict], None]) -> dict:
 
     def update() -> None:
         figures.update(flash_claims.collect(worker.parts) | worker.done)
-        figures.update({k: v for k, v in worker.facts.items() if k in ("device", "num_devices")})
+        figures.update({k: v for k, v in worker.facts.items() if k in report.DEVICE})
         figures.update({"failure": worker.failure} if worker.failure else {})
         if figures["calls"]:
             keep(figures)
 
-    try:
-        worker.wait_compiled(deadline.at_most(COMPILE_SECONDS))
-        worker.measure(lambda: deadline.at_most(PART_SECONDS), update)
-    finally:
-        worker.close("not reached")
-        update()
+    run_in_turn([worker], deadline, COMPILE_SECONDS, PART_SECONDS, update)
     return figures
 
 

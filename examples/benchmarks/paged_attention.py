@@ -15,20 +15,18 @@ attention (Pallas Triton, deprecated) while it can be imported.
 
 import argparse
 import json
-import statistics
+import os
+import shutil
+import signal
 import sys
-import traceback
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import report
 from decode_peers import PEERS, Row
-from jax.experimental.mosaic.gpu import profiler
+from processes import Deadline, Worker, run_in_turn
 
 CONTEXT = 16384
 MODELS = {"Yi-6B": (32, 4, 128), "Llama-3-8B": (32, 8, 128), "Yi-34B": (56, 8, 128)}
@@ -58,37 +56,12 @@ SECTIONS: dict[str, list[Row]] = {
         for dtype in ("int8", "float8_e4m3fn")
     ],
 }
+COMPILE_SECONDS = 400
+PART_SECONDS = 60  # between two figures
 NAMES = ("page 16", "page 128", "cascade, page 16", "contiguous", "cuDNN contiguous", "JAX Triton page 16")
 
 
-def or_reason(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What the function returns, or why it cannot: a peer that cannot do a row has no figure."""
-    try:
-        return function(*arguments)
-    except Exception as error:
-        if not isinstance(error, NotImplementedError | ImportError):
-            traceback.print_exc(limit=2)
-        return f"{type(error).__name__}: {error}"[:300]
-
-
-def start_compiling(pool: ThreadPoolExecutor, row: Row, names: list[str]) -> dict[str, Future | str]:
-    """Programs, lowered here, being compiled in threads."""
-    lowered = {name: or_reason(lambda name: PEERS[name](row).lower(), name) for name in names}
-    return {
-        name: program if isinstance(program, str) else pool.submit(or_reason, program.compile)
-        for name, program in lowered.items()
-    }
-
-
-def measure_row(row: Row, compiled: dict[str, Future | str], ceiling: float, iterations: int) -> dict:
-    times: dict[str, float | None] = {}
-    for name, future in compiled.items():
-        outcome = future.result() if isinstance(future, Future) else future
-        if not isinstance(outcome, str):
-            outcome = or_reason(outcome.microseconds, iterations)
-        if isinstance(outcome, str):
-            print(f"{row.label}: {name}: {outcome}", file=sys.stderr)
-        times[name] = None if isinstance(outcome, str) else outcome
+def row_figures(row: Row, times: dict[str, float | None], ceiling: float | None) -> dict:
     rates = {name: time and row.cache_bytes / time / 1e6 for name, time in times.items()}
     return {
         "row": row.label,
@@ -100,40 +73,65 @@ def measure_row(row: Row, compiled: dict[str, Future | str], ceiling: float, ite
         "microseconds": times,
         "tokens_per_s": {name: time and row.num_rows / time * 1e6 for name, time in times.items()},
         "tb_per_s": rates,
-        "share_of_ceiling": {name: rate and rate / ceiling for name, rate in rates.items()},
+        "share_of_ceiling": {name: rate and ceiling and rate / ceiling for name, rate in rates.items()},
     }
 
 
-def read_ceiling(iterations: int) -> float:
-    """TB/s of a reduction over 2 GB."""
-    array = jax.random.normal(jax.random.key(0), (1 << 30,), jnp.bfloat16)
-    total = jax.jit(lambda x: x.astype(jnp.float32).sum())
-    _, times = profiler.measure(total, iterations=iterations)(array)
-    assert times is not None
-    return array.nbytes / statistics.median(times) / 1e9
-
-
-def measure(sections: dict[str, list[Row]], names: list[str], iterations: int) -> dict:
-    """Compiles all programs in threads, and then times them one by one."""
-    with ThreadPoolExecutor() as pool:
-        compiled = {
-            title: [start_compiling(pool, row, names) for row in rows] for title, rows in sections.items()
-        }
-    ceiling = read_ceiling(iterations)
-    results: dict = {"read_ceiling_tb_per_s": ceiling, "sections": {}}
+def combine(sections: dict[str, list[Row]], names: list[str], workers: list[Worker]) -> dict:
+    """The figures of all processes by section and row, and why there is none."""
+    parts = [part for worker in workers for part in worker.parts]
+    ceiling = next((part["read_ceiling_tb_per_s"] for part in parts if len(part) == 1), None)
+    said = {(part["row"], part["name"]): part for part in parts if "row" in part}
+    failures = {label: worker.failure for worker in workers for label in worker.share if worker.failure}
+    result: dict = {"read_ceiling_tb_per_s": ceiling, "sections": {}, "no_figure": {}}
     for title, rows in sections.items():
-        results["sections"][title] = [
-            measure_row(row, futures, ceiling, iterations)
-            for row, futures in zip(rows, compiled[title], strict=True)
-        ]
-        print(f"measured: {title}", file=sys.stderr, flush=True)
-    return results
+        result["sections"][title] = []
+        for row in rows:
+            times = {name: said.get((row.label, name), {}).get("microseconds") for name in names}
+            result["sections"][title].append(row_figures(row, times, ceiling))
+            for name in (name for name, time in times.items() if time is None):
+                unsaid = {"reason": failures.get(row.label, "not reached")}
+                reason = said.get((row.label, name), unsaid)["reason"]
+                result["no_figure"].setdefault(f"{name}: {reason}", []).append(row.label)
+    return result
+
+
+def measure(
+    sections: dict[str, list[Row]],
+    names: list[str],
+    options: argparse.Namespace,
+    keep: Callable[[dict], None],
+) -> dict:
+    """`keep` is given all figures whenever there are more."""
+    deadline = Deadline(options.max_seconds)
+    compile_seconds = deadline.at_most(COMPILE_SECONDS, share=0.6)
+    rows = [row for rows in sections.values() for row in rows]
+    # Programs are lowered in Python, one core a process.
+    groups = max(1, min(len(rows), len(os.sched_getaffinity(0)) - 2))
+    job = {"names": names, "iterations": options.iterations, "compile_seconds": compile_seconds}
+    workers = []
+    for group in range(groups):
+        share = rows[group::groups]
+        one = {**job, "rows": [row._asdict() for row in share], "ceiling": group == 0}
+        workers.append(Worker("decode_worker.py", one, share=tuple(row.label for row in share)))
+    result = {"timing": f"CUPTI kernel time, median of {options.iterations}"}
+
+    def update() -> None:
+        facts = next((worker.facts for worker in workers if worker.facts), {})
+        result.update({name: facts[name] for name in report.DEVICE if name in facts})
+        result["failures"] = [worker.failure for worker in workers if worker.failure]
+        result.update(combine(sections, names, workers))
+        if any(worker.parts for worker in workers):
+            keep(result)
+
+    run_in_turn(workers, deadline, compile_seconds, PART_SECONDS, update)
+    return result
 
 
 def tables(result: dict) -> str:
     """A table a section: us and TB/s of each name; tokens/s, share of the ceiling and paging's tax of the
     first."""
-    parts = [f"{result['device']}: read ceiling {result['read_ceiling_tb_per_s']:.2f} TB/s"]
+    parts = [f"{result['device']}: read ceiling {result['read_ceiling_tb_per_s'] or 0:.2f} TB/s"]
     for title, rows in result["sections"].items():
         names = [name for name in rows[0]["microseconds"] if any(row["microseconds"][name] for row in rows)]
         if not names:
@@ -149,6 +147,8 @@ def tables(result: dict) -> str:
             lines.append((row["row"], *cells, *rest))
         header = (f"{title} (us, TB/s)", *names, f"{first}: tokens/s", "of ceiling", "tax")
         parts.append(report.table(header, lines))
+    missing = [f"  {reason} ({', '.join(rows)})" for reason, rows in result.get("no_figure", {}).items()]
+    parts += ["\n".join(["no figure:", *missing])] if missing else []
     return "\n\n".join(parts)
 
 
@@ -192,33 +192,52 @@ def chosen_sections(options: argparse.Namespace) -> dict[str, list[Row]]:
     return {f"{options.context} tokens a row": rows}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse() -> argparse.Namespace:
+    parser = report.parser(__doc__)
     parser.add_argument("--heads", help="query heads/KV heads, such as 32/8: only this shape")
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--rows", type=int, nargs="+", default=list(BATCHES))
     parser.add_argument("--context", type=int, default=CONTEXT)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "int8", "float8_e4m3fn"))
-    parser.add_argument("--page-size", type=int, nargs="+", default=[16, 128])
+    sizes = [int(name.split()[1]) for name in PEERS if name.startswith("page ")]
+    parser.add_argument("--page-size", type=int, nargs="+", default=[16, 128], choices=sizes)
     parser.add_argument("--iterations", type=int, default=8)
-    parser.add_argument("--out", help="write the figures here, as JSON")
+    parser.add_argument("--max-seconds", type=float, help="what is not reached by then is not measured")
     parser.add_argument("--plot", help="write a chart here, as PNG")
     parser.add_argument("--plot-from", help="only plot: read this JSON instead of measuring")
     options = parser.parse_args()
+    try:
+        options.sections = chosen_sections(options)
+    except ValueError as error:
+        parser.error(f"--heads must be such as 32/8, got {options.heads!r}: {error}")
+    return options
+
+
+def main() -> int:
+    options = parse()
     if options.plot_from:
         result = json.loads(Path(options.plot_from).read_text())
-    elif jax.default_backend() != "gpu":
-        sys.exit(f"paged_attention.py: needs an NVIDIA GPU, found {jax.devices()[0].device_kind}")
     else:
+        if shutil.which("nvidia-smi") is None:
+            report.refuse("needs an NVIDIA GPU, found no nvidia-smi")
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        jax.config.update("jax_platforms", "cpu")  # here: the GPU's memory is the processes'
         names = [f"page {size}" for size in options.page_size]
         names += [name for name in NAMES if not name.startswith("page")]
-        result = report.environment() | {"timing": f"CUPTI kernel time, median of {options.iterations}"}
-        result |= measure(chosen_sections(options), names, options.iterations)
-        report.save(options.out, result)
-    print(tables(result))
-    if options.plot:
-        plot(result, options.plot)
+        count = sum(map(len, options.sections.values()))
+        print(f"{count} rows of paged decode in fresh processes, on this GPU", flush=True)
+        result = measure(options.sections, names, options, lambda f: report.save(options.out, f, False))
+        if "device" in result:
+            report.save(options.out, result)
+            result = report.environment(result) | result
+    if "device" in result:
+        print(tables(result))
+        if options.plot and result["read_ceiling_tb_per_s"]:
+            plot(result, options.plot)
+    for failure in dict.fromkeys(result.get("failures", ())):
+        print(f"paged_attention.py: a process failed: {failure}", file=sys.stderr)
+    return 1 if result.get("failures") and not options.plot_from else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

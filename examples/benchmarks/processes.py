@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ class Deadline:
     def __init__(self, seconds: float | None = None):
         self.end = float("inf") if seconds is None else time.monotonic() + seconds
 
-    def at_most(self, seconds: float) -> float:
-        """These seconds, or what is left."""
-        return max(0.0, min(seconds, self.end - time.monotonic()))
+    def at_most(self, seconds: float, share: float = 1.0) -> float:
+        """These seconds, or this share of what is left."""
+        return max(0.0, min(seconds, share * (self.end - time.monotonic())))
 
     @property
     def seconds_left(self) -> float:
@@ -114,6 +115,34 @@ class Worker:
             word, _, rest = line.partition(" ")
             if word in words:
                 return word, json.loads(rest)
+
+
+def run_in_turn(
+    workers: list[Worker],
+    deadline: Deadline,
+    compile_seconds: float,
+    part_seconds: float,
+    update: Callable[[], None],
+) -> None:
+    """All compile at once; then each has the GPU to itself. update: called whenever one has said more."""
+    try:
+        compiling = Deadline(compile_seconds + 30)  # a process itself gives up a little earlier
+        for worker in workers:
+            worker.wait_compiled(deadline.at_most(compiling.seconds_left))
+        for worker in workers:
+            worker.measure(lambda: deadline.at_most(part_seconds), update)
+    finally:
+        for worker in workers:
+            worker.close("not reached")
+        update()
+
+
+def result_by(future: Future, end: float, seconds: float) -> Any:
+    """What a thread returns by `end` on the monotonic clock, or that it was not compiled within `seconds`."""
+    try:
+        return future.result(timeout=max(0.0, end - time.monotonic()))
+    except TimeoutError:
+        return f"not compiled within {seconds:.0f} s"
 
 
 def say(word: str, figures: dict) -> None:

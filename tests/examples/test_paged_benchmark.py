@@ -2,12 +2,15 @@
 
 import argparse
 import json
+import types
 from typing import NamedTuple
 
 import decode_peers
+import decode_worker
 import jax.numpy as jnp
 import numpy as np
 import paged_attention
+import processes
 import pytest
 from decode_peers import PEERS, Row
 
@@ -64,21 +67,69 @@ class Fake(NamedTuple):
 
 def test_a_failure_costs_its_own_figure(monkeypatch, tmp_path, capsys):
     fakes = {"page 16": Fake(), "contiguous": Fake("run"), "cuDNN contiguous": Fake("compile")}
-    monkeypatch.setattr(paged_attention, "PEERS", {name: lambda row, x=x: x for name, x in fakes.items()})
-    monkeypatch.setattr(paged_attention, "read_ceiling", lambda iterations: 4.0)
+    monkeypatch.setattr(decode_worker, "PEERS", {name: lambda row, x=x: x for name, x in fakes.items()})
     rows = [ROW, Row("tiny", 4, 2, 64, (64,) * 8)]
-    result = {"device": "none", **paged_attention.measure({"Small": rows}, list(fakes), 1)}
-    result = json.loads(json.dumps(result))
+    worker = types.SimpleNamespace(parts=[{"read_ceiling_tb_per_s": 4.0}], failure="", share=())
+    monkeypatch.setattr(decode_worker, "say", lambda word, part: worker.parts.append(part))
+    decode_worker.measure_all(decode_worker.compile_all(rows, list(fakes), 100), 1)
+    result = paged_attention.combine({"Small": rows}, list(fakes), [worker])
+    result = json.loads(json.dumps({"device": "none", **result}))
     first = result["sections"]["Small"][0]
     assert first["microseconds"] == {"page 16": 100.0, "contiguous": None, "cuDNN contiguous": None}
     assert first["tokens_per_s"]["page 16"] == 3 / 100e-6
     assert first["tb_per_s"]["page 16"] == pytest.approx(ROW.cache_bytes / 100e-6 / 1e12)
-    assert "out of memory" in capsys.readouterr().err
+    assert list(result["no_figure"]) == [
+        "contiguous: NotImplementedError: out of memory",
+        "cuDNN contiguous: NotImplementedError: no such GPU",
+    ]
     text = paged_attention.tables(result)
-    assert "page 16" in text
-    assert "cuDNN" not in text
+    assert "out of memory (" in text
+    assert "cuDNN contiguous  " not in text
     paged_attention.plot(result, str(tmp_path / "plot.png"))
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+WORKER = """
+import json, os, time
+job = json.loads(input())
+print('@compiled', json.dumps({'seconds': 1.0, 'device': 'toy', 'num_devices': 1}), flush=True)
+input()
+print('@part', json.dumps({'read_ceiling_tb_per_s': 4.0}), flush=True)
+if len(job['rows'][0]['lengths']) == 2: time.sleep(1000)
+for name in job['names']:
+    print('@part', json.dumps({'row': LABEL, 'name': name, 'microseconds': 5.0}), flush=True)
+print('@done {}', flush=True)
+"""
+
+
+def test_a_process_that_hangs_costs_its_own_rows(monkeypatch, tmp_path, capsys):
+    rows = [Row("heads", 8, 2, 64, (100,) * count) for count in (1, 2)]
+    script = tmp_path / "decode_worker.py"
+    script.write_text(WORKER.replace("LABEL", repr(rows[0].label)))
+    monkeypatch.setattr(processes, "HERE", tmp_path)
+    monkeypatch.setattr(paged_attention, "PART_SECONDS", 1.0)
+    monkeypatch.setattr(paged_attention.os, "sched_getaffinity", lambda process: set(range(4)))
+    monkeypatch.setattr(paged_attention.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(paged_attention.signal, "signal", lambda *_: None)
+    out = tmp_path / "out.json"
+    command = ["x", "--heads", "8/2", "--head-dim", "64", "--rows", "1", "2", "--context", "100"]
+    monkeypatch.setattr("sys.argv", [*command, "--out", str(out)])
+    assert paged_attention.main() == 1
+    result = json.loads(out.read_text())
+    ((first, second),) = result["sections"].values()
+    assert first["microseconds"]["page 16"] == 5.0
+    assert second["microseconds"]["page 16"] is None
+    assert all(reason.split(": ", 1)[1].startswith("killed") for reason in result["no_figure"])
+    assert result["device"] == "toy"
+    assert "it said nothing for 1 s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--heads", "8"], ["--page-size", "7"], ["--max-seconds", "x"], []])
+def test_a_wrong_command_line_or_no_gpu_is_exit_code_2(monkeypatch, arguments):
+    monkeypatch.setattr(paged_attention.shutil, "which", lambda name: None)
+    monkeypatch.setattr("sys.argv", ["x", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        paged_attention.main()
 
 
 def test_shapes_come_from_the_command_line():
