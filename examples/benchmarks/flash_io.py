@@ -12,6 +12,7 @@ import csv
 import io
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -93,16 +94,19 @@ def run_calls() -> None:
         jax.block_until_ready(jax.jit(step)(*arrays))
 
 
-def count() -> list[dict[str, dict[str, float]]]:
+def count(seconds: float) -> list[dict[str, dict[str, float]]]:
     """For each shape {direction: {metric: bytes}}."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "ncu.csv"
         command = ["ncu", "--clock-control", "none", "--kernel-name", f"regex:^{KERNELS}"]
         command += ["--metrics", ",".join(METRICS.values()), "--csv", "--page", "raw", "--log-file", str(log)]
-        finished = subprocess.run([*command, sys.executable, __file__, "--calls"])
+        try:
+            finished = subprocess.run([*command, sys.executable, __file__, "--calls"], timeout=seconds)
+        except subprocess.TimeoutExpired:
+            raise SystemExit(f"flash_io.py: ncu came to no end within {seconds:.0f} s") from None
         text = log.read_text() if log.exists() else ""
-    if finished.returncode:
-        raise SystemExit(f"ncu ended with exit code {finished.returncode}:\n{text[-2000:]}")
+    if finished.returncode or '"Kernel Name"' not in text:
+        raise SystemExit(f"ncu counted nothing, exit code {finished.returncode}:\n{text[-2000:]}")
     return parse_counts(text)
 
 
@@ -170,10 +174,8 @@ def text(rows: list[dict], as_table: Any) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", help="write every figure here, as JSON")
+    parser = report.parser(__doc__)
+    parser.add_argument("--max-seconds", type=float, default=600, help="then ncu is given up (600)")
     parser.add_argument("--from", dest="source", help="count nothing: the table of this JSON")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--calls", action="store_true", help=argparse.SUPPRESS)
@@ -184,7 +186,10 @@ def main() -> int:
     if options.source:
         rows = json.loads(Path(options.source).read_text())["rows"]
     else:
-        rows = compare(count())
+        if missing := [tool for tool in ("nvidia-smi", "ncu") if shutil.which(tool) is None]:
+            report.refuse(f"needs an NVIDIA GPU and Nsight Compute, found no {missing[0]}")
+        print(f"Bytes of {len(SHAPES)} calls of flash_attention under ncu, on this GPU", flush=True)
+        rows = compare(count(options.max_seconds))
         report.save(options.out, {"metrics": METRICS, "rows": rows})
     print(text(rows, report.markdown if options.markdown else report.table))
     off = [r for r in rows if abs(r["l2_to_sm_model_over_counted"] - 1) > TOLERANCE]

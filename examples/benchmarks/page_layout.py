@@ -9,11 +9,10 @@ for each page and head, three tiles of 128 tokens on their way), and write_kv's 
 memory, one TMA copy for each token). Pages lie scattered. Time is kernel time by CUPTI.
 """
 
-import argparse
 import functools
 import statistics
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -28,6 +27,8 @@ from pallas_kernels.mosaic import div, pl, plgpu
 ORDERS = ("K, Z, H", "Z, K, H")
 TILE, STAGES, PROGRAMS = 128, 3, 132
 TOKENS_IN_CACHE = 16 * 16384
+DECODE_TOKENS = 256
+CASE_SECONDS = 120  # compiling included
 SHAPES = [  # K, Z, H, dtype
     (8, 8, 128, "bfloat16"),
     (8, 16, 128, "bfloat16"),
@@ -159,7 +160,8 @@ def _write_kernel(
 def microseconds(compiled, arguments) -> float:
     """Median time of the Mosaic kernels of a call."""
     _, runs = profiler.measure(compiled, aggregate=False, iterations=8)(*arguments)
-    assert runs is not None, "no kernel ran"
+    if runs is None:
+        raise RuntimeError("no kernel ran")
     return 1e3 * statistics.median(sum(time for name, time in run if "mosaic" in name) for run in runs)
 
 
@@ -169,47 +171,54 @@ def random(seed: int, shape: tuple[int, ...], dtype: str) -> jax.Array:
     return (numbers * 40).astype(dtype)
 
 
-def measure(cases: list[Case], prefill_tokens: int) -> list[dict]:
-    """A row of figures for each case."""
-
-    def programs(case: Case):
-        dtype = jnp.dtype(case.dtype)
-        pool = jax.ShapeDtypeStruct(case.pool_shape, dtype)
-        yield jax.jit(functools.partial(read, case)), (pool, pool)
-        for num_tokens in (256, prefill_tokens):
-            token = jax.ShapeDtypeStruct((num_tokens, case.num_kv_heads, case.head_dim), dtype)
-            slots = jax.ShapeDtypeStruct((num_tokens,), jnp.int32)
-            yield jax.jit(functools.partial(write, case, num_tokens)), (token, token, slots)
-
-    with ThreadPoolExecutor() as pool:
-        jobs = [[pool.submit(lambda f, s: f.lower(*s).compile(), *p) for p in programs(c)] for c in cases]
-    rows = []
-    for case, (reader, *writers) in zip(cases, jobs, strict=True):
-        arrays = [random(i, case.pool_shape, case.dtype) for i in range(2)]
-        read_time = microseconds(reader.result(), arrays)
-        row = case._asdict() | {"read_us": read_time, "read_tb_per_s": 2 * arrays[0].nbytes / read_time / 1e6}
-        for num_tokens, writer in zip((256, prefill_tokens), writers, strict=True):
-            tokens = [x.reshape(-1, case.num_kv_heads, case.head_dim)[:num_tokens] for x in arrays]
-            # Decode: rows anywhere. Prefill: prompts of whole pages, each page anywhere.
-            unit = case.page_size if num_tokens == prefill_tokens else 1
-            starts = np.random.default_rng(0).permutation(TOKENS_IN_CACHE // unit)[: num_tokens // unit]
-            slots = (starts[:, None] * unit + np.arange(unit)).reshape(-1).astype(np.int32)
-            row[f"write_{num_tokens}_us"] = microseconds(writer.result(), (*tokens, jnp.asarray(slots)))
-        rows.append(row)
-    return rows
+def start_compiling(pool: ThreadPoolExecutor, case: Case, prefill_tokens: int) -> list[Future]:
+    """The read, and the writes of 256 and of prefill_tokens tokens."""
+    dtype = jnp.dtype(case.dtype)
+    pages = jax.ShapeDtypeStruct(case.pool_shape, dtype)
+    programs: list[tuple] = [(functools.partial(read, case), pages, pages)]
+    for num_tokens in (DECODE_TOKENS, prefill_tokens):
+        token = jax.ShapeDtypeStruct((num_tokens, case.num_kv_heads, case.head_dim), dtype)
+        slots = jax.ShapeDtypeStruct((num_tokens,), jnp.int32)
+        programs.append((functools.partial(write, case, num_tokens), token, token, slots))
+    return [
+        pool.submit(lambda call, *specs: jax.jit(call).lower(*specs).compile(), *program)
+        for program in programs
+    ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", help="write the figures here, as JSON")
-    parser.add_argument("--prefill-tokens", type=int, default=16384)
+def measure(case: Case, jobs: list[Future], prefill_tokens: int) -> dict:
+    reader, *writers = (job.result() for job in jobs)
+    arrays = [random(i, case.pool_shape, case.dtype) for i in range(2)]
+    read_time = microseconds(reader, arrays)
+    row = case._asdict() | {"read_us": read_time, "read_tb_per_s": 2 * arrays[0].nbytes / read_time / 1e6}
+    for num_tokens, writer in zip((DECODE_TOKENS, prefill_tokens), writers, strict=True):
+        tokens = [x.reshape(-1, case.num_kv_heads, case.head_dim)[:num_tokens] for x in arrays]
+        # Decode: rows anywhere. Prefill: prompts of whole pages, each page anywhere.
+        unit = case.page_size if num_tokens == prefill_tokens else 1
+        starts = np.random.default_rng(0).permutation(TOKENS_IN_CACHE // unit)[: num_tokens // unit]
+        slots = (starts[:, None] * unit + np.arange(unit)).reshape(-1).astype(np.int32)
+        row[f"write_{num_tokens}_us"] = microseconds(writer, (*tokens, jnp.asarray(slots)))
+    return row
+
+
+def main() -> int:
+    parser = report.parser(__doc__)
+    parser.add_argument("--prefill-tokens", type=int, default=16384, help="a multiple of 256")
+    parser.add_argument("--max-seconds", type=float, help="what is not reached by then is not measured")
     options = parser.parse_args()
-    if jax.default_backend() != "gpu":
-        sys.exit(f"page_layout.py: needs an NVIDIA GPU, found {jax.devices()[0].device_kind}")
-    rows = measure([Case(order, *shape) for shape in SHAPES for order in ORDERS], options.prefill_tokens)
-    print(report.table(tuple(rows[0]), [tuple(row.values()) for row in rows]))
-    report.save(options.out, {"cache_tokens": TOKENS_IN_CACHE, "rows": rows})
+    if options.prefill_tokens % 256 or not 256 < options.prefill_tokens <= TOKENS_IN_CACHE:
+        parser.error(f"--prefill-tokens must be a multiple of 256 beyond it, got {options.prefill_tokens}")
+    report.begin("Reads and writes of pages in two orders")
+    pool = ThreadPoolExecutor()
+    cases = {}
+    for case in (Case(order, *shape) for shape in SHAPES for order in ORDERS):
+        jobs = start_compiling(pool, case, options.prefill_tokens)
+        cases[str(tuple(case))] = functools.partial(measure, case, jobs, options.prefill_tokens)
+    facts = {"cache_tokens": TOKENS_IN_CACHE}
+    rows = report.measured(options.out, facts, cases, CASE_SECONDS, options.max_seconds)
+    pool.shutdown(wait=False, cancel_futures=True)
+    return report.finish(options.out, facts, rows)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

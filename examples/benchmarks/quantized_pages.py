@@ -7,7 +7,6 @@ fp32 (examples/requirements-data.txt). Every layer writes its K and V into a pag
 pool gives back. The loss is the mean negative log likelihood of the next token, in nats.
 """
 
-import argparse
 import dataclasses
 import functools
 import sys
@@ -30,6 +29,7 @@ from pallas_kernels import paged_attention, write_kv
 
 PAGE_SIZE = 16
 DTYPES = ("float32", "int8", "float8_e4m3fn")
+CASE_SECONDS = 3600  # a CPU needs minutes
 
 
 @jax.tree_util.register_dataclass
@@ -90,37 +90,50 @@ def read_rows(tokenizer: Any, num_rows: int, length: int) -> np.ndarray:
     texts = texts[: num_rows // 2]
     step = len(plays) // (num_rows - len(texts))
     texts += [plays[start : start + step] for start in range(0, step * (num_rows - len(texts)), step)]
-    return np.array([tokenizer.encode(text[: 8 * length])[:length] for text in texts], np.int32)
+    rows = [tokenizer.encode(text[: 8 * length])[:length] for text in texts]
+    if min(map(len, rows)) < length:
+        raise ValueError(f"the texts are too short for {num_rows} rows of {length} tokens")
+    return np.array(rows, np.int32)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def measure(graphdef: Any, params: Any, tokens: jax.Array, dtype: str, of_tokens: dict) -> dict:
+    """Against the first dtype; `of_tokens` keeps every token's loss."""
+    start = time.perf_counter()
+    of_tokens[dtype] = np.asarray(losses(graphdef, params, tokens, dtype), np.float64)
+    difference = of_tokens[dtype] - of_tokens[DTYPES[0]]
+    return {
+        "pages": dtype,
+        "loss": of_tokens[dtype].mean(),
+        "moved": difference.mean(),
+        "standard_error": difference.std() / difference.size**0.5,
+        "largest_row": np.abs(difference.mean(axis=1)).max(),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def main() -> int:
+    parser = report.parser(__doc__)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--out", help="write the figures here, as JSON")
     options = parser.parse_args()
-    loaded = load_model(str(assets.smollm2()))
+    if options.rows < 2 or options.length < 2:
+        parser.error(f"--rows and --length must be at least 2, got {options.rows} and {options.length}")
+    report.begin("SmolLM2's loss over pages of each dtype", needs_gpu=False)
+    try:
+        loaded = load_model(str(assets.smollm2()))
+        tokens = jnp.asarray(read_rows(loaded.tokenizer, options.rows, options.length))
+    except (FileNotFoundError, ValueError) as error:
+        report.refuse(str(error))
     graphdef, params = nnx.split(loaded.model)
-    tokens = jnp.asarray(read_rows(loaded.tokenizer, options.rows, options.length))
-    rows, of_tokens = [], {}
-    for dtype in DTYPES:
-        start = time.perf_counter()
-        of_tokens[dtype] = np.asarray(losses(graphdef, params, tokens, dtype), np.float64)
-        difference = of_tokens[dtype] - of_tokens[DTYPES[0]]
-        rows.append(
-            {
-                "pages": dtype,
-                "loss": of_tokens[dtype].mean(),
-                "moved": difference.mean(),
-                "standard_error": difference.std() / difference.size**0.5,
-                "largest_row": np.abs(difference.mean(axis=1)).max(),
-                "seconds": time.perf_counter() - start,
-            }
-        )
-    print(report.table(tuple(rows[0]), [tuple(row.values()) for row in rows]))
+    of_tokens: dict[str, np.ndarray] = {}
+    cases = {
+        dtype: functools.partial(measure, graphdef, params, tokens, dtype, of_tokens) for dtype in DTYPES
+    }
     what = f"SmolLM2-135M-Instruct (Q4_1 weights), fp32, page size {PAGE_SIZE}"
-    report.save(options.out, {"model": what, "tokens": int(tokens.size), "rows": rows})
+    facts = {"model": what, "tokens": int(tokens.size)}
+    rows = report.measured(options.out, facts, cases, CASE_SECONDS)
+    return report.finish(options.out, facts, rows)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,9 +10,9 @@ tokens: as many FLOPs as each of the D has.
 
 import argparse
 import functools
-import json
 import math
 import statistics
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -23,11 +23,13 @@ import numpy as np
 import report
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from timing import at_most, or_reason
 
 from jaxattn import dot_product_attention, from_zigzag, ring_attention, to_zigzag
 
 LENGTHS = (32768, 65536, 131072, 262144)
 MULTIPLE = 256  # of a length
+CASE_SECONDS = 180  # compiling included
 SPEC = P(None, "context")
 
 
@@ -107,32 +109,30 @@ def random_operands(case: Case, heads: Heads) -> list[jax.Array]:
     ]
 
 
-def measure(cases: list[Case], heads: Heads, repeats: int) -> list[dict[str, Any]]:
-    with ThreadPoolExecutor(8) as pool:  # compiled side by side, timed one after another
-        steps = dict(zip(cases, pool.map(lambda case: compiled(case, heads), cases), strict=True))
-    rows = []
-    for case, step in steps.items():
-        seconds = median_seconds(step, random_operands(case, heads), repeats)
-        memory = step.memory_analysis()
-        rows.append(
-            case._asdict()
-            | {
-                "seconds": seconds,
-                "tokens_per_second": case.num_tokens / seconds,
-                "tflops_per_gpu": case.flops(heads) / seconds / case.num_devices / 1e12,
-                "temporary_bytes_per_gpu": memory.temp_size_in_bytes,
-            }
-        )
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
+def measure(case: Case, step: Any, heads: Heads, repeats: int) -> dict[str, Any]:
+    step = step.result()
+    seconds = median_seconds(step, random_operands(case, heads), repeats)
+    return case._asdict() | {
+        "seconds": seconds,
+        "tokens_per_second": case.num_tokens / seconds,
+        "tflops_per_gpu": case.flops(heads) / seconds / case.num_devices / 1e12,
+        "temporary_bytes_per_gpu": step.memory_analysis().temp_size_in_bytes,
+    }
 
 
 def with_efficiency(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    cases = [Case(row["num_devices"], row["num_tokens"], row["backward"]) for row in rows]
-    rates = {case: row["tflops_per_gpu"] for case, row in zip(cases, rows, strict=True)}
-    return [
-        row | {"efficiency": rates[case] / rates[case.alone]} for case, row in zip(cases, rows, strict=True)
-    ]
+    """efficiency: None where the rate of one device alone was not measured."""
+    rates = {_case(row): row["tflops_per_gpu"] for row in rows if "error" not in row}
+
+    def efficiency(row: dict[str, Any]) -> float | None:
+        alone = rates.get(_case(row).alone)
+        return alone and row["tflops_per_gpu"] / alone
+
+    return [row if "error" in row else row | {"efficiency": efficiency(row)} for row in rows]
+
+
+def _case(row: dict[str, Any]) -> Case:
+    return Case(row["num_devices"], row["num_tokens"], row["backward"])
 
 
 def error_on(num_devices: int, heads: Heads, num_tokens: int) -> float:
@@ -157,43 +157,42 @@ def error_on(num_devices: int, heads: Heads, num_tokens: int) -> float:
     return max(errors)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = report.parser(__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="T of all devices together")
     parser.add_argument("--devices", type=int, nargs="+", help="how many; by default 1, 2, 4.. as there are")
     parser.add_argument("--heads", type=int, nargs=3, default=Heads(), help="N, K and H")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", help="a JSON file for the figures")
+    parser.add_argument("--max-seconds", type=float, help="what is not reached by then is not measured")
     options = parser.parse_args(arguments)
+    if odd := [length for length in options.lengths if length < 1 or length % MULTIPLE]:
+        parser.error(f"--lengths must be multiples of {MULTIPLE}, got {odd}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    report.begin("Ring attention")
     heads = Heads(*options.heads)
     devices = options.devices or [count for count in (1, 2, 4, 8) if count <= jax.device_count()]
+    if max(devices) > jax.device_count():
+        report.refuse(f"--devices {max(devices)}: there are {jax.device_count()}")
     wanted = [Case(d, t, b) for d in devices for t in options.lengths for b in (False, True)]
     cases = list(dict.fromkeys([case.alone for case in wanted] + wanted))
-    errors = {d: error_on(d, heads, min(8192, *options.lengths)) for d in devices}
-    rows = with_efficiency(measure(cases, heads, options.repeats))
-    header = ("devices", "T", "pass", "ms", "tokens/s", "TFLOP/s per GPU", "efficiency")
-    print(
-        report.table(
-            header,
-            [
-                (
-                    row["num_devices"],
-                    row["num_tokens"],
-                    "forward+backward" if row["backward"] else "forward",
-                    1e3 * row["seconds"],
-                    row["tokens_per_second"],
-                    row["tflops_per_gpu"],
-                    row["efficiency"],
-                )
-                for row in rows
-            ],
-        )
-    )
-    print("relative RMS difference from one device:", {d: f"{error:.1e}" for d, error in errors.items()})
-    report.save(options.out, {"heads": heads._asdict(), "rms_difference": errors, "rows": rows})
+    with at_most(CASE_SECONDS, "comparing with one device"):
+        errors = {d: or_reason(error_on, d, heads, min(8192, *options.lengths)) for d in devices}
+    print("relative RMS difference from one device:", errors)
+    pool = ThreadPoolExecutor(8)  # compiled side by side, timed one after another
+    steps = {case: pool.submit(compiled, case, heads) for case in cases}
+    calls = {
+        str(tuple(case)): functools.partial(measure, case, step, heads, options.repeats)
+        for case, step in steps.items()
+    }
+    facts = {"heads": heads._asdict(), "rms_difference": errors}
+    rows = report.measured(options.out, facts, calls, CASE_SECONDS, options.max_seconds)
+    pool.shutdown(wait=False, cancel_futures=True)
+    return report.finish(options.out, facts, with_efficiency(rows))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

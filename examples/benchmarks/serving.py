@@ -7,8 +7,11 @@ compiled.
 """
 
 import argparse
+import functools
+import gc
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,83 +19,89 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import jax.numpy as jnp
 import numpy as np
+import report
 
-from examples.benchmarks import report
 from jaxattn.models import MODELS, ModelConfig, create_model
+from pallas_kernels import PAGE_SIZES
 from serving import LLM, SamplingParams
 
 MAX_PASSES = 8  # prompts that happen to fall into new shapes compile: such a pass is not timed
 
+SAMPLED = {"temperature": 0.8, "top_p": 0.95, "top_k": 50}
 CONFIGS: dict[str, ModelConfig] = {
     "gpt2-medium": MODELS["gpt2"].presets["medium"],
     "llama-1b": MODELS["llama"].presets["1b"],
 }
 
 
+CASE_SECONDS = 300
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = report.parser(__doc__)
     parser.add_argument("--models", nargs="+", default=list(CONFIGS), choices=CONFIGS)
     parser.add_argument("--num-requests", type=int, default=256)
     parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--page-size", type=int, default=16)
-    parser.add_argument("--out", help="JSON file for all figures")
+    parser.add_argument("--page-size", type=int, default=16, choices=PAGE_SIZES)
+    parser.add_argument("--max-seconds", type=float, help="what is not reached by then is not measured")
     args = parser.parse_args()
-    rows = []
+    report.begin("Offline batch generation")
+    cases, engines = {}, {}
     for name in args.models:
-        rows += measure(name, args)
-    print(report.table(tuple(rows[0]), [tuple(row.values()) for row in rows]))
-    report.save(args.out, {"rows": rows})
-    return 0
+        engine = functools.partial(engine_of, name, args, engines)
+        for seed, (num_requests, kind) in enumerate(
+            ((args.num_requests, "greedy"), (args.num_requests, "sampled"), (1, "greedy"))
+        ):
+            case = functools.partial(measure, name, engine, num_requests, kind, args.max_tokens, seed)
+            cases[f"{name}, {num_requests} requests, {kind}"] = case
+    rows = report.measured(args.out, {}, cases, CASE_SECONDS, args.max_seconds)
+    return report.finish(args.out, {}, rows)
 
 
-def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row for the full batch, greedy and sampled, and one for a single request."""
-    config = CONFIGS[name]
-    model = create_model(config, dtype=jnp.bfloat16)
-    llm = LLM((model, None), max_num_seqs=args.num_requests, max_model_len=1024, page_size=args.page_size)
-    greedy = SamplingParams(temperature=0.0, max_tokens=args.max_tokens, ignore_eos=True)
-    sampled = SamplingParams(
-        temperature=0.8, top_p=0.95, top_k=50, max_tokens=args.max_tokens, ignore_eos=True
-    )
-    cases = [
-        (args.num_requests, "greedy", greedy),
-        (args.num_requests, "sampled", sampled),
-        (1, "greedy", greedy),
-    ]
-    rows: list[dict[str, Any]] = []
+def engine_of(name: str, args: argparse.Namespace, engines: dict[str, LLM]) -> LLM:
+    """With random weights; `engines` holds one at a time, for their memory."""
+    if name not in engines:
+        engines.clear()
+        gc.collect()
+        model = create_model(CONFIGS[name], dtype=jnp.bfloat16)
+        shape = {"max_num_seqs": args.num_requests, "max_model_len": 1024, "page_size": args.page_size}
+        engines[name] = LLM((model, None), **shape)
+    return engines[name]
+
+
+def measure(
+    name: str, engine: Callable[[], LLM], num_requests: int, kind: str, max_tokens: int, seed: int
+) -> dict[str, Any]:
+    """Of the first pass that compiles nothing."""
+    llm = engine()
+    sampling = {"temperature": 0.0} if kind == "greedy" else SAMPLED
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **sampling)
     first_pass_seconds = seconds = 0.0
     outputs: list[Any] = []
-    for num_requests, kind, params in cases:
-        for attempt in range(MAX_PASSES):
-            llm.metrics.reset()
-            prompts = random_prompts(num_requests, config.vocab_size, seed=len(rows) * MAX_PASSES + attempt)
-            start = time.perf_counter()
-            outputs = llm.generate(prompts, params, use_tqdm=False)
-            seconds = time.perf_counter() - start
-            if attempt == 0:
-                first_pass_seconds = seconds
-            if llm.metrics.compile_seconds == 0:
-                break
-        num_tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-        rows.append(
-            {
-                "model": name,
-                "requests": num_requests,
-                "sampling": kind,
-                "seconds": seconds,
-                "output_tokens_per_second": num_tokens / seconds,
-                "ms_per_token_of_a_row": 1e3 * seconds / (num_tokens / num_requests),
-                "decode_steps": llm.metrics.num_decode_steps,
-                "peak_pages": llm.metrics.peak_pages,
-                "waste_percent": llm.metrics.waste_percent,
-                "compile_seconds": llm.metrics.compile_seconds,
-                "first_pass_seconds": first_pass_seconds,
-            }
-        )
-        print({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
-    return rows
+    for attempt in range(MAX_PASSES):
+        llm.metrics.reset()
+        prompts = random_prompts(num_requests, CONFIGS[name].vocab_size, seed * MAX_PASSES + attempt)
+        start = time.perf_counter()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        if attempt == 0:
+            first_pass_seconds = seconds
+        if llm.metrics.compile_seconds == 0:
+            break
+    num_tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+    return {
+        "model": name,
+        "requests": num_requests,
+        "sampling": kind,
+        "seconds": seconds,
+        "output_tokens_per_second": num_tokens / seconds,
+        "ms_per_token_of_a_row": 1e3 * seconds / (num_tokens / num_requests),
+        "decode_steps": llm.metrics.num_decode_steps,
+        "peak_pages": llm.metrics.peak_pages,
+        "waste_percent": llm.metrics.waste_percent,
+        "compile_seconds": llm.metrics.compile_seconds,
+        "first_pass_seconds": first_pass_seconds,
+    }
 
 
 def random_prompts(num_prompts: int, vocab_size: int, seed: int) -> list[list[int]]:

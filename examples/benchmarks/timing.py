@@ -1,7 +1,11 @@
-"""Time in kernels, and calls that may fail."""
+"""Time in kernels, and calls that may fail or hang."""
 
+import contextlib
+import os
 import statistics
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jax.experimental.mosaic.gpu import profiler
@@ -26,3 +30,22 @@ def or_reason(function: Callable[..., Any], *arguments: Any) -> Any:
 def reason(error: Exception) -> str:
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else repr(error)
+
+
+@contextlib.contextmanager
+def at_most(seconds: float, what: str) -> Iterator[None]:
+    """Ends this process where the block takes longer: nothing else stops a kernel that hangs. What was saved
+    before stays.
+    """
+
+    def give_up() -> None:
+        print(f"{what}: no end within {seconds:.0f} s, giving up", file=sys.stderr, flush=True)
+        os._exit(3)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

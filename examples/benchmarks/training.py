@@ -7,6 +7,7 @@ weights of a real run. Times are medians of steps launched without waiting, read
 """
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -17,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import jax
 import numpy as np
+import report
 
-from examples.benchmarks import report
 from jaxattn.models import MODELS, create_model, model_params
 from training import flops
 from training.config import ModelSettings, RunConfig, TrainConfig
@@ -28,28 +29,42 @@ from training.step import init_train_state, make_train_step
 STEPS_AT_A_TIME = 5
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+BATCH_SIZES = {"small": 64, "medium": 32, "large": 16, "xl": 8}  # of presets, where none is given
+CASE_SECONDS = 300
+
+
+def parse() -> argparse.Namespace:
+    parser = report.parser(__doc__)
     parser.add_argument("--presets", nargs="+", default=["small", "medium"], choices=MODELS["gpt2"].presets)
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[64, 32], help="one for each preset")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, help="one for each preset")
     parser.add_argument("--sequence-length", type=int, default=1024)
     parser.add_argument(
-        "--attention", nargs="+", default=["sm90", "cudnn"], help="implementations to compare"
+        "--attention",
+        nargs="+",
+        default=["sm90", "cudnn"],
+        help="implementations to compare",
     )
     parser.add_argument("--repeats", type=int, default=5, help=f"timed groups of {STEPS_AT_A_TIME} steps")
-    parser.add_argument("--out", help="JSON file for all figures")
+    parser.add_argument("--max-seconds", type=float, help="what is not reached by then is not measured")
     args = parser.parse_args()
-    rows = []
-    for preset, batch_size in zip(args.presets, args.batch_sizes, strict=True):
-        for attention in args.attention:
-            row = measure(preset, batch_size, args.sequence_length, attention, args.repeats)
-            rows.append(row)
-            print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-    print(report.table(tuple(rows[0]), [tuple(row.values()) for row in rows]))
-    report.save(args.out, {"rows": rows})
-    return 0
+    args.batch_sizes = args.batch_sizes or [BATCH_SIZES.get(preset, 8) for preset in args.presets]
+    if len(args.batch_sizes) != len(args.presets):
+        parser.error(f"--batch-sizes: one for each of {args.presets}, got {args.batch_sizes}")
+    return args
+
+
+def main() -> int:
+    args = parse()
+    report.begin("GPT-2's training step")
+    cases = {
+        f"gpt2-{preset}, B = {batch_size}, {attention}": functools.partial(
+            measure, preset, batch_size, args.sequence_length, attention, args.repeats
+        )
+        for preset, batch_size in zip(args.presets, args.batch_sizes, strict=True)
+        for attention in args.attention
+    }
+    rows = report.measured(args.out, {}, cases, CASE_SECONDS, args.max_seconds)
+    return report.finish(args.out, {}, rows)
 
 
 def measure(preset: str, batch_size: int, length: int, attention: str, repeats: int) -> dict[str, Any]:
