@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.gpu.sanitize import PYTEST, ROWS
+
 ROOT = Path(__file__).parents[1]
 GOOD = "import pytest\n@pytest.mark.parametrize('n', range(8))\ndef test_passes(n): pass\n"
 BAD = """
@@ -77,3 +79,44 @@ def test_only_what_passes_is_exit_code_0(tmp_path):
     (tmp_path / "test_good.py").write_text(GOOD)
     assert start(tmp_path, MAX_SECONDS="30").wait(timeout=40) == 0
     assert start(tmp_path, MAX_SECONDS="0.1").wait(timeout=40) == 1
+
+
+FAKE_SANITIZER = """#!/bin/sh
+case "$*" in
+  --help) echo "--kernel-name arg" ;;
+  --version) echo "Version 2025.1" ;;
+  *memcheck*write*) echo "1 passed"; echo "========= ERROR SUMMARY: 0 errors" ;;
+  *racecheck*write*) echo "1 passed"; echo "========= RACECHECK SUMMARY: 2 hazards displayed" ;;
+esac
+"""
+
+
+def test_rows_of_the_sanitizer_are_tests():
+    rows = [f"tests/gpu/{name}" for name in ROWS.values()]
+    command = [sys.executable, "-m", "pytest", *PYTEST, "--collect-only", *rows]
+    collected = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120).stdout
+    assert all(row in collected.splitlines() for row in rows), collected
+
+
+def sanitize(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = ["tests/gpu/sanitize.sh", str(folder / "result.json"), *arguments]
+    variables = {**os.environ, "PATH": f"{folder}:/usr/bin:/bin", "PYTHON": sys.executable}
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=60)
+
+
+def test_sanitizer_records_what_each_tool_says_of_each_row(tmp_path):
+    ended = sanitize(tmp_path)
+    assert (ended.returncode, ended.stderr.count("nothing was checked")) == (2, 1)
+    for name, text in (("compute-sanitizer", FAKE_SANITIZER), ("nvidia-smi", "#!/bin/sh\necho H200\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    assert sanitize(tmp_path, "-k", "copy, int8").returncode == 1
+    result = json.loads((tmp_path / "result.json").read_text())
+    outcomes = {(row["row"], row["tool"]): row["outcome"] for row in result["rows"]}
+    assert outcomes == {
+        ("pages: write, copy, int8", "memcheck"): "clean",
+        ("pages: write, copy, int8", "racecheck"): "2 hazards displayed",
+    }
+    assert result["device"] == "H200"
+    assert result["versions"]["compute-sanitizer"] == "Version 2025.1"
+    assert result["command"].startswith("tests/gpu/sanitize.sh")
