@@ -1,5 +1,6 @@
 # make demo        trains a small GPT-2 on real text, serves it, then serves SmolLM2   (TEXT=path: on your text)
 # make test        all tests but the long ones; make test-all adds those
+# make test-gpu    the kernels' tests on a Hopper GPU      make bench   every benchmark on it, about half an hour
 # make lint        ruff and pyright
 PYTHON ?= python3
 PY     := .venv/bin/python
@@ -8,7 +9,7 @@ PIP    := $(PY) -m pip --disable-pip-version-check install --quiet --constraint 
 CUDA   := $(if $(shell command -v nvidia-smi 2>/dev/null),cuda,)
 comma  := ,
 
-.PHONY: demo test test-all test-gpu lint format clean
+.PHONY: demo test test-all test-gpu bench lint format clean
 
 demo: .venv/installed
 	$(PY) examples/demo.py $(if $(TEXT),--text "$(TEXT)")
@@ -22,6 +23,9 @@ test-all: .venv/installed-test .venv-hopper/installed
 
 test-gpu: .venv/installed-test
 	PYTHON=$(PY) tests/gpu/run.sh
+
+bench: .venv/installed
+	PYTHON=$(PY) examples/benchmarks/all.sh
 
 lint: .venv/installed-test
 	$(PY) -m ruff check .
