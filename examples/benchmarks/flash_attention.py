@@ -22,8 +22,6 @@ import dataclasses
 import json
 import os
 import re
-import shutil
-import signal
 import sys
 import time
 import types
@@ -32,11 +30,10 @@ from pathlib import Path
 
 import attention_tables
 import flash_claims
-import jax
 import report
 from attention_peers import PEERS, STANDARD
 from attention_rows import MAIN_ROWS, ROWS, Row, parse_row
-from processes import Deadline, Worker, run_in_turn
+from processes import Deadline, Worker, device_of, run_in_turn
 
 COMPILE_SECONDS = 400  # of all processes at once
 COMPILE_SHARE = 0.6  # of what is left of --max-seconds
@@ -98,8 +95,7 @@ def measure(
         compiling = max((worker.facts.get("seconds", 0) for worker in workers), default=0)
         seconds = {"compile, all processes at once": compiling}
         seconds["all"] = round(time.perf_counter() - start, 1)
-        facts = next((worker.facts for worker in workers if worker.facts), {})
-        figures.update({name: facts[name] for name in report.DEVICE if name in facts})
+        figures.update(device_of(workers))
         timing = f"CUPTI kernel time; median of {options.processes} fresh processes of medians over runs"
         processes = [{k: v for k, v in r.items() if k not in ("rows", "share")} for r in results]
         figures.update({"timing": timing, "seconds": seconds, "processes": processes})
@@ -118,7 +114,7 @@ def measure_claims(deadline: Deadline, keep: Callable[[dict], None]) -> dict:
 
     def update() -> None:
         figures.update(flash_claims.collect(worker.parts) | worker.done)
-        figures.update({k: v for k, v in worker.facts.items() if k in report.DEVICE})
+        figures.update(device_of([worker]))
         figures.update({"failure": worker.failure} if worker.failure else {})
         if figures["calls"]:
             keep(figures)
@@ -140,7 +136,6 @@ def parse() -> argparse.Namespace:
         "--shape", action="append", help='a row of your own, "B=4 T=4096 N=32 K=8 H=128 causal"'
     )
     parser.add_argument("--processes", type=int, default=3, help="fresh processes (3)")
-    parser.add_argument("--max-seconds", type=float, help="what is not reached by then is not measured")
     parser.add_argument("--claims", action=argparse.BooleanOptionalAction, help="against standard attention")
     parser.add_argument("--only-claims", action="store_true", help="nothing but those")
     options = parser.parse_args()
@@ -193,12 +188,7 @@ def publish(
 
 def run(options: argparse.Namespace) -> tuple[dict, dict]:
     """Measures the rows, then the claims."""
-    if shutil.which("nvidia-smi") is None:
-        report.refuse("needs an NVIDIA GPU, found no nvidia-smi")
-    jax.config.update("jax_platforms", "cpu")  # here: the GPU's memory is the processes'
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    what = f"{len(options.selected)} rows of attention, {options.processes} turns of fresh processes"
-    print(f"{what}, on this GPU", flush=True)
+    report.begin_processes(f"{len(options.selected)} rows of attention, {options.processes} turns")
     deadline = Deadline(options.max_seconds)
     rows, claims = {}, {}
     if options.selected:

@@ -94,7 +94,7 @@ def run_calls() -> None:
         jax.block_until_ready(jax.jit(step)(*arrays))
 
 
-def count(seconds: float) -> list[dict[str, dict[str, float]]]:
+def count(seconds: float | None) -> list[dict[str, dict[str, float]]]:
     """For each shape {direction: {metric: bytes}}."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "ncu.csv"
@@ -103,7 +103,7 @@ def count(seconds: float) -> list[dict[str, dict[str, float]]]:
         try:
             finished = subprocess.run([*command, sys.executable, __file__, "--calls"], timeout=seconds)
         except subprocess.TimeoutExpired:
-            raise SystemExit(f"flash_io.py: ncu came to no end within {seconds:.0f} s") from None
+            raise SystemExit(f"flash_io.py: ncu came to no end within {seconds} s") from None
         text = log.read_text() if log.exists() else ""
     if finished.returncode or '"Kernel Name"' not in text:
         raise SystemExit(f"ncu counted nothing, exit code {finished.returncode}:\n{text[-2000:]}")
@@ -175,7 +175,6 @@ def text(rows: list[dict], as_table: Any) -> str:
 
 def main() -> int:
     parser = report.parser(__doc__)
-    parser.add_argument("--max-seconds", type=float, default=600, help="then ncu is given up (600)")
     parser.add_argument("--from", dest="source", help="count nothing: the table of this JSON")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--calls", action="store_true", help=argparse.SUPPRESS)
@@ -186,9 +185,10 @@ def main() -> int:
     if options.source:
         rows = json.loads(Path(options.source).read_text())["rows"]
     else:
-        if missing := [tool for tool in ("nvidia-smi", "ncu") if shutil.which(tool) is None]:
-            report.refuse(f"needs an NVIDIA GPU and Nsight Compute, found no {missing[0]}")
-        print(f"Bytes of {len(SHAPES)} calls of flash_attention under ncu, on this GPU", flush=True)
+        for tool in ("nvidia-smi", "ncu"):
+            if shutil.which(tool) is None:
+                report.refuse(f"needs an NVIDIA GPU and Nsight Compute, found no {tool}")
+        print(f"Bytes of {len(SHAPES)} calls of flash_attention, under ncu on this GPU", flush=True)
         rows = compare(count(options.max_seconds))
         report.save(options.out, {"metrics": METRICS, "rows": rows})
     print(text(rows, report.markdown if options.markdown else report.table))

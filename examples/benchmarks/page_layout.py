@@ -204,7 +204,6 @@ def measure(case: Case, jobs: list[Future], prefill_tokens: int) -> dict:
 def main() -> int:
     parser = report.parser(__doc__)
     parser.add_argument("--prefill-tokens", type=int, default=16384, help="a multiple of 256")
-    parser.add_argument("--max-seconds", type=float, help="what is not reached by then is not measured")
     options = parser.parse_args()
     if options.prefill_tokens % 256 or not 256 < options.prefill_tokens <= TOKENS_IN_CACHE:
         parser.error(f"--prefill-tokens must be a multiple of 256 beyond it, got {options.prefill_tokens}")

@@ -16,17 +16,14 @@ attention (Pallas Triton, deprecated) while it can be imported.
 import argparse
 import json
 import os
-import shutil
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import numpy as np
 import report
 from decode_peers import PEERS, Row
-from processes import Deadline, Worker, run_in_turn
+from processes import Deadline, Worker, device_of, run_in_turn
 
 CONTEXT = 16384
 MODELS = {"Yi-6B": (32, 4, 128), "Llama-3-8B": (32, 8, 128), "Yi-34B": (56, 8, 128)}
@@ -117,8 +114,7 @@ def measure(
     result = {"timing": f"CUPTI kernel time, median of {options.iterations}"}
 
     def update() -> None:
-        facts = next((worker.facts for worker in workers if worker.facts), {})
-        result.update({name: facts[name] for name in report.DEVICE if name in facts})
+        result.update(device_of(workers))
         result["failures"] = [worker.failure for worker in workers if worker.failure]
         result.update(combine(sections, names, workers))
         if any(worker.parts for worker in workers):
@@ -202,7 +198,6 @@ def parse() -> argparse.Namespace:
     sizes = [int(name.split()[1]) for name in PEERS if name.startswith("page ")]
     parser.add_argument("--page-size", type=int, nargs="+", default=[16, 128], choices=sizes)
     parser.add_argument("--iterations", type=int, default=8)
-    parser.add_argument("--max-seconds", type=float, help="what is not reached by then is not measured")
     parser.add_argument("--plot", help="write a chart here, as PNG")
     parser.add_argument("--plot-from", help="only plot: read this JSON instead of measuring")
     options = parser.parse_args()
@@ -218,14 +213,9 @@ def main() -> int:
     if options.plot_from:
         result = json.loads(Path(options.plot_from).read_text())
     else:
-        if shutil.which("nvidia-smi") is None:
-            report.refuse("needs an NVIDIA GPU, found no nvidia-smi")
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        jax.config.update("jax_platforms", "cpu")  # here: the GPU's memory is the processes'
+        report.begin_processes(f"{sum(map(len, options.sections.values()))} rows of paged decode")
         names = [f"page {size}" for size in options.page_size]
         names += [name for name in NAMES if not name.startswith("page")]
-        count = sum(map(len, options.sections.values()))
-        print(f"{count} rows of paged decode in fresh processes, on this GPU", flush=True)
         result = measure(options.sections, names, options, lambda f: report.save(options.out, f, False))
         if "device" in result:
             report.save(options.out, result)

@@ -18,6 +18,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import report
+
 HERE = Path(__file__).parent
 
 
@@ -135,6 +137,12 @@ def run_in_turn(
         for worker in workers:
             worker.close("not reached")
         update()
+
+
+def device_of(workers: list[Worker]) -> dict[str, Any]:
+    """The device they say they use; {} before the first has said so."""
+    facts = next((worker.facts for worker in workers if worker.facts), {})
+    return {name: facts[name] for name in report.DEVICE if name in facts}
 
 
 def result_by(future: Future, end: float, seconds: float) -> Any:

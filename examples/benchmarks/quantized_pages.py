@@ -131,7 +131,7 @@ def main() -> int:
     }
     what = f"SmolLM2-135M-Instruct (Q4_1 weights), fp32, page size {PAGE_SIZE}"
     facts = {"model": what, "tokens": int(tokens.size)}
-    rows = report.measured(options.out, facts, cases, CASE_SECONDS)
+    rows = report.measured(options.out, facts, cases, CASE_SECONDS, options.max_seconds)
     return report.finish(options.out, facts, rows)
 
 

@@ -7,6 +7,8 @@ import datetime
 import json
 import platform
 import shlex
+import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +29,7 @@ def parser(description: str | None, out: str = "write every figure here, as JSON
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--out", help=out)
+    made.add_argument("--max-seconds", type=float, help="what is not reached by then is not measured")
     return made
 
 
@@ -45,6 +48,15 @@ def begin(what: str, needs_gpu: bool = True) -> None:
     if needs_gpu and jax.default_backend() != "gpu":
         refuse(f"needs an NVIDIA GPU, found {device['device']}")
     print(f"{what}; on {device['num_devices']} x {device['device']}", flush=True)
+
+
+def begin_processes(what: str) -> None:
+    """As begin, where others than this process use the GPU: its memory is theirs."""
+    if shutil.which("nvidia-smi") is None:
+        refuse("needs an NVIDIA GPU, found no nvidia-smi")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that they are ended with this one
+    jax.config.update("jax_platforms", "cpu")
+    print(f"{what}; in fresh processes on this GPU", flush=True)
 
 
 def device_facts() -> dict[str, Any]:

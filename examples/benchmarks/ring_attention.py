@@ -163,7 +163,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--devices", type=int, nargs="+", help="how many; by default 1, 2, 4.. as there are")
     parser.add_argument("--heads", type=int, nargs=3, default=Heads(), help="N, K and H")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--max-seconds", type=float, help="what is not reached by then is not measured")
     options = parser.parse_args(arguments)
     if odd := [length for length in options.lengths if length < 1 or length % MULTIPLE]:
         parser.error(f"--lengths must be multiples of {MULTIPLE}, got {odd}")

@@ -43,7 +43,6 @@ def main() -> int:
     parser.add_argument("--num-requests", type=int, default=256)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--page-size", type=int, default=16, choices=PAGE_SIZES)
-    parser.add_argument("--max-seconds", type=float, help="what is not reached by then is not measured")
     args = parser.parse_args()
     report.begin("Offline batch generation")
     cases, engines = {}, {}

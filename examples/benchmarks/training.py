@@ -45,7 +45,6 @@ def parse() -> argparse.Namespace:
         help="implementations to compare",
     )
     parser.add_argument("--repeats", type=int, default=5, help=f"timed groups of {STEPS_AT_A_TIME} steps")
-    parser.add_argument("--max-seconds", type=float, help="what is not reached by then is not measured")
     args = parser.parse_args()
     args.batch_sizes = args.batch_sizes or [BATCH_SIZES.get(preset, 8) for preset in args.presets]
     if len(args.batch_sizes) != len(args.presets):

@@ -159,8 +159,7 @@ def run_workers(monkeypatch, tmp_path, modes: list[str], *arguments: str) -> tup
     monkeypatch.setattr(flash_attention, "PART_SECONDS", 1.0)
     monkeypatch.setattr(flash_attention.os, "sched_getaffinity", lambda process: {0})
     monkeypatch.setattr(flash_attention, "select", lambda options: SMALL)
-    monkeypatch.setattr(flash_attention.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(flash_attention.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(report, "begin_processes", lambda what: None)
     out = tmp_path / "out.json"
     monkeypatch.setattr("sys.argv", ["x", "--out", str(out), "--processes", str(len(modes)), *arguments])
     code = flash_attention.main()
@@ -222,8 +221,7 @@ def test_claims_are_published_beside_the_rows(monkeypatch, tmp_path, capsys):
     claims = flash_claims.collect([*({"call": call} for call in calls), {"longest": limit}])
     monkeypatch.setattr(flash_attention, "measure_claims", lambda deadline, keep: claims)
     out, plot = tmp_path / "a.json", tmp_path / "a.png"
-    monkeypatch.setattr(flash_attention.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(flash_attention.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(report, "begin_processes", lambda what: None)
     monkeypatch.setattr(
         "sys.argv", ["x", "--only-claims", "--out", str(out), "--plot", str(plot), "--markdown"]
     )
@@ -239,7 +237,7 @@ def test_claims_are_published_beside_the_rows(monkeypatch, tmp_path, capsys):
 
 def test_no_gpu_is_one_line_and_exit_code_2(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["x"])
-    monkeypatch.setattr(flash_attention.shutil, "which", lambda name: None)
+    monkeypatch.setattr(report.shutil, "which", lambda name: None)
     with pytest.raises(SystemExit, match="2"):
         flash_attention.main()
     assert capsys.readouterr().err.count("\n") == 1

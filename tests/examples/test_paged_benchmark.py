@@ -12,6 +12,7 @@ import numpy as np
 import paged_attention
 import processes
 import pytest
+import report
 from decode_peers import PEERS, Row
 
 ROW = Row("tiny", 4, 2, 64, (40, 1, 64))
@@ -109,8 +110,7 @@ def test_a_process_that_hangs_costs_its_own_rows(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(processes, "HERE", tmp_path)
     monkeypatch.setattr(paged_attention, "PART_SECONDS", 1.0)
     monkeypatch.setattr(paged_attention.os, "sched_getaffinity", lambda process: set(range(4)))
-    monkeypatch.setattr(paged_attention.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(paged_attention.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(report, "begin_processes", lambda what: None)
     out = tmp_path / "out.json"
     command = ["x", "--heads", "8/2", "--head-dim", "64", "--rows", "1", "2", "--context", "100"]
     monkeypatch.setattr("sys.argv", [*command, "--out", str(out)])
@@ -126,7 +126,7 @@ def test_a_process_that_hangs_costs_its_own_rows(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments", [["--heads", "8"], ["--page-size", "7"], ["--max-seconds", "x"], []])
 def test_a_wrong_command_line_or_no_gpu_is_exit_code_2(monkeypatch, arguments):
-    monkeypatch.setattr(paged_attention.shutil, "which", lambda name: None)
+    monkeypatch.setattr(report.shutil, "which", lambda name: None)
     monkeypatch.setattr("sys.argv", ["x", *arguments])
     with pytest.raises(SystemExit, match="2"):
         paged_attention.main()
