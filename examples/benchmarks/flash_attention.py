@@ -74,7 +74,7 @@ def result_of(worker: Worker) -> dict:
         "matmul_tflops": [part["matmul_tflops"] for part in worker.parts if "matmul_tflops" in part],
         "rows": list(rows.values()),
         "share": list(worker.share),
-        **worker.done,
+        **(worker.done or {}),
         **({"failure": worker.failure} if worker.failure else {}),
     }
 
@@ -113,7 +113,7 @@ def measure_claims(deadline: Deadline, keep: Callable[[dict], None]) -> dict:
     figures: dict = {}
 
     def update() -> None:
-        figures.update(flash_claims.collect(worker.parts) | worker.done)
+        figures.update(flash_claims.collect(worker.parts) | (worker.done or {}))
         figures.update(device_of([worker]))
         figures.update({"failure": worker.failure} if worker.failure else {})
         if figures["calls"]:
@@ -188,7 +188,8 @@ def publish(
 
 def run(options: argparse.Namespace) -> tuple[dict, dict]:
     """Measures the rows, then the claims."""
-    report.begin_processes(f"{len(options.selected)} rows of attention, {options.processes} turns")
+    what = f"{len(options.selected)} rows of attention, {options.processes} turns"
+    report.begin_processes(what if options.selected else "Claims against standard attention")
     deadline = Deadline(options.max_seconds)
     rows, claims = {}, {}
     if options.selected:

@@ -56,7 +56,7 @@ class Worker:
         self.share = share
         self.facts: dict = {}
         self.parts: list[dict] = []
-        self.done: dict = {}
+        self.done: dict | None = None
         self.failure = ""
         self._say(json.dumps(job))
 
@@ -69,7 +69,7 @@ class Worker:
         """Lets it measure; `seconds()` may pass between two of its lines."""
         if not self.failure:
             self._say("measure")
-        while not self.failure and not self.done:
+        while not self.failure and self.done is None:
             answer = self._hear(("@part", "@done"), seconds(), f"measuring, after {len(self.parts)} parts")
             if answer and answer[0] == "@part":
                 self.parts.append(answer[1])
@@ -80,7 +80,7 @@ class Worker:
 
     def close(self, reason: str = "") -> None:
         """Ends the process, whatever it is at."""
-        self.failure = self.failure or ("" if self.done else reason)
+        self.failure = self.failure or (reason if self.done is None else "")
         self.process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):  # the driver may hold on to it
             self.process.wait(timeout=10)

@@ -121,6 +121,7 @@ def test_a_process_that_hangs_costs_its_own_rows(monkeypatch, tmp_path, capsys):
     assert second["microseconds"]["page 16"] is None
     assert all(reason.split(": ", 1)[1].startswith("killed") for reason in result["no_figure"])
     assert result["device"] == "toy"
+    assert len(result["failures"]) == 1
     assert "it said nothing for 1 s" in capsys.readouterr().err
 
 
