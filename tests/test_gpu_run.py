@@ -60,12 +60,12 @@ def test_what_hangs_or_crashes_takes_no_other_test_with_it(tmp_path):
 def test_a_run_that_is_cut_off_leaves_what_it_found(tmp_path):
     (tmp_path / "test_good.py").write_text(GOOD)
     (tmp_path / "test_bad.py").write_text(BAD)
-    run, result = start(tmp_path, "-k", "passes or hangs"), {}
+    run, result = start(tmp_path, "-k", "passes or hangs", JOBS="2"), {}
     for _ in range(200):
         time.sleep(0.1)
         if (tmp_path / "result.json").exists():
             result = json.loads((tmp_path / "result.json").read_text())
-        if result.get("not_run"):
+        if result.get("total", {}).get("passed"):
             break
     run.send_signal(signal.SIGTERM)
     assert run.wait(timeout=10) == 143
@@ -73,6 +73,12 @@ def test_a_run_that_is_cut_off_leaves_what_it_found(tmp_path):
     assert not result["is_complete"]
     assert "test_hangs" in short(result["not_run"])
     assert "test_fails" not in str(result)
+    assert result["total"]["passed"] > 0
+    (tmp_path / "first.json").write_text(json.dumps(result))
+    (tmp_path / "test_bad.py").write_text("def test_hangs(): pass")
+    assert start(tmp_path, LEFT_OF=str(tmp_path / "first.json")).wait(timeout=30) == 0
+    after = json.loads((tmp_path / "result.json").read_text())
+    assert after["total"] == {"passed": len(result["not_run"])}
 
 
 def test_only_what_passes_is_exit_code_0(tmp_path):

@@ -15,6 +15,7 @@ import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
+import in_turn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -214,9 +215,9 @@ def main() -> int:
         jobs = start_compiling(pool, case, options.prefill_tokens)
         cases[str(tuple(case))] = functools.partial(measure, case, jobs, options.prefill_tokens)
     facts = {"cache_tokens": TOKENS_IN_CACHE}
-    rows = report.measured(options.out, facts, cases, CASE_SECONDS, options.max_seconds)
+    rows = in_turn.measured(options.out, facts, cases, CASE_SECONDS, options.max_seconds)
     pool.shutdown(wait=False, cancel_futures=True)
-    return report.finish(options.out, facts, rows)
+    return in_turn.finish(options.out, facts, rows)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import in_turn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -131,8 +132,8 @@ def main() -> int:
     }
     what = f"SmolLM2-135M-Instruct (Q4_1 weights), fp32, page size {PAGE_SIZE}"
     facts = {"model": what, "tokens": int(tokens.size)}
-    rows = report.measured(options.out, facts, cases, CASE_SECONDS, options.max_seconds)
-    return report.finish(options.out, facts, rows)
+    rows = in_turn.measured(options.out, facts, cases, CASE_SECONDS, options.max_seconds)
+    return in_turn.finish(options.out, facts, rows)
 
 
 if __name__ == "__main__":

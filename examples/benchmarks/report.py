@@ -10,14 +10,11 @@ import shlex
 import shutil
 import signal
 import sys
-import time
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
-from timing import at_most, or_reason
 
 DEVICE = ("device", "num_devices")
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "flax", "numpy", "tokamax", "torch")
@@ -99,53 +96,9 @@ def save(path: str | Path | None, figures: dict[str, Any], is_last: bool = True)
         print(f"written: {path}")
 
 
-def measured(
-    path: str | None,
-    facts: dict[str, Any],
-    cases: dict[str, Callable[[], dict]],
-    limit: float,
-    budget: float | None = None,
-) -> list[dict]:
-    """Rows of figures, one a case, saved with `facts` as they come; {"case", "error"} of one that failed.
-
-    limit: seconds of a case; one that takes longer ends the process. budget: seconds of all, or None; cases
-    that it does not reach are not measured.
-    """
-    rows: list[dict] = []
-    start = time.monotonic()
-    for name, case in cases.items():
-        if budget is not None and time.monotonic() - start > budget:
-            row: Any = "not reached"
-        else:
-            with at_most(limit, name):
-                row = or_reason(case)
-        rows.append({"case": name, "error": row} if isinstance(row, str) else row)
-        print(f"{name}: {_brief(rows[-1])}", flush=True)
-        save(path, facts | {"rows": rows}, is_last=False)
-    return rows
-
-
-def _brief(row: dict) -> str:
-    return row.get("error") or ", ".join(
-        f"{name} {_cell(value)}" for name, value in row.items() if isinstance(value, int | float)
-    )
-
-
-def finish(path: str | None, facts: dict[str, Any], rows: list[dict]) -> int:
-    """Prints the table of what was measured, saves all; exit code 1 where something was not."""
-    good = [row for row in rows if "error" not in row]
-    if good:
-        print(table(tuple(good[0]), [tuple(row.values()) for row in good]))
-        save(path, facts | {"rows": rows})
-    for row in rows:
-        if "error" in row:
-            print(f"not measured: {row['case']}: {row['error']}", file=sys.stderr)
-    return 0 if len(good) == len(rows) else 1
-
-
 def table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
     """Columns that line up: text to the left, numbers to the right."""
-    cells = [[_cell(value) for value in row] for row in rows]
+    cells = [[cell(value) for value in row] for row in rows]
     widths = [max(len(line[i]) for line in [header, *cells]) for i in range(len(header))]
     numeric = [
         all(isinstance(row[i], int | float) or row[i] is None for row in rows) for i in range(len(header))
@@ -160,11 +113,11 @@ def table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
 
 def markdown(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
     """The same as a table of Markdown, for the README."""
-    lines = [header, ["---"] * len(header), *([_cell(value) for value in row] for row in rows)]
+    lines = [header, ["---"] * len(header), *([cell(value) for value in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):

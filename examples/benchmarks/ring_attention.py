@@ -17,6 +17,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import in_turn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -188,9 +189,9 @@ def main(arguments: list[str] | None = None) -> int:
         for case, step in steps.items()
     }
     facts = {"heads": heads._asdict(), "rms_difference": errors}
-    rows = report.measured(options.out, facts, calls, CASE_SECONDS, options.max_seconds)
+    rows = in_turn.measured(options.out, facts, calls, CASE_SECONDS, options.max_seconds)
     pool.shutdown(wait=False, cancel_futures=True)
-    return report.finish(options.out, facts, with_efficiency(rows))
+    return in_turn.finish(options.out, facts, with_efficiency(rows))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import in_turn
 import jax.numpy as jnp
 import numpy as np
 import report
@@ -53,8 +54,8 @@ def main() -> int:
         ):
             case = functools.partial(measure, name, engine, num_requests, kind, args.max_tokens, seed)
             cases[f"{name}, {num_requests} requests, {kind}"] = case
-    rows = report.measured(args.out, {}, cases, CASE_SECONDS, args.max_seconds)
-    return report.finish(args.out, {}, rows)
+    rows = in_turn.measured(args.out, {}, cases, CASE_SECONDS, args.max_seconds)
+    return in_turn.finish(args.out, {}, rows)
 
 
 def engine_of(name: str, args: argparse.Namespace, engines: dict[str, LLM]) -> LLM:

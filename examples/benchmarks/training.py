@@ -16,6 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import in_turn
 import jax
 import numpy as np
 import report
@@ -62,8 +63,8 @@ def main() -> int:
         for preset, batch_size in zip(args.presets, args.batch_sizes, strict=True)
         for attention in args.attention
     }
-    rows = report.measured(args.out, {}, cases, CASE_SECONDS, args.max_seconds)
-    return report.finish(args.out, {}, rows)
+    rows = in_turn.measured(args.out, {}, cases, CASE_SECONDS, args.max_seconds)
+    return in_turn.finish(args.out, {}, rows)
 
 
 def measure(preset: str, batch_size: int, length: int, attention: str, repeats: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import in_turn
 import pytest
 import report
 import timing
@@ -66,15 +67,22 @@ def test_rows_are_saved_as_they_come(tmp_path, capsys):
         raise ValueError("out of memory\nand more")
 
     cases = {"first": lambda: {"x": 1}, "second": second, "third": lambda: {"x": 3}}
-    rows = report.measured(out, {"fact": 1}, cases, limit=10, budget=0.1)
+    rows = in_turn.measured(out, {"fact": 1}, cases, limit=10, budget=0.1)
     assert saved == [[{"x": 1}]]
     assert rows[1:] == [
         {"case": "second", "error": "ValueError: out of memory"},
         {"case": "third", "error": "not reached"},
     ]
-    assert report.finish(out, {"fact": 1}, rows) == 1
+    assert in_turn.finish(out, {"fact": 1}, rows) == 1
     assert json.loads(Path(out).read_text())["rows"] == rows
     assert "not measured: second: ValueError" in capsys.readouterr().err
+
+
+def test_the_demo_needs_no_benchmark_on_its_path():
+    demo = FOLDER.parent / "demo.py"
+    assert (
+        subprocess.run([sys.executable, str(demo), "--help"], capture_output=True, timeout=60).returncode == 0
+    )
 
 
 def test_what_hangs_ends_the_process():

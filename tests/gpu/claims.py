@@ -1,7 +1,8 @@
 """A pytest plugin for processes that share one list of tests: each runs what no other has claimed.
 
 A claim is a file in the folder JAXATTN_CLAIMS that only one process can create. What happens goes, line by
-line, to JAXATTN_EVENTS as JSON: record.py reads it while this process may hang or be killed.
+line, to JAXATTN_EVENTS as JSON: record.py reads it while this process may hang or be killed. LEFT_OF: a
+record; then only what it does not call passed is run.
 """
 
 import hashlib
@@ -24,6 +25,11 @@ class Sharing:
         self.folder = folder
         self.events = os.open(events, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         self.reports: list[pytest.TestReport] = []
+        self.only = _left_of(os.environ.get("LEFT_OF"))
+
+    def pytest_collection_modifyitems(self, items: list) -> None:
+        if self.only is not None:
+            items[:] = [item for item in items if item.nodeid in self.only]
 
     def say(self, **event) -> None:
         os.write(self.events, (json.dumps(event) + "\n").encode())
@@ -71,6 +77,15 @@ class Sharing:
             event |= {"reason": crash.message.splitlines()[0] if crash else _last_line(text), "text": text}
         self.say(**event)
         return any(word in text for word in POISON)
+
+
+def _left_of(record: str | None) -> set[str] | None:
+    """The tests that a run recorded as anything but passed or skipped."""
+    if not record:
+        return None
+    with open(record) as file:
+        found = json.load(file)
+    return {name for outcome in ("failed", "hung", "crashed", "not_run") for name in found[outcome]}
 
 
 def _last_line(text: str) -> str:

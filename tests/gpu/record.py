@@ -4,7 +4,8 @@
 
 A process whose test takes longer than TEST_SECONDS is killed, its test recorded as hung, and a fresh process
 goes on with what is left; likewise after a crash. RESULT.json is rewritten as tests end: a run that is cut
-off leaves what it found. JOBS: processes. MAX_SECONDS: of the whole run; what is left then is "not_run".
+off leaves what it found. JOBS: processes. MAX_SECONDS: of the whole run; what is left then is "not_run", and
+LEFT_OF=RESULT.json runs that, and what failed, in a later run.
 """
 
 import collections
