@@ -28,7 +28,8 @@ for name in $wanted; do
 done
 run flash 480 flash_attention.py flash_attention.json --no-claims --processes 2 --max-seconds 480 \
     --plot "$results/flash_attention.png"
-run paged 300 paged_attention.py paged_attention.json --max-seconds 300 --plot "$results/paged_attention.png"
+run paged 300 paged_attention.py paged_attention.json --page-size 16 8 64 128 --max-seconds 300 \
+    --plot "$results/paged_attention.png"
 run training 240 training.py training.json --max-seconds 150
 run serving 300 serving.py serving.json --max-seconds 200
 run claims 200 flash_attention.py flash_attention.json --only-claims --max-seconds 200 \

@@ -21,6 +21,7 @@ from typing import Any
 import report
 
 HERE = Path(__file__).parent
+NO_TIME = "no time was left"
 
 
 class Deadline:
@@ -126,13 +127,18 @@ def run_in_turn(
     part_seconds: float,
     update: Callable[[], None],
 ) -> None:
-    """All compile at once; then each has the GPU to itself. update: called whenever one has said more."""
+    """All compile at once; then each has the GPU to itself. update: called whenever one has said more.
+
+    A process that the deadline ends has that as its failure.
+    """
     try:
         compiling = Deadline(compile_seconds + 30)  # a process itself gives up a little earlier
         for worker in workers:
             worker.wait_compiled(deadline.at_most(compiling.seconds_left))
         for worker in workers:
             worker.measure(lambda: deadline.at_most(part_seconds), update)
+            if worker.done is None and deadline.seconds_left == 0:
+                worker.failure = NO_TIME
     finally:
         for worker in workers:
             worker.close("not reached")
