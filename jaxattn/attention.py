@@ -28,6 +28,7 @@ logger = logging.getLogger("jaxattn")
 # A policy for jax.checkpoint: the output and the log-sum-exp are kept, the kernel is not run twice.
 SAVE_ATTENTION = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
 ALIGNMENTS = ("top_left", "bottom_right")
+MOST_LOGITS_BYTES = 4 << 30  # that XLA may store, unless it is asked for by name; the reference stores none
 
 
 def dot_product_attention(
@@ -181,7 +182,11 @@ def _choose(
 
 def _first_that_can(call: AttentionCall, *, names: tuple[str, ...]) -> tuple[jax.Array, jax.Array | None]:
     refusals = []
+    logits_bytes = 4 * call.query.size // call.query.shape[3] * call.key.shape[1]
     for name in names:
+        if name == "xla" and logits_bytes > MOST_LOGITS_BYTES and name != names[-1]:
+            refusals.append(f"'xla' would store {logits_bytes / 2**30:.1f} GiB of logits")
+            continue
         try:
             result = IMPLEMENTATIONS[name](call)
         except NotImplementedError as refusal:

@@ -3,7 +3,6 @@
 import ast
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -74,13 +73,11 @@ def test_kernels_have_two_callers():
 
 def test_import_is_quick_and_touches_no_device():
     program = (
-        "import jaxattn, serving, training, pallas_kernels\n"
+        "import time, jaxattn, serving, training, pallas_kernels\n"
         "from jax._src import xla_bridge\n"
         "assert not xla_bridge._backends, 'importing initialised a backend'\n"
+        "print(time.process_time())\n"  # not the clock: other tests hold the cores too
     )
-    seconds = []
-    for _ in range(3):  # the best of three: another test may hold the cores
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=60)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 3.0, seconds
+    command = [sys.executable, "-c", program]
+    done = [subprocess.run(command, check=True, cwd=ROOT, timeout=60, capture_output=True) for _ in range(2)]
+    assert min(float(run.stdout) for run in done) < 3.0, done

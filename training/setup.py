@@ -1,8 +1,11 @@
 """What a run stands on: its folder, its tokens, its model."""
 
+import contextlib
 import dataclasses
 import math
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +119,21 @@ def write_config(run_dir: Path, config: TrainConfig) -> None:
     os.replace(partial, run_dir / CONFIG_FILE)
 
 
-def move_aside(run_dir: Path) -> Path | None:
-    """Renames a run folder to the first free `NAME.old-1`, `NAME.old-2`, ...: nothing is deleted."""
+@contextlib.contextmanager
+def moved_aside(run_dir: Path) -> Iterator[Path | None]:
+    """Renames a run folder to the first free `NAME.old-1`, `NAME.old-2`, ...: nothing is deleted. Gives the
+    new name, None where there was no such folder. After an exception inside, the folder is back in its place.
+    """
     if not run_dir.exists():
-        return None
+        yield None
+        return
     number = 1
     while (target := run_dir.with_name(f"{run_dir.name}.old-{number}")).exists():
         number += 1
-    return run_dir.rename(target)
+    run_dir.rename(target)
+    try:
+        yield target
+    except BaseException:
+        shutil.rmtree(run_dir, ignore_errors=True)
+        target.rename(run_dir)
+        raise

@@ -27,7 +27,7 @@ from training.setup import (
     check_same_run,
     initial_params,
     make_model_config,
-    move_aside,
+    moved_aside,
     open_or_prepare,
     write_config,
 )
@@ -65,11 +65,15 @@ class Trainer:
     def __init__(self, config: TrainConfig, *, fresh: bool = False, progress: bool = True):
         self.config, self.progress, self.run_dir = config, progress, Path(config.run.dir)
         check_attention(config)
-        moved_to = move_aside(self.run_dir) if fresh else None
-        if moved_to is not None:
-            self._say(f"the earlier run is kept in {moved_to}")
+        with moved_aside(self.run_dir) if fresh else contextlib.nullcontext() as earlier:
+            self._prepare()
+        if earlier is not None:
+            self._say(f"the earlier run is kept in {earlier}")
+
+    def _prepare(self) -> None:
+        """Reads, checks and builds everything; what is wrong shows here."""
+        config, progress = self.config, self.progress
         changes = check_same_run(self.run_dir, config)
-        self.run_dir.mkdir(parents=True, exist_ok=True)
         self.tokens = open_or_prepare(config, progress=progress)
         self.tokenizer = get_tokenizer(str(self.tokens.folder))
         self.model_config = make_model_config(config, self.tokenizer.vocab_size)
@@ -94,6 +98,7 @@ class Trainer:
         self.eval_step = make_eval_step(config, self.model_config)
         self.generate = make_generate(config, self.model_config)
         self.samples: list[str] = []
+        self.run_dir.mkdir(parents=True, exist_ok=True)
 
     def run(self) -> TrainResult:
         """Trains until num_steps, max_seconds or Ctrl-C; whichever it is, a checkpoint holds the state.

@@ -1,7 +1,7 @@
 """The parts models are made of. They compute in the dtype of their parameters; statistics are float32."""
 
 from jaxattn.layers.attention import SelfAttention
-from jaxattn.layers.block import run_blocks
+from jaxattn.layers.block import PreNormBlock, run_blocks
 from jaxattn.layers.dropout import dropout
 from jaxattn.layers.embedding import Embedding
 from jaxattn.layers.mlp import MLP, GatedMLP
@@ -13,6 +13,7 @@ __all__ = [
     "Embedding",
     "GatedMLP",
     "LayerNorm",
+    "PreNormBlock",
     "RMSNorm",
     "SelfAttention",
     "apply_rope",

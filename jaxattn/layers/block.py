@@ -1,4 +1,6 @@
-"""Runs a model's blocks one after another, each traced and lowered once for all layers."""
+"""The block most decoders are made of, and the run through a model's blocks, each traced and lowered once for
+all layers.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -8,7 +10,32 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jaxattn.layers.dropout import dropout
 from jaxattn.layers.rope import Angles
+
+
+class PreNormBlock(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), with dropout on what is added; models make the parts."""
+
+    attention_norm: nnx.Module
+    attention: nnx.Module
+    mlp_norm: nnx.Module
+    mlp: nnx.Module
+    dropout_rate: float
+
+    def __call__(
+        self,
+        x: jax.Array,
+        angles: Angles | None,
+        attention: Any,
+        layer: jax.Array,
+        *,
+        dropout_key: jax.Array | None,
+    ) -> tuple[jax.Array, Any]:
+        keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
+        y, attention = self.attention(self.attention_norm(x), angles, attention, layer, dropout_key=keys[0])
+        x = x + dropout(y, self.dropout_rate, keys[1])
+        return x + dropout(self.mlp(self.mlp_norm(x)), self.dropout_rate, keys[2]), attention
 
 
 def _block(

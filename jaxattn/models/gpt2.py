@@ -7,15 +7,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxattn.layers import MLP, Embedding, LayerNorm, SelfAttention, dropout, run_blocks
+from jaxattn.layers import MLP, Embedding, LayerNorm, PreNormBlock, SelfAttention, dropout, run_blocks
 from jaxattn.models.config import GPT2Config
 
 INIT_STDDEV = 0.02
 
 
-class GPT2Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
-
+class GPT2Block(PreNormBlock):
     def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         # each of the 2L residual projections adds to the stream: their scale keeps its variance near 1
         scales = {"stddev": INIT_STDDEV, "out_stddev": INIT_STDDEV / math.sqrt(2 * config.num_layers)}
@@ -25,14 +23,6 @@ class GPT2Block(nnx.Module):
         self.attention = SelfAttention(*sizes, use_bias=True, out_bias=True, **scales, rngs=rngs, dtype=dtype)
         self.mlp_norm = LayerNorm(config.embed_dim, config.norm_eps, dtype=dtype)
         self.mlp = MLP(config.embed_dim, config.mlp_dim, **scales, rngs=rngs, dtype=dtype)
-
-    def __call__(
-        self, x: jax.Array, angles: None, attention: Any, layer: jax.Array, *, dropout_key: jax.Array | None
-    ) -> tuple[jax.Array, Any]:
-        keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
-        y, attention = self.attention(self.attention_norm(x), angles, attention, layer, dropout_key=keys[0])
-        x = x + dropout(y, self.dropout_rate, keys[1])
-        return x + dropout(self.mlp(self.mlp_norm(x)), self.dropout_rate, keys[2]), attention
 
 
 class GPT2(nnx.Module):

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxattn.layers import (
     Embedding,
     GatedMLP,
+    PreNormBlock,
     RMSNorm,
     SelfAttention,
     dropout,
@@ -17,15 +18,12 @@ from jaxattn.layers import (
     rope_frequencies,
     run_blocks,
 )
-from jaxattn.layers.rope import Angles
 from jaxattn.models.config import LlamaConfig
 
 INIT_STDDEV = 0.02
 
 
-class LlamaBlock(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
-
+class LlamaBlock(PreNormBlock):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         scales = {"stddev": INIT_STDDEV, "out_stddev": INIT_STDDEV / math.sqrt(2 * config.num_layers)}
         options = {**scales, "rngs": rngs, "dtype": dtype}
@@ -36,14 +34,6 @@ class LlamaBlock(nnx.Module):
         self.attention = SelfAttention(*sizes, use_bias=bias, out_bias=bias, **options)
         self.mlp_norm = RMSNorm(config.embed_dim, config.norm_eps, dtype=dtype)
         self.mlp = GatedMLP(config.embed_dim, config.mlp_dim, use_bias=config.mlp_bias, **options)
-
-    def __call__(
-        self, x: jax.Array, angles: Angles, attention: Any, layer: jax.Array, *, dropout_key: jax.Array | None
-    ) -> tuple[jax.Array, Any]:
-        keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
-        y, attention = self.attention(self.attention_norm(x), angles, attention, layer, dropout_key=keys[0])
-        x = x + dropout(y, self.dropout_rate, keys[1])
-        return x + dropout(self.mlp(self.mlp_norm(x)), self.dropout_rate, keys[2]), attention
 
 
 class Llama(nnx.Module):

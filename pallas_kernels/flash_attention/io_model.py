@@ -16,6 +16,7 @@ import numpy as np
 
 from pallas_kernels import checks
 from pallas_kernels.flash_attention import sm90
+from pallas_kernels.flash_attention.backward_fused_sm90 import BLOCK_KEYS
 from pallas_kernels.flash_attention.config import FlashConfig
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.spec import AttentionInputs, AttentionSpec
@@ -85,7 +86,9 @@ def io_bytes(
     if reason := sm90.unsupported(inputs, spec):
         raise NotImplementedError(f"the Hopper kernels cannot serve this call: {reason}")
     forward = sm90.plan_of(inputs, spec, sm90.FORWARD_HEAD_MULTIPLE)
-    return IoBytes(_forward(forward), _backward(sm90.plan_of(inputs, spec)))
+    plan = sm90.plan_of(inputs, spec)
+    is_fused = sm90.is_fused(plan, inputs, spec)
+    return IoBytes(_forward(forward), _fused_backward(plan) if is_fused else _backward(plan))
 
 
 def _forward(plan: AttentionPlan) -> Traffic:
@@ -111,6 +114,20 @@ def _backward(plan: AttentionPlan) -> Traffic:
     # K and V are written by one kernel each, whatever the number of passes.
     return total._replace(
         sm_to_l2=outputs, dram_write=outputs, dram_read=_kv_bytes(plan) + _q_bytes(plan, plan.num_queries)
+    )
+
+
+def _fused_backward(plan: AttentionPlan) -> Traffic:
+    """Owns rows of K and V, streams what _dkv streams; adds fp32 rows of dQ for each tile that passes by, to
+    zeros that are read from memory once.
+    """
+    block, tile = BLOCK_KEYS, plan.fused.tile_q
+    d_query = plan.batch * plan.num_heads * plan.head_dim * FP32_BYTES  # of one row of every head
+    return Traffic(
+        l2_to_sm=_kv_bytes(plan) + _streamed_queries(plan, block, tile),
+        sm_to_l2=_kv_bytes(plan) + d_query * _streamed_rows(plan, block, tile, own_keys=True),
+        dram_read=_kv_bytes(plan) + _q_bytes(plan, plan.num_queries) + d_query * plan.num_queries,
+        dram_write=_kv_bytes(plan) + d_query * plan.num_queries,
     )
 
 

@@ -81,8 +81,7 @@ def backward(
     delta = reference.row_terms(out, lse, out_grad, lse_grad)
     lse2 = jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2_E)  # exp2(logits - inf) = 0
     arrays = [_pad(x, HEAD_MULTIPLE) for x in (query, key, value, out_grad)]
-    is_fused = not spec.deterministic and backward_fused_sm90.serves(plan, inputs)
-    kernels = backward_fused_sm90 if is_fused else backward_sm90
+    kernels = backward_fused_sm90 if is_fused(plan, inputs, spec) else backward_sm90
     tile = math.lcm(kernels.statistics_multiple(plan), backward_sm90.statistics_multiple(plan))
     statistics = [_pad_rows(lse2, 2, tile, jnp.inf), _pad_rows(delta, 2, tile)]
     gradients = kernels.launch(plan, inputs, *arrays, *statistics)
@@ -93,6 +92,11 @@ def backward(
         g[:, : x.shape[1], :, : x.shape[3]] for g, x in zip(gradients, inputs[:3], strict=True)
     )
     return AttentionGradients(d_query, d_key, d_value, d_bias, reference.sink_gradient(inputs, lse, delta))
+
+
+def is_fused(plan: AttentionPlan, inputs: AttentionInputs, spec: AttentionSpec) -> bool:
+    """Whether one kernel of 5 matmuls computes the gradients, or the deterministic ones do."""
+    return not spec.deterministic and backward_fused_sm90.serves(plan, inputs)
 
 
 def plan_of(

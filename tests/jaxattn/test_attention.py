@@ -1,5 +1,6 @@
 """dot_product_attention: a superset of jax.nn's, whoever computes it."""
 
+import functools
 import logging
 
 import jax
@@ -277,6 +278,19 @@ def test_falls_back_in_order_and_logs_the_choice_once(monkeypatch, caplog):
     # what xla cannot do goes to the next, never to a wrong answer
     capped = dot_product_attention(q, k, v, logits_soft_cap=1.0)
     assert (capped == dot_product_attention(q, k, v, logits_soft_cap=1.0, implementation="reference")).all()
+
+
+def test_long_sequences_do_not_go_where_all_logits_are_stored(monkeypatch):
+    monkeypatch.setattr(jaxattn.attention, "_candidates", lambda: ("xla", "reference"))
+    asked = []
+    for name in ("xla", "reference"):
+        answer = lambda call, name=name: (asked.append(name) or call.query, None)
+        monkeypatch.setitem(IMPLEMENTATIONS, name, answer)
+    for length in (16384, 65536):  # 1 and 16 GiB of logits
+        x = jax.ShapeDtypeStruct((1, length, 1, H), jnp.float32)
+        jax.eval_shape(dot_product_attention, x, x, x)
+    jax.eval_shape(functools.partial(dot_product_attention, implementation="xla"), x, x, x)
+    assert asked == ["xla", "reference", "xla"]
 
 
 def test_slopes_and_sinks():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import FlashConfig, io_bytes
+from pallas_kernels.flash_attention.config import FusedConfig
 
 CONFIG = FlashConfig(tile_q=64, tile_kv=128, stages=2, warpgroups=2)
 
@@ -70,6 +71,19 @@ def test_head_dims_are_padded_as_the_kernels_pad_them():
     narrow, wide = (io_bytes(*arrays(h=h), config=CONFIG) for h in (96, 128))
     assert narrow.forward.l2_to_sm * 4 == wide.forward.l2_to_sm * 3  # 96 is a multiple of 32
     assert narrow.backward.l2_to_sm == wide.backward.l2_to_sm  # but not of 64
+
+
+def test_fused_backward_by_hand():
+    """Two tiles of keys of 128: causal, the first meets all tiles of queries, the second the later half."""
+    config = FlashConfig(fused=FusedConfig(tile_q=128))
+    fused = io_bytes(*arrays(t=256), is_causal=True, config=config).backward
+    tile, statistics = 128 * 64 * 2, 2 * 128 * 4  # bytes of 128 rows of one head
+    assert fused.l2_to_sm == 2 * (2 * 2 * tile + 3 * (2 * tile + statistics))
+    assert fused.sm_to_l2 == 2 * (2 * 2 * tile + 3 * 2 * tile)  # dK and dV once, dQ in fp32 thrice
+    assert fused.dram_read == 2 * (4 * 2 * tile + 2 * statistics + 2 * 2 * tile)
+    deterministic = io_bytes(*arrays(t=256), is_causal=True, config=config, deterministic=True).backward
+    assert deterministic.l2_to_sm > fused.l2_to_sm
+    assert deterministic.sm_to_l2 < fused.sm_to_l2
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

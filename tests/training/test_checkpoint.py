@@ -16,9 +16,8 @@ import jaxattn
 from jaxattn.models import model_params
 from jaxattn.weights.checkpoint import write_metadata
 from tests.training.conftest import make_tiny_config
-from training import Trainer
+from training import ConfigError, DataError, Trainer
 from training.checkpoint import CheckpointError, Checkpoints
-from training.config import ConfigError
 
 # Trains like a user would, and dies without a word: at step 8 (the last checkpoint is that of step 5), or at
 # the moment when the checkpoint of step 10 begins to appear.
@@ -141,6 +140,18 @@ def test_fresh_keeps_the_earlier_run(finished_run, tiny_config):
         assert trainer.step == 0
         assert (finished_run.parent / f"run.old-{number}").is_dir()
     assert (finished_run.parent / "run.old-1" / "checkpoints" / "12").is_dir()
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [{"data": {"text": "nowhere.txt"}}, {"model": {"embed_dim": 15}}, {"run": {"batch_size": 10**6}}],
+)
+def test_fresh_with_a_mistake_leaves_the_earlier_run_alone(finished_run, tiny_config, mistake):
+    before = sorted(finished_run.rglob("*"))
+    with pytest.raises((ConfigError, DataError)):
+        Trainer(tiny_config(**mistake), fresh=True, progress=False)
+    assert sorted(finished_run.rglob("*")) == before
+    assert [path.name for path in finished_run.parent.glob("run*")] == ["run"]
 
 
 def test_what_is_saved_is_the_state_of_that_moment(tmp_path, tiny_config):
