@@ -11,11 +11,11 @@ import pytest
 from pallas_kernels import PAGE_SIZES, cascade_attention, paged_attention
 from tests.pallas_kernels.paged_inputs import cast, make_case
 from tests.pallas_kernels.test_cascade import share
-from tests.pallas_kernels.tolerance import LIMITS, assert_close
 
 pytestmark = pytest.mark.gpu
 
 CASES = int(os.environ.get("JAXATTN_GPU_CASES", 24))
+RMS_ERROR = {"bfloat16": 5e-3, "float16": 7e-4}
 
 
 @functools.partial(jax.jit, static_argnames=("implementation", "options"))
@@ -40,7 +40,8 @@ def check_on_gpu(case, dtype, padding=0, **options):
         [np.asarray(x, np.float32) for x in call(name, items)] for name in ("sm90", "sm90", "reference")
     )
     np.testing.assert_array_equal(out, again)
-    assert_close("out", out, expected, LIMITS[jnp.dtype(dtype).name])
+    scale = max(np.sqrt(np.mean(expected**2)), 1e-3)
+    assert np.sqrt(np.mean((out - expected) ** 2)) / scale < RMS_ERROR[jnp.dtype(dtype).name]
     np.testing.assert_allclose(lse, expected_lse, atol=2e-3)
     return out
 
@@ -168,5 +169,6 @@ def test_cascade_equals_paged_attention(head_dim, heads):
         *arrays, *prefixes
     )
     expected, expected_lse = paged_attention(*arrays, return_lse=True, implementation="reference")
-    assert_close("out", out, expected, LIMITS["bfloat16"])
+    out, expected = np.asarray(out, np.float32), np.asarray(expected, np.float32)
+    assert np.sqrt(np.mean((out - expected) ** 2) / np.mean(expected**2)) < RMS_ERROR["bfloat16"]
     np.testing.assert_allclose(lse, expected_lse, atol=2e-3)
