@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import tests.pallas_kernels.tolerance as tolerance
 from jaxattn.block_mask import BlockMask
 from pallas_kernels import flash_attention
 from pallas_kernels.flash_attention.block_tiles import BlockTiles
 from tests.pallas_kernels.flash_cases import poison_padding, random_inputs
-from tests.pallas_kernels.tolerance import LIMITS, assert_close, rms
 
 pytestmark = [
     pytest.mark.gpu,
@@ -109,7 +109,9 @@ def naive_errors(reference, arrays, cotangents):
         naive = reference(scaled, cotangents)
         exact = reference([x.astype(jnp.float32) for x in scaled], cotangents)
         for name in exact.keys() - {"lse"}:
-            squares[name] += rms(np.float64(naive[name]) - np.float64(exact[name])) ** 2 / len(SCALES)
+            squares[name] += tolerance.rms(np.float64(naive[name]) - np.float64(exact[name])) ** 2 / len(
+                SCALES
+            )
     return {name: np.sqrt(square) for name, square in squares.items()}
 
 
@@ -127,8 +129,8 @@ def assert_near_reference(results, reference, arrays, cotangents):
     naive = functools.cache(lambda: naive_errors(reference, arrays, cotangents))
     np.testing.assert_allclose(results["lse"], expected["lse"], atol=2e-4, rtol=2e-4)
     for name in results.keys() - {"lse"}:
-        limit = LIMITS[arrays[0].dtype.name] * (1 if name == "out" else 1.5)
-        assert_close(name, results[name], expected[name], limit, lambda name=name: naive()[name])
+        limit = tolerance.LIMITS[arrays[0].dtype.name] * (1 if name == "out" else 1.5)
+        tolerance.assert_close(name, results[name], expected[name], limit, lambda name=name: naive()[name])
 
 
 @pytest.mark.parametrize("seed", CASES)
