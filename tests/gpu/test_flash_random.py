@@ -109,9 +109,8 @@ def naive_errors(reference, arrays, cotangents):
         naive = reference(scaled, cotangents)
         exact = reference([x.astype(jnp.float32) for x in scaled], cotangents)
         for name in exact.keys() - {"lse"}:
-            squares[name] += tolerance.rms(np.float64(naive[name]) - np.float64(exact[name])) ** 2 / len(
-                SCALES
-            )
+            error = tolerance.rms(np.float64(naive[name]) - np.float64(exact[name]))
+            squares[name] += error**2 / len(SCALES)
     return {name: np.sqrt(square) for name, square in squares.items()}
 
 
