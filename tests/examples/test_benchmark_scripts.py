@@ -116,6 +116,7 @@ def test_serving_and_training_of_a_tiny_model(monkeypatch, tmp_path):
     assert "sm90" in bad["case"]
 
 
+@pytest.mark.slow
 def test_ring_of_simulated_devices(monkeypatch, tmp_path):
     ring = load("ring_attention")
     monkeypatch.setattr(report, "begin", lambda what: None)
