@@ -340,6 +340,9 @@ def attend_rows(plan: ForwardPlan, tiles: KvTiles, rows: Rows, ring: KeyValueRin
     tile = Tile(plan, ring, rows, tiles.stop - 1, turn)
     acc = register_zeros((config.tile_q, plan.value_dim))
     softmax = Softmax(row_full(config.tile_q, FLOOR), row_full(config.tile_q, 0.0))
+    if turn is not None:
+        # An item without tiles takes its turn: the other warpgroup waits for it to give back its queries.
+        pl.when(tiles.start == tiles.stop)(functools.partial(take_turn, turn))
     if plan.has_idle_tiles:
         lax.fori_loop(0, steps.start, skip, None)
     attend = _attend_overlapped if config.overlap else _attend_in_order

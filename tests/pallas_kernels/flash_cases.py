@@ -187,6 +187,11 @@ FORWARD_CASES: dict[str, dict[str, Any]] = {
     "overlap, in turns": {"n": 2, "is_causal": True, "config": dataclasses.replace(AHEAD, ping_pong=True)},
     "in turns, queries in one buffer": {"n": 2, "config": dataclasses.replace(SMALL, q_stages=1)},
     "head dim 96": {"t": 70, "s": 70, "h": 96, "is_causal": True},
+    # One block has two items to attend and three without a key: nobody may wait for a turn in between.
+    "in turns, items that see nothing": {
+        **{"batch": 10, "t": 5, "s": 5, "config": SMALL},
+        "q_lengths": jnp.array([5, 5, 0, 0, 0, 0, 0, 0, 5, 5]),
+    },
     "three warpgroups": {
         "is_causal": True,
         "config": FlashConfig(tile_q=64, tile_kv=64, stages=2, warpgroups=3, ping_pong=False),
