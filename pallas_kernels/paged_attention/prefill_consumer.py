@@ -44,8 +44,7 @@ def attend_unit(plan: PrefillPlan, warpgroup, item, kv_head, inputs: Inputs, out
     plgpu.barrier_wait(scratch.work_full)
     work = scratch.read_work()
     num_tiles = work.tile_stop - work.tile_start
-    of_rows = [None if x is None else x.at[kv_head, warpgroup] for x in (inputs.slopes, inputs.sinks)]
-    slopes, sinks = of_rows
+    slopes, sinks = (None if x is None else x.at[kv_head, warpgroup] for x in (inputs.slopes, inputs.sinks))
 
     @pl.when(num_tiles > 0)
     def _():
@@ -159,7 +158,7 @@ def bend(plan: PrefillPlan, warpgroup, scratch: Scratch, slopes, index, logits):
     # slope (position - key), where both count from the tile's first key: one multiply-add an element.
     position = positions(plan, warpgroup, work, rows) - (work.tile_start + index) * columns
     key = plgpu.broadcasted_iota(jnp.int32, (columns,), 0, layout=plgpu.Layout.WGMMA.reduce(0))
-    slopes = load_rows(slopes) * LOG2_E
+    slopes = load_rows(slopes) * LOG2_E  # again in each tile: registers are dearer
     bias = broadcast_rows(slopes, columns) * broadcast_columns(key.astype(jnp.float32), rows)
     return logits * scale + bias, 1.0, slopes * position.astype(jnp.float32)
 

@@ -124,6 +124,7 @@ def widen_tile(plan: PrefillPlan, work: Work, codes: Ring, wide: Ring, index):
 
         @pl.when((first_key < first) | (first_key + tile_kv > stop))
         def _():
+            plgpu.commit_smem()  # it loads what other threads have stored
             zero_invisible(wide.smem.at[slot], first_key, first, stop)
 
     plgpu.commit_smem()

@@ -34,16 +34,17 @@ def check_on_gpu(case, dtype, padding=0, pages=None, per_head=(), **options):
     named |= {name: np.linspace(0.01, 2.0, case.query.shape[1], dtype=np.float32) for name in per_head}
     if pages is not None:
         arrays[1], arrays[2], named["k_scale"], named["v_scale"] = quantize(case, pages)
-        dtype = jnp.bfloat16  # of the arithmetic
     call = functools.partial(attend, [jnp.asarray(x) for x in arrays], jax.tree.map(jnp.asarray, named))
     items = tuple(options.items())
+    limit = 5e-3 if pages in QUANTIZED else RMS_ERROR[jnp.dtype(dtype).name]
     (out, lse), (again, _), (expected, expected_lse) = (
         [np.asarray(x, np.float32) for x in call(name, items)] for name in ("sm90", "sm90", "reference")
     )
     np.testing.assert_array_equal(out, again)
     scale = max(np.sqrt(np.mean(expected**2)), 1e-3)
-    assert np.sqrt(np.mean((out - expected) ** 2)) / scale < RMS_ERROR[jnp.dtype(dtype).name]
-    np.testing.assert_allclose(lse, expected_lse, atol=2e-3, rtol=1e-5)
+    assert np.sqrt(np.mean((out - expected) ** 2)) / scale < limit
+    is_rounded = pages in QUANTIZED and dtype == jnp.float16  # to bf16
+    np.testing.assert_allclose(lse, expected_lse, atol=1e-2 if is_rounded else 2e-3, rtol=1e-5)
     return out
 
 
