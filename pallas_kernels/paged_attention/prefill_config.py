@@ -59,14 +59,13 @@ def default_config(
     """Chooses tiles for a call; crowded: a window's left side or a soft cap need registers too.
 
     Three warpgroups leave a thread 160 registers: enough for accumulators of 64 x 128, not for a crowded
-    kernel's, for slopes (252 bytes of spills at H = 64) or for H = 256. With slopes two spill 8 bytes at
-    H = 128 and tiles of 128 keys, and 44 at H = 256. Quantized pages take a warpgroup that widens them,
+    kernel's, for slopes (252 bytes of spills at H = 64) or for H = 256. With slopes two spill 8 to 32
+    bytes where tiles have 128 keys, and 44 at H = 256. Quantized pages take a warpgroup that widens them,
     registers for scales, and shared memory for codes and for what becomes of them. splits: as many as give
     every multiprocessor a unit if the tokens were one row's of `capacity` keys, and as SPLIT_BYTES hold; the
     choice depends on shapes alone, so that a row's bits do not depend on the others.
     """
-    is_full = is_quantized or (has_slopes and head_dim > 64)
-    tile_kv = 128 if head_dim <= 128 and not is_full else 64
+    tile_kv = 128 if head_dim <= 128 and not (has_slopes or is_quantized) else 64
     tile_rows = 2 * WARPGROUP_ROWS
     tiles = math.ceil(num_tokens * group / tile_rows)
     tile_bytes = max_tiles(num_tokens, num_rows, tile_rows // group) * num_kv_heads * tile_rows * head_dim * 4
@@ -77,12 +76,12 @@ def default_config(
         SPLIT_BYTES // tile_bytes,
     )
     if is_quantized:
-        return PrefillConfig(2 if head_dim <= 160 else 1, tile_kv, 3, max(splits, 1))
+        return PrefillConfig(2 if head_dim <= 128 else 1, tile_kv, 3, max(splits, 1))
     warpgroups = 1 if has_slopes and head_dim > 128 else 2
     if splits > 1:
         return PrefillConfig(warpgroups, tile_kv, 2, splits)
     if head_dim <= 64:
-        return PrefillConfig(2 if has_slopes else 3, 128, 3)
+        return PrefillConfig(2 if has_slopes else 3, tile_kv, 3)
     if head_dim <= 128:
         return PrefillConfig(2 if crowded or has_slopes else 3, tile_kv, 256 // tile_kv)
     return PrefillConfig(warpgroups, 64, 2)
