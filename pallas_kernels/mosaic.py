@@ -25,6 +25,8 @@ __all__ = [
     "broadcast_rows",
     "ceil_div",
     "div",
+    "load_columns",
+    "load_rows",
     "opaque",
     "pl",
     "plgpu",
@@ -40,15 +42,20 @@ LOG2_E = 1.4426950408889634
 SMEM_BYTES = 232_448  # what one thread block may use on sm_90
 TMA_ALIGNMENT = 128  # bytes, of a TMA copy's end in shared memory
 REGISTERS = {1: None, 2: (240, 24), 3: (160, 32)}  # of compute and loading warpgroups; they share 65,536
+WITH_CONVERT = {1: (256, 104, 144), 2: (200, 40, 72)}  # and of one that converts
 
 
 def specialize(
-    warpgroups: int, warpgroup: Any, compute: Callable[[], None], load: Callable[[], None]
+    warpgroups: int,
+    warpgroup: Any,
+    compute: Callable[[], None],
+    load: Callable[[], None],
+    convert: Callable[[], None] | None = None,
 ) -> None:
-    """Runs compute() in the first `warpgroups` warpgroups and load() in the one after them, whose registers
-    they get.
+    """Runs compute() in the first `warpgroups` warpgroups, load() in the one after them, whose registers
+    they get, and convert() in the next.
     """
-    registers = REGISTERS[warpgroups]
+    registers = REGISTERS[warpgroups] if convert is None else WITH_CONVERT[warpgroups]
 
     @pl.when(warpgroup < warpgroups)
     def _compute():
@@ -61,6 +68,13 @@ def specialize(
         if registers:
             plgpu.set_max_registers(registers[1], action="decrease")
         load()
+
+    if convert is not None:
+
+        @pl.when(warpgroup == warpgroups + 1)
+        def _convert():
+            plgpu.set_max_registers(registers[2], action="decrease")
+            convert()
 
 
 def swizzled_smem(shape: Sequence[int], dtype: Any, row: int | None = None) -> Any:
@@ -86,6 +100,16 @@ def row_full(rows: int, value: float) -> jax.Array:
 def row_iota(rows: int) -> jax.Array:
     """The row indices of a wgmma accumulator."""
     return plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
+
+
+def load_rows(ref: Any) -> jax.Array:
+    """A vector in memory, a number for each row of a wgmma accumulator."""
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+
+
+def load_columns(ref: Any) -> jax.Array:
+    """A vector in memory, a number for each column of a wgmma accumulator."""
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
 
 
 def broadcast_rows(x: jax.Array, columns: int) -> jax.Array:

@@ -8,12 +8,22 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import LOG2_E, broadcast_columns, broadcast_rows, div, pl, plgpu, row_iota
+from pallas_kernels.mosaic import (
+    LOG2_E,
+    broadcast_columns,
+    broadcast_rows,
+    div,
+    load_columns,
+    load_rows,
+    pl,
+    plgpu,
+    row_iota,
+)
 from pallas_kernels.paged_attention.decode_plan import BUFFERS, Merge, Outputs, Plan, Scratch, Workspace
+from pallas_kernels.paged_attention.page_tiles import load_wide, widen, zero_invisible
 from pallas_kernels.paged_attention.units import Schedule, Unit, for_each_unit
 
 MASKED = -1e30  # a logit no token sees: -inf would make -inf - -inf = NaN
-ROWS = plgpu.Layout.WGMMA.reduce(1)
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
 
@@ -69,14 +79,6 @@ def workspace_of(work: Workspace, consumer) -> Workspace:
     return Workspace(*[None if ref is None else ref.at[consumer] for ref in work])
 
 
-def load_columns(ref):
-    return plgpu.load(ref, layout=COLUMNS, optimized=False)
-
-
-def load_rows(ref):
-    return plgpu.load(ref, layout=ROWS, optimized=False)
-
-
 def init_softmax(plan: Plan) -> Softmax:
     def full(rows, value):
         return plgpu.layout_cast(jnp.full((rows, plan.columns), value, jnp.float32), plgpu.Layout.WGMMA)
@@ -118,7 +120,8 @@ def multiply_keys(plan: Plan, scratch: Scratch, query, slot):
         for first, column in itertools.product(range(0, tile, 64), range(0, plan.head_dim, width)):
             rows, columns = pl.ds(first, 64), pl.ds(column, width)
             right = query.at[:, columns].transpose((1, 0))
-            plgpu.wgmma(logits_ref.at[rows], widen(plan, keys.at[rows, columns]), right)
+            left = plgpu.layout_cast(load_wide(keys.at[rows, columns], plan.dtype), plgpu.Layout.WGMMA)
+            plgpu.wgmma(logits_ref.at[rows], left, right)
         return logits_ref[...]
 
     logits = pl.run_scoped(multiply, accumulator)
@@ -130,30 +133,6 @@ def multiply_keys(plan: Plan, scratch: Scratch, query, slot):
     if spec.logits_soft_cap is None:
         return logits * (spec.scale * LOG2_E)
     return jnp.tanh(logits * (spec.scale / spec.logits_soft_cap)) * (spec.logits_soft_cap * LOG2_E)
-
-
-def widen(plan: Plan, codes_ref):
-    """Codes from shared memory as the arithmetic's dtype, in registers, as wgmma takes its left operand.
-
-    They are loaded four to a thread, as 32 bits; neighbours then exchange pairs.
-    """
-    codes = plgpu.load(codes_ref, layout=plgpu.Layout.WGMMA_UPCAST_2X)
-    return plgpu.layout_cast(_convert(codes, plan.dtype), plgpu.Layout.WGMMA)
-
-
-def widen_values(plan: Plan, codes_ref, values_ref):
-    """Codes as the arithmetic's dtype, through registers: only in shared memory can wgmma transpose."""
-    width = math.gcd(plan.head_dim, 128)
-    for first, column in itertools.product(range(0, plan.config.tile, 64), range(0, plan.head_dim, width)):
-        block = pl.ds(first, 64), pl.ds(column, width)
-        codes = plgpu.load(codes_ref.at[block], layout=plgpu.Layout.WGMMA_UPCAST_2X)
-        values_ref.at[block][...] = _convert(codes, plan.dtype)
-
-
-def _convert(codes, dtype):
-    if codes.dtype == jnp.int8:
-        return codes.astype(dtype)
-    return codes.astype(jnp.float16).astype(jnp.float32).astype(dtype)  # what sm_90 has instructions for
 
 
 def bias_and_mask(plan: Plan, logits, slopes, unit: Unit, start):
@@ -173,13 +152,13 @@ def multiply_values(plan: Plan, scratch: Scratch, work: Workspace, unit: Unit, s
     store_transposed(work.weights, weights)
     v_smem = scratch.v.pages.at[slot]
     if plan.is_quantized:
-        widen_values(plan, v_smem, work.values)
+        widen(v_smem, work.values, math.gcd(plan.head_dim, 128))
         v_smem = work.values
     if plan.page_dtype != jnp.int8:  # integers hold no NaN
 
         @pl.when((start < unit.first_visible) | (start + plan.config.tile > unit.end))
         def _():
-            zero_invisible(plan, unit, start, v_smem)
+            zero_invisible(v_smem, start, unit.first_visible, unit.end)
 
     plgpu.commit_smem()
     if plan.is_quantized:  # registers hold all codes and scales, and copies may write after the fence
@@ -210,15 +189,6 @@ def store_transposed(ref, x):
 def is_visible(unit: Unit, start, shape):
     token = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA) + start
     return (token >= unit.first_visible) & (token < unit.end)
-
-
-def zero_invisible(plan: Plan, unit: Unit, start, v_smem):
-    """Zeroes the values that no query sees: their weights are zero, but what lies there may be NaN."""
-    block = (64, next(width for width in (64, 32, 16) if plan.head_dim % width == 0))  # a few registers
-    for first, column in itertools.product(range(0, plan.config.tile, 64), range(0, plan.head_dim, block[1])):
-        part = v_smem.at[pl.ds(first, 64), pl.ds(column, block[1])]
-        values = plgpu.load(part, layout=plgpu.Layout.WGMMA)
-        part[...] = jnp.where(is_visible(unit, start + first, block), values, jnp.zeros_like(values))
 
 
 class Result(NamedTuple):

@@ -81,7 +81,7 @@ def paged_attention(
         k_scale, v_scale: factor of each slot and head of quantized pages.
         sinks: a logit for each head that takes its share of every softmax and has no value; it counts in the
             log-sum-exp.
-        alibi_slopes: a slope for each head: linear biases (Press et al., 2022).
+        alibi_slopes: a slope for each head: linear biases (Press et al., 2022), also where not causal.
         return_lse: also return the natural log-sum-exp of each query's logits, f32[tokens, N].
         config, prefill_config: cuts of the kernels for rows of one query, and of more.
         implementation: a name of VARIANTS; by default the first that can serve the call.

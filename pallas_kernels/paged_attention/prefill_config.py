@@ -16,9 +16,9 @@ SPLIT_BYTES = 64 << 20  # what the parts of the results may take
 class PrefillConfig:
     """Cuts of the prefill kernel.
 
-    warpgroups: of 64 rows (tokens x query heads of a group) each. tile_kv: keys a step takes. stages: tiles
-    of K, and of V, in flight. splits: parts that a row's keys are cut into at most, where there are too few
-    rows to fill the GPU.
+    warpgroups: of 64 rows (tokens x query heads of a group) each; at most two for quantized pages. tile_kv:
+    keys a step takes. stages: tiles of K, and of V, in flight. splits: parts that a row's keys are cut into
+    at most, where there are too few rows to fill the GPU.
     """
 
     warpgroups: int = 3
@@ -53,15 +53,20 @@ def default_config(
     head_dim: int,
     crowded: bool,
     capacity: int,
+    has_slopes: bool = False,
+    is_quantized: bool = False,
 ) -> PrefillConfig:
     """Chooses tiles for a call; crowded: a window's left side or a soft cap need registers too.
 
     Three warpgroups leave a thread 160 registers: enough for accumulators of 64 x 128, not for a crowded
-    kernel's or for H = 256. splits: as many as give every multiprocessor a unit if the tokens were one row's
-    of `capacity` keys, and as SPLIT_BYTES hold; the choice depends on shapes alone, so that a row's bits do
-    not depend on the others.
+    kernel's, for slopes (252 bytes of spills at H = 64) or for H = 256. With slopes two spill 8 to 32
+    bytes where tiles have 128 keys, and 44 at H = 256. Quantized pages take a warpgroup that widens them,
+    registers for scales, and shared memory for codes and for what becomes of them. splits: as many as give
+    every multiprocessor a unit if the tokens were one row's of `capacity` keys, and as SPLIT_BYTES hold; the
+    choice depends on shapes alone, so that a row's bits do not depend on the others.
     """
-    tile_kv, tile_rows = 128 if head_dim <= 128 else 64, 2 * WARPGROUP_ROWS
+    tile_kv = 128 if head_dim <= 128 and not (has_slopes or is_quantized) else 64
+    tile_rows = 2 * WARPGROUP_ROWS
     tiles = math.ceil(num_tokens * group / tile_rows)
     tile_bytes = max_tiles(num_tokens, num_rows, tile_rows // group) * num_kv_heads * tile_rows * head_dim * 4
     splits = min(
@@ -70,10 +75,13 @@ def default_config(
         capacity // (MIN_SPLIT_TILES * tile_kv),
         SPLIT_BYTES // tile_bytes,
     )
+    if is_quantized:
+        return PrefillConfig(2 if head_dim <= 128 else 1, tile_kv, 3, max(splits, 1))
+    warpgroups = 1 if has_slopes and head_dim > 128 else 2
     if splits > 1:
-        return PrefillConfig(2, tile_kv, 2, splits)
+        return PrefillConfig(warpgroups, tile_kv, 2, splits)
     if head_dim <= 64:
-        return PrefillConfig(3, 128, 3)
+        return PrefillConfig(2 if has_slopes else 3, tile_kv, 3)
     if head_dim <= 128:
-        return PrefillConfig(2 if crowded else 3, 128, 2)
-    return PrefillConfig(2, 64, 2)
+        return PrefillConfig(2 if crowded or has_slopes else 3, tile_kv, 256 // tile_kv)
+    return PrefillConfig(warpgroups, 64, 2)

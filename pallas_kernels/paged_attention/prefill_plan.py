@@ -6,8 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from pallas_kernels.flash_attention.tiles import KvTiles
+from pallas_kernels.kv_pages.pool import QUANTIZED
 from pallas_kernels.mosaic import ceil_div, div, plgpu, swizzled_smem
 from pallas_kernels.paged_attention.prefill_config import (
     MIN_SPLIT_TILES,
@@ -19,6 +22,8 @@ from pallas_kernels.paged_attention.prefill_config import (
 )
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 
+MAX_QUANTIZED = 224  # head dim: at 256 the accumulators and the scales spill 12 to 20 bytes
+
 
 @dataclasses.dataclass(frozen=True)
 class PrefillPlan:
@@ -26,7 +31,8 @@ class PrefillPlan:
 
     spec: PagedSpec
     config: PrefillConfig
-    dtype: Any
+    query_dtype: Any
+    page_dtype: Any
     num_tokens: int  # a multiple of OCTET
     num_rows: int
     num_heads: int
@@ -35,6 +41,29 @@ class PrefillPlan:
     page_size: int
     num_pages: int
     table_width: int
+    has_sinks: bool = False
+    has_slopes: bool = False
+
+    @property
+    def dtype(self) -> Any:
+        """What is multiplied: codes of either kind are exact in bf16."""
+        return jnp.bfloat16 if self.is_quantized else self.query_dtype
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.page_dtype in QUANTIZED
+
+    @property
+    def slots(self) -> int:
+        """Tiles of K, and of V, that lie ready for wgmma; those of quantized pages are beside their codes."""
+        if not self.is_quantized:
+            return self.config.stages
+        return 2 if self.head_dim <= 128 else 1
+
+    @property
+    def joins_sinks(self) -> bool:
+        """Whether the kernel adds the sinks: with splits they join where these are merged."""
+        return self.has_sinks and self.config.splits == 1
 
     @property
     def group(self) -> int:
@@ -77,19 +106,17 @@ class PrefillPlan:
 
 
 def unsupported(inputs: PagedInputs, spec: PagedSpec) -> str | None:
-    """Says why this kernel cannot serve a call, or None if it can."""
-    head_dim, dtype = inputs.query.shape[-1], inputs.query.dtype
-    for name, given in (("sinks", inputs.sinks), ("alibi_slopes", inputs.alibi_slopes)):
-        if given is not None:
-            return f"{name} with query_start: not supported"
-    if dtype not in (jnp.bfloat16, jnp.float16) or inputs.k_pages.dtype != dtype:
-        return f"query and pages must be bf16 or fp16, got {dtype} and {inputs.k_pages.dtype}"
-    if head_dim not in (64, 128, 256):
-        return f"the head dim must be 64, 128 or 256, got {head_dim}"
+    """Says why this kernel cannot serve a call that the decode kernel can serve, or None if it can."""
     if spec.scale <= 0:
         return f"the scale must be positive, got {spec.scale}"
     if (group := inputs.query.shape[1] // inputs.k_pages.shape[2]) > 16:
         return f"at most 16 query heads may share a KV head, got {group}"
+    if inputs.k_pages.dtype not in QUANTIZED:
+        return None
+    if (head_dim := inputs.query.shape[2]) > MAX_QUANTIZED:
+        return f"the head dim of quantized pages must be at most {MAX_QUANTIZED}, got {head_dim}"
+    if spec.prefill_config is not None and spec.prefill_config.warpgroups > 2:
+        return f"quantized pages take at most two warpgroups, got {spec.prefill_config}"
     return None
 
 
@@ -98,11 +125,13 @@ def make_plan(inputs: PagedInputs, spec: PagedSpec) -> PrefillPlan:
     _, num_pages, num_kv_heads, page_size, _ = inputs.k_pages.shape
     num_rows, table_width = inputs.block_tables.shape
     crowded = spec.window_left is not None or spec.logits_soft_cap is not None
+    more = inputs.alibi_slopes is not None, inputs.k_pages.dtype in QUANTIZED
     shape = (num_tokens, num_rows, num_heads // num_kv_heads, num_kv_heads, head_dim)
     return PrefillPlan(
         spec=spec,
-        config=spec.prefill_config or default_config(*shape, crowded, table_width * page_size),
-        dtype=inputs.query.dtype,
+        config=spec.prefill_config or default_config(*shape, crowded, table_width * page_size, *more),
+        query_dtype=inputs.query.dtype,
+        page_dtype=inputs.k_pages.dtype,
         num_tokens=num_tokens + -num_tokens % OCTET,
         num_rows=num_rows,
         num_heads=num_heads,
@@ -111,7 +140,20 @@ def make_plan(inputs: PagedInputs, spec: PagedSpec) -> PrefillPlan:
         page_size=page_size,
         num_pages=num_pages,
         table_width=table_width,
+        has_sinks=inputs.sinks is not None,
+        has_slopes=inputs.alibi_slopes is not None,
     )
+
+
+def per_row(plan: PrefillPlan, x: jax.Array | None) -> jax.Array | None:
+    """[N] -> f32[K, warpgroups, 64]: what is given for a head, for each row of a tile; rows of no head take
+    the last head's."""
+    if x is None:
+        return None
+    octets = np.arange(plan.config.warpgroups * WARPGROUP_ROWS // OCTET)
+    head = np.repeat(np.minimum(octets // plan.head_octets, plan.group - 1), OCTET)
+    by_head = x.astype(jnp.float32).reshape(plan.num_kv_heads, plan.group)
+    return by_head[:, head].reshape(plan.num_kv_heads, plan.config.warpgroups, WARPGROUP_ROWS)
 
 
 class Work(NamedTuple):
@@ -234,8 +276,22 @@ def visible_tiles(plan: PrefillPlan, work: Work, warpgroup) -> KvTiles:
     return KvTiles(start, full_start, div(full_end, tile_kv), end).clamp(everything)
 
 
+def visible_keys(plan: PrefillPlan, work: Work):
+    """The keys [first, stop) outside of which no query of an item sees any."""
+    first = jnp.int32(0)
+    if plan.spec.window_left is not None:
+        first = work.first + work.offset - plan.spec.window_left
+    return first, work.kv_length
+
+
+def octet_at(plan: PrefillPlan, warpgroup, octet):
+    """(head of the group, first token in the tile) of an octet of a warpgroup's rows."""
+    index = warpgroup * (WARPGROUP_ROWS // OCTET) + octet
+    return div(index, plan.head_octets), lax.rem(index, jnp.int32(plan.head_octets)) * OCTET
+
+
 class Inputs(NamedTuple):
-    """Operands in global memory."""
+    """Operands in global memory; None where the plan has none."""
 
     query: Any  # [tokens, N, H]
     k_pages: Any  # [L, P, K, Z, H]
@@ -244,6 +300,10 @@ class Inputs(NamedTuple):
     layer: Any  # [1]
     items: Any  # [max_items, fields of Work]
     num_items: Any  # [1]
+    k_scale: Any  # f32[L, P, K, Z]
+    v_scale: Any
+    sinks: Any  # f32[K, warpgroups, 64]
+    slopes: Any  # f32[K, warpgroups, 64]
 
 
 class Outputs(NamedTuple):
@@ -254,9 +314,10 @@ class Outputs(NamedTuple):
 
 
 class Ring(NamedTuple):
-    """Shared-memory buffers filled by the loading warpgroup and emptied by the others."""
+    """Tiles in shared memory, filled by one warpgroup and emptied by others."""
 
-    smem: Any
+    smem: Any  # [slots, tile_kv, H]
+    scale: Any  # f32[slots, tile_kv], of quantized pages
     full: Any
     empty: Any
 
@@ -264,33 +325,52 @@ class Ring(NamedTuple):
 class Scratch(NamedTuple):
     """Shared memory and barriers of a program."""
 
-    k: Ring  # [stages, tile_kv, H]
+    k: Ring  # what wgmma reads
     v: Ring
+    k_codes: Ring | None  # of quantized pages: what copies fill, to be widened
+    v_codes: Ring | None
     work: Any  # i32[fields of Work]
     work_full: Any
     rows: Any  # three views of [warpgroups, 64, H]: queries; results, swizzled; results, row by row
     query_full: Any
     zeroed: Any  # the values that no query sees
 
+    def read_work(self) -> Work:
+        return Work(*(self.work[field] for field in range(len(Work._fields))))
+
 
 def scratch_types(plan: PrefillPlan) -> Scratch:
-    config, head_dim = plan.config, plan.head_dim
-
-    def pages() -> Ring:
-        full = plgpu.Barrier(num_barriers=config.stages, num_arrivals=plan.num_copies)
-        smem = swizzled_smem((config.stages, config.tile_kv, head_dim), plan.dtype)
-        return Ring(smem, full, plgpu.Barrier(num_barriers=config.stages, num_arrivals=config.warpgroups))
-
-    rows = (config.warpgroups, WARPGROUP_ROWS, head_dim)
-    swizzled = swizzled_smem(rows, plan.dtype)
+    config = plan.config
+    loaded = _ring(plan, config.stages, plan.page_dtype, plan.num_copies * (1 + plan.is_quantized))
+    ready, codes = loaded, None
+    if plan.is_quantized:
+        ready, codes = (
+            _ring(plan, plan.slots, plan.dtype, 1),
+            loaded._replace(empty=plgpu.Barrier(num_barriers=config.stages)),
+        )
+    rows = (config.warpgroups, WARPGROUP_ROWS, plan.head_dim)
+    results = swizzled_smem(rows, plan.query_dtype), plgpu.SMEM(rows, plan.query_dtype)
     return Scratch(
-        k=pages(),
-        v=pages(),
+        k=ready,
+        v=ready,
+        k_codes=codes,
+        v_codes=codes,
         work=plgpu.SMEM((len(Work._fields),), jnp.int32),
         work_full=plgpu.Barrier(),
-        rows=plgpu.RefUnion(swizzled, swizzled, plgpu.SMEM(rows, plan.dtype)),
+        rows=plgpu.RefUnion(swizzled_smem(rows, plan.dtype), *results),
         query_full=plgpu.Barrier(
             num_barriers=config.warpgroups, num_arrivals=WARPGROUP_ROWS // OCTET // plan.run
         ),
         zeroed=plgpu.Barrier(num_arrivals=config.warpgroups),
+    )
+
+
+def _ring(plan: PrefillPlan, slots: int, dtype, num_arrivals: int) -> Ring:
+    """A ring that is full after so many arrivals, and emptied by every compute warpgroup."""
+    tile_kv = plan.config.tile_kv
+    return Ring(
+        smem=swizzled_smem((slots, tile_kv, plan.head_dim), dtype),
+        scale=plgpu.SMEM((slots, tile_kv), jnp.float32) if plan.is_quantized else None,
+        full=plgpu.Barrier(num_barriers=slots, num_arrivals=num_arrivals),
+        empty=plgpu.Barrier(num_barriers=slots, num_arrivals=plan.config.warpgroups),
     )

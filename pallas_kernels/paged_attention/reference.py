@@ -52,9 +52,9 @@ def _ragged(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]
         token = offset + jnp.arange(block)
         kv_length = inputs.kv_lengths[row]
         position = kv_length - stop[row] + token
-        if not spec.is_causal:
-            position = jnp.full_like(position, kv_length - 1)
-        last_key = jnp.minimum(kv_length, jnp.max(jnp.where(token < stop[row], position, -1)) + 1)
+        last_key = kv_length
+        if spec.is_causal:
+            last_key = jnp.minimum(kv_length, jnp.max(jnp.where(token < stop[row], position, -1)) + 1)
         first_key = 0 if spec.window_left is None else jnp.maximum(position[0] - spec.window_left, 0)
         bounds = first_key // length, _ceil_div(last_key, length)
         rows = lax.dynamic_slice_in_dim(query, offset, block)
@@ -92,7 +92,10 @@ def _attend_row(inputs: PagedInputs, spec: PagedSpec, bounds, query, positions, 
 
     def step(chunk, state: _Softmax) -> _Softmax:
         key, value, token = _gather_chunk(inputs, table, kv_length, chunk)
-        visible = (token < kv_length) & (token <= positions[:, None])
+        visible = token < kv_length
+        if spec.is_causal:
+            visible &= token <= positions[:, None]
+        visible = jnp.broadcast_to(visible, (num_queries, token.shape[0]))
         if spec.window_left is not None:
             visible &= token >= positions[:, None] - spec.window_left
         value = jnp.where(visible.any(0)[:, None], value, 0)  # left of a window there may be NaN too

@@ -47,16 +47,21 @@ def prefill(
     inputs: PagedInputs, spec: PagedSpec, skip: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """The prefill kernel alone; the results of rows to skip (bool[R]) are undefined."""
-    num_tokens = inputs.query.shape[0]
+    num_tokens, start = inputs.query.shape[0], inputs.query_start
+    assert start is not None
     skip = jnp.zeros(inputs.kv_lengths.shape, bool) if skip is None else skip
     inputs = inputs._replace(query=jnp.pad(inputs.query, ((0, -num_tokens % OCTET), (0, 0), (0, 0))))
     plan = prefill_plan.make_plan(inputs, spec)
-    work = prefill_plan.plan_work(plan, inputs.query_start, inputs.kv_lengths, skip)
+    work = prefill_plan.plan_work(plan, start, inputs.kv_lengths, skip)
     out, lse = prefill_sm90.launch(plan, inputs, work)
     if plan.config.splits > 1:
-        out, lse = _merge_splits(plan, work, _by_head(plan, out), _by_head(plan, lse))
+        out, lse = _merge_splits(plan, work, _by_head(plan, out), _by_head(plan, lse), inputs.sinks)
     else:
         lse = _by_head(plan, lse)[work.first_item, :, :, work.place].reshape(plan.num_tokens, plan.num_heads)
+    if inputs.sinks is not None:  # tokens of no row have none
+        token = jnp.arange(plan.num_tokens)
+        is_ours = (token >= start[0]) & (token < start[-1])
+        lse = jnp.where(is_ours[:, None], lse, -jnp.inf)
     return out[:num_tokens], lse[:num_tokens]
 
 
@@ -67,22 +72,27 @@ def _by_head(plan: PrefillPlan, x: jax.Array) -> jax.Array:
     return x.reshape(plan.max_items, plan.num_kv_heads, plan.group, plan.tile_q, *rest)
 
 
-def _merge_splits(plan: PrefillPlan, work: WorkList, out: jax.Array, lse: jax.Array):
+def _merge_splits(plan: PrefillPlan, work: WorkList, out: jax.Array, lse: jax.Array, sinks: jax.Array | None):
     """Merges the items of each token by their log-sum-exp: out [tokens, N, H] and lse f32[tokens, N].
 
     lse = log(sum_s exp(lse_s)),   out = sum_s exp(lse_s - lse) out_s
+
+    A sink is one more lse_s, of an out_s that is zero.
     """
     split = jnp.arange(plan.config.splits)
     is_own = split < work.num_splits[:, None]
     item = work.first_item[:, None] + jnp.where(is_own, split, 0)
     place = work.place[:, None]
     parts = jnp.where(is_own[..., None, None], lse[item, :, :, place], -jnp.inf)  # tokens, splits, K, G
-    maximum = parts.max(axis=1)
-    weights = jnp.exp(parts - jnp.where(jnp.isneginf(maximum), 0, maximum)[:, None])
-    total = weights.sum(axis=1)
+    sink = jnp.full((plan.num_heads,), -jnp.inf) if sinks is None else sinks.astype(jnp.float32)
+    sink = sink.reshape(plan.num_kv_heads, plan.group)
+    maximum = jnp.maximum(parts.max(axis=1), sink)
+    shift = jnp.where(jnp.isneginf(maximum), 0, maximum)
+    weights = jnp.exp(parts - shift[:, None])
+    total = weights.sum(axis=1) + jnp.exp(sink - shift)
     # What no item wrote may be NaN.
     values = jnp.where(weights[..., None] > 0, out[item, :, :, place] * weights[..., None], 0).sum(axis=1)
     values /= jnp.where(total > 0, total, 1)[..., None]
     shape = plan.num_tokens, plan.num_heads
     lse = jnp.where(total > 0, maximum + jnp.log(total), -jnp.inf).reshape(shape)
-    return values.astype(plan.dtype).reshape(*shape, plan.head_dim), lse
+    return values.astype(plan.query_dtype).reshape(*shape, plan.head_dim), lse

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import PAGE_SIZES, cascade_attention, paged_attention
-from tests.pallas_kernels.paged_inputs import cast, make_case
+from pallas_kernels.kv_pages.pool import QUANTIZED
+from tests.pallas_kernels.paged_inputs import cast, make_case, quantize
 from tests.pallas_kernels.test_cascade import share
 
 pytestmark = pytest.mark.gpu
@@ -19,30 +20,31 @@ RMS_ERROR = {"bfloat16": 5e-3, "float16": 7e-4}
 
 
 @functools.partial(jax.jit, static_argnames=("implementation", "options"))
-def attend(arrays, query_start, layer, implementation, options):
-    return paged_attention(
-        *arrays,
-        query_start=query_start,
-        layer=layer,
-        return_lse=True,
-        implementation=implementation,
-        **dict(options),
-    )
+def attend(arrays, named, implementation, options):
+    return paged_attention(*arrays, return_lse=True, implementation=implementation, **named, **dict(options))
 
 
-def check_on_gpu(case, dtype, padding=0, **options):
-    """The kernels with NaN wherever no row may look, against the reference, and for equal bits."""
+def check_on_gpu(case, dtype, padding=0, pages=None, per_head=(), **options):
+    """The kernels with NaN wherever no row may look, against the reference, and for equal bits.
+
+    pages: the dtype of quantized ones. per_head: of sinks and alibi_slopes, those given.
+    """
     case = cast(case._replace(query=np.pad(case.query, ((0, padding), (0, 0), (0, 0)))), dtype)
-    arrays, query_start = [jnp.asarray(x) for x in case[:5]], jnp.asarray(case.query_start)
-    call = functools.partial(attend, arrays, query_start, jnp.int32(case.layer))
+    arrays, named = list(case[:5]), {"query_start": case.query_start, "layer": np.int32(case.layer)}
+    named |= {name: np.linspace(0.01, 2.0, case.query.shape[1], dtype=np.float32) for name in per_head}
+    if pages is not None:
+        arrays[1], arrays[2], named["k_scale"], named["v_scale"] = quantize(case, pages)
+    call = functools.partial(attend, [jnp.asarray(x) for x in arrays], jax.tree.map(jnp.asarray, named))
     items = tuple(options.items())
+    limit = 5e-3 if pages in QUANTIZED else RMS_ERROR[jnp.dtype(dtype).name]
     (out, lse), (again, _), (expected, expected_lse) = (
         [np.asarray(x, np.float32) for x in call(name, items)] for name in ("sm90", "sm90", "reference")
     )
     np.testing.assert_array_equal(out, again)
     scale = max(np.sqrt(np.mean(expected**2)), 1e-3)
-    assert np.sqrt(np.mean((out - expected) ** 2)) / scale < RMS_ERROR[jnp.dtype(dtype).name]
-    np.testing.assert_allclose(lse, expected_lse, atol=2e-3)
+    assert np.sqrt(np.mean((out - expected) ** 2)) / scale < limit
+    is_rounded = pages in QUANTIZED and dtype == jnp.float16  # to bf16
+    np.testing.assert_allclose(lse, expected_lse, atol=1e-2 if is_rounded else 2e-3, rtol=1e-5)
     return out
 
 
@@ -58,10 +60,8 @@ def draw_rows(rng, rows: int, tokens: int, capacity: int):
     return np.where(rng.random(rows) < 0.05, 0, lengths), queries
 
 
-@pytest.mark.parametrize("page_size", PAGE_SIZES)
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_mixed_batch_of_every_page_size_and_head_dim(page_size, head_dim):
-    case = make_case(
+def mixed_batch(head_dim, page_size):
+    return make_case(
         heads=8,
         head_dim=head_dim,
         rows=5,
@@ -70,7 +70,38 @@ def test_mixed_batch_of_every_page_size_and_head_dim(page_size, head_dim):
         lengths=[400, 850, 0, 130, 700],
         query_lengths=[400, 1, 3, 57, 200],
     )
-    check_on_gpu(case, jnp.float16 if page_size == 32 else jnp.bfloat16)
+
+
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_mixed_batch_of_every_page_size_and_head_dim(page_size, head_dim):
+    dtype = jnp.float16 if page_size == 32 else jnp.bfloat16
+    check_on_gpu(mixed_batch(head_dim, page_size), dtype, padding=5)
+
+
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 160, 192, 224])
+@pytest.mark.parametrize("pages", QUANTIZED)
+def test_mixed_batch_of_quantized_pages(pages, head_dim, page_size):
+    dtype = jnp.float16 if page_size == 32 else jnp.bfloat16
+    check_on_gpu(mixed_batch(head_dim, page_size), dtype, padding=5, pages=pages)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 240, 256])
+@pytest.mark.parametrize("per_head", [("sinks",), ("alibi_slopes",), ("sinks", "alibi_slopes")])
+@pytest.mark.parametrize("options", [{}, {"local_window_size": 90, "logits_soft_cap": 4.0}], ids=str)
+def test_mixed_batch_with_sinks_and_slopes(options, per_head, head_dim):
+    check_on_gpu(mixed_batch(head_dim, 16), jnp.bfloat16, padding=5, per_head=per_head, **options)
+
+
+@pytest.mark.parametrize("pages", [None, *QUANTIZED])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_few_tokens_of_few_rows_split_their_keys(is_causal, pages):
+    case = make_case(
+        rows=2, heads=8, head_dim=128, page_size=16, width=512, lengths=[8000, 3000], query_lengths=[9, 30]
+    )
+    everything = ("sinks", "alibi_slopes")
+    check_on_gpu(case, jnp.bfloat16, pages=pages, per_head=everything, is_causal=is_causal)
 
 
 @pytest.mark.parametrize("group", range(1, 17))
@@ -98,6 +129,11 @@ def test_every_group(group):
         {"head_dim": 256, "local_window_size": 200, "logits_soft_cap": 4.0},
         {"head_dim": 128, "heads": 8, "is_causal": False},
         {"head_dim": 64, "heads": 2, "is_causal": False},
+        {"head_dim": 96, "per_head": ("sinks", "alibi_slopes"), "local_window_size": 77},
+        {"head_dim": 128, "heads": 8, "pages": jnp.int8, "per_head": ("sinks",)},
+        {"head_dim": 64, "heads": 2, "pages": jnp.int8, "local_window_size": 33},
+        {"head_dim": 128, "heads": 2, "pages": jnp.float8_e4m3fn, "per_head": ("alibi_slopes",)},
+        {"head_dim": 192, "heads": 8, "pages": jnp.float8_e4m3fn, "logits_soft_cap": 4.0},
     ],
     ids=str,
 )

@@ -32,8 +32,12 @@ def make_case(
     lengths=None,
     query_lengths=None,
     layers=2,
+    shared=0,
 ) -> Case:
-    """Draws a case in fp32. Rows own distinct pages, shuffled; without query_lengths one query a row."""
+    """Draws a case in fp32. Rows own distinct pages, shuffled; without query_lengths one query a row.
+
+    shared: leading pages, full ones, that rows have in common with the first.
+    """
     rng = np.random.default_rng(seed)
     if lengths is None:
         lengths = rng.integers(0, width * page_size + 1, rows)
@@ -48,6 +52,9 @@ def make_case(
     for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
         tables[row, :count], pages = pages[:count], pages[count:]
         is_used[tables[row, :count]] = np.arange(count * page_size).reshape(count, page_size) < length
+    for row in range(rows):
+        common = min(shared, lengths[0] // page_size, lengths[row] // page_size)
+        tables[row, :common] = tables[0, :common]
     for array in (k_pages, v_pages):
         np.moveaxis(array, 2, 3)[:, ~is_used] = np.nan
     query_lengths = np.ones(rows, int) if query_lengths is None else np.asarray(query_lengths)

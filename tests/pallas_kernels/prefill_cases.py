@@ -8,29 +8,41 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import PrefillConfig, paged_attention
+from pallas_kernels.paged_attention import sm90
+from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 from tests.pallas_kernels.interpreter import interpreted
 from tests.pallas_kernels.paged_cases import RMS_ERROR, compare, integers
-from tests.pallas_kernels.paged_inputs import cast, make_case
+from tests.pallas_kernels.paged_inputs import cast, make_case, quantize
 from tests.pallas_kernels.tables import CompileCase
 
 SMALL = PrefillConfig(warpgroups=1, tile_kv=64, stages=2)
 PAIR = PrefillConfig(warpgroups=2, tile_kv=64, stages=2)
 
 
-def check_prefill(dtype=jnp.bfloat16, config=SMALL, call=None, **shapes):
-    """The interpreted kernels against the reference; free pages and tails are NaN, tables end in garbage."""
-    case = cast(make_case(head_dim=shapes.pop("head_dim", 64), **shapes), dtype)
+def check_prefill(dtype=jnp.bfloat16, pages=None, config=SMALL, call=None, heads=4, padding=0, **shapes):
+    """The interpreted kernels against the reference; free pages and tails are NaN, tables end in garbage.
+
+    pages: the dtype of quantized pages. padding: tokens of no row, behind the last.
+    """
+    case = cast(make_case(head_dim=shapes.pop("head_dim", 64), heads=heads, **shapes), dtype)
     arguments = dict(
         query_start=jnp.asarray(case.query_start), layer=case.layer, return_lse=True, **(call or {})
     )
-    arrays = [jnp.asarray(x) for x in case[:5]]
+    for name in {"sinks", "alibi_slopes"} & set(arguments):
+        arguments[name] = jnp.linspace(-0.5, 2.0, heads)
+    arrays = [np.pad(case.query, ((0, padding), (0, 0), (0, 0))), *case[1:5]]
+    if pages is not None:
+        quantized = quantize(case, pages)
+        arrays[1:3] = quantized[:2]
+        arguments |= {"k_scale": jnp.asarray(quantized.k_scale), "v_scale": jnp.asarray(quantized.v_scale)}
+    arrays = [jnp.asarray(x) for x in arrays]
     expected, expected_lse = paged_attention(*arrays, implementation="reference", **arguments)
     with interpreted():
         out, lse = jax.block_until_ready(
             paged_attention(*arrays, implementation="sm90", prefill_config=config, **arguments)
         )
-    compare(out, expected, RMS_ERROR[jnp.dtype(dtype).name])
-    np.testing.assert_allclose(lse, expected_lse, atol=2e-3)
+    compare(out, expected, RMS_ERROR["bfloat16" if pages else jnp.dtype(dtype).name])
+    np.testing.assert_allclose(lse, expected_lse, atol=4e-3 if pages else 2e-3)
 
 
 # Rows, page size, table width, and lengths of each row's keys and queries.
@@ -90,6 +102,85 @@ PREFILL_CASES: dict[str, dict[str, Any]] = {
         "query_lengths": [35],
         "call": {"local_window_size": 70, "logits_soft_cap": 3.0},
     },
+    "sinks and ALiBi, a token of no row": {
+        "rows": 2,
+        "heads": 2,
+        "kv_heads": 1,
+        "page_size": 16,
+        "width": 5,
+        "lengths": [70, 0],
+        "query_lengths": [20, 3],
+        "padding": 2,
+        "call": {"sinks": None, "alibi_slopes": None},
+    },
+    "sinks over split keys, all visible, ALiBi": {
+        "rows": 1,
+        "heads": 2,
+        "kv_heads": 1,
+        "page_size": 64,
+        "width": 8,
+        "lengths": [480],
+        "query_lengths": [5],
+        "config": PrefillConfig(warpgroups=1, tile_kv=64, stages=2, splits=2),
+        "call": {"sinks": None, "alibi_slopes": None, "is_causal": False},
+    },
+    "head dim 80, a window": {
+        "rows": 1,
+        "heads": 2,
+        "kv_heads": 1,
+        "head_dim": 80,
+        "page_size": 16,
+        "width": 9,
+        "lengths": [130],
+        "query_lengths": [21],
+        "call": {"local_window_size": 40},
+    },
+    "head dim 96, whole tiles": {
+        "rows": 1,
+        "heads": 2,
+        "kv_heads": 1,
+        "head_dim": 96,
+        "page_size": 32,
+        "width": 3,
+        "lengths": [96],
+        "query_lengths": [64],
+    },
+    "int8 pages, two warpgroups with tokens of their own, a window": {
+        "rows": 2,
+        "heads": 1,
+        "kv_heads": 1,
+        "page_size": 8,
+        "width": 24,
+        "lengths": [190, 40],
+        "query_lengths": [80, 20],
+        "pages": jnp.int8,
+        "config": PAIR,
+        "call": {"local_window_size": 60},
+    },
+    "fp8 pages, sinks, ALiBi, soft cap": {
+        "rows": 2,
+        "heads": 2,
+        "kv_heads": 1,
+        "page_size": 16,
+        "width": 9,
+        "lengths": [130, 9],
+        "query_lengths": [7, 9],
+        "pages": jnp.float8_e4m3fn,
+        "dtype": jnp.float16,
+        "config": PAIR,
+        "call": {"sinks": None, "alibi_slopes": None, "logits_soft_cap": 5.0},
+    },
+    "int8 pages, head dim 160, one slot": {
+        "rows": 1,
+        "heads": 1,
+        "kv_heads": 1,
+        "head_dim": 160,
+        "page_size": 64,
+        "width": 3,
+        "lengths": [190],
+        "query_lengths": [9],
+        "pages": jnp.int8,
+    },
 }
 
 INTERPRET = {
@@ -99,34 +190,88 @@ INTERPRET = {
 
 
 def prefill_case(
-    tokens=2048, rows=16, heads=32, kv_heads=8, head_dim=128, page_size=16, dtype=jnp.bfloat16, **arguments
+    tokens=2048,
+    rows=16,
+    heads=32,
+    kv_heads=8,
+    head_dim=128,
+    page_size=16,
+    dtype=jnp.bfloat16,
+    pages=None,
+    per_head=(),
+    whole=False,
+    **arguments,
 ):
-    """A mixed batch over two layers of 1024 pages, with a traced layer, as the default config cuts it."""
-    pages = jax.ShapeDtypeStruct((2, 1024, kv_heads, page_size, head_dim), dtype)
-    query = jax.ShapeDtypeStruct((tokens, heads, head_dim), dtype)
+    """A mixed batch over two layers of 1024 pages, with a traced layer, as the default config cuts it.
 
-    def attend(query, k_pages, v_pages, tables, lengths, query_start, layer):
-        batch = {"query_start": query_start, "layer": layer, "return_lse": True}
-        return paged_attention(
-            query, k_pages, v_pages, tables, lengths, implementation="sm90", **batch, **arguments
-        )
+    whole: with the decode kernel for its rows of one query, which has rows of its own in the table.
+    """
+    pool = jax.ShapeDtypeStruct((2, 1024, kv_heads, page_size, head_dim), pages or dtype)
+    scale = jax.ShapeDtypeStruct(pool.shape[:4], jnp.float32) if pages else None
+    of_heads = {name: jax.ShapeDtypeStruct((heads,), jnp.float32) for name in per_head}
+    inputs = PagedInputs(
+        query=jax.ShapeDtypeStruct((tokens, heads, head_dim), dtype),
+        k_pages=pool,
+        v_pages=pool,
+        block_tables=integers(rows, 8192 // page_size),
+        kv_lengths=integers(rows),
+        layer=integers(),
+        query_start=integers(rows + 1),
+        k_scale=scale,
+        v_scale=scale,
+        **of_heads,
+    )
+    spec = PagedSpec(head_dim**-0.5, **arguments)
+    assert sm90.unsupported(inputs, spec) is None
+    given = {name: x for name, x in inputs._asdict().items() if x is not None}
 
-    lengths = integers(rows, 8192 // page_size), integers(rows), integers(rows + 1)
+    def attend(*arrays):
+        attended = PagedInputs(**dict.fromkeys(PagedInputs._fields) | dict(zip(given, arrays, strict=True)))
+        return (sm90.forward if whole else sm90.prefill)(attended, spec)
+
     # The log-sum-exp by tile, the parts of split keys, and what decode's splits need.
-    return CompileCase(attend, (query, pages, pages, *lengths, integers()), max_temp_bytes=80 * 2**20)
+    return CompileCase(attend, tuple(given.values()), max_temp_bytes=80 * 2**20)
 
+
+EVERYTHING = {
+    "window_left": 1024,
+    "logits_soft_cap": 30.0,
+    "per_head": ("sinks", "alibi_slopes"),
+}
 
 COMPILE = {
     f"paged_attention:prefill {name}": prefill_case(**arguments)
     for name, arguments in {
-        "Llama-3-8B": {},
+        "Llama-3-8B": {"whole": True},
         "page size 8, fp16": {"page_size": 8, "dtype": jnp.float16},
         "GPT-2 medium, page size 256": {"heads": 16, "kv_heads": 16, "head_dim": 64, "page_size": 256},
         "few tokens of few rows, keys split": {"tokens": 64, "rows": 4},
         "H=256, few tokens": {"tokens": 8, "rows": 1, "heads": 8, "kv_heads": 4, "head_dim": 256},
         "H=256, group 2": {"heads": 8, "kv_heads": 4, "head_dim": 256},
         "group 7, all keys visible": {"heads": 7, "kv_heads": 1, "is_causal": False},
-        "window and soft cap": {"local_window_size": 1024, "logits_soft_cap": 30.0},
-        "window and soft cap, H=64": {"head_dim": 64, "local_window_size": 1024, "logits_soft_cap": 30.0},
+        "window and soft cap": {"window_left": 1024, "logits_soft_cap": 30.0},
+        "window and soft cap, H=64": {"head_dim": 64, "window_left": 1024, "logits_soft_cap": 30.0},
+        "sinks": {"per_head": ("sinks",)},
+        "H=64, everything": {"head_dim": 64, **EVERYTHING},
+        "H=80": {"head_dim": 80},
+        "H=96, everything": {"head_dim": 96, **EVERYTHING},
+        "H=128, everything": EVERYTHING,
+        "H=256, everything": {"heads": 8, "kv_heads": 4, "head_dim": 256, **EVERYTHING},
+        "int8 pages": {"pages": jnp.int8},
+        "int8 pages of 8, H=64, keys split": {
+            "tokens": 64,
+            "rows": 4,
+            "head_dim": 64,
+            "page_size": 8,
+            "pages": jnp.int8,
+        },
+        "fp8 pages of 8, everything": {"page_size": 8, "pages": jnp.float8_e4m3fn, **EVERYTHING},
+        "fp8 pages, H=160, everything": {
+            "heads": 8,
+            "head_dim": 160,
+            "pages": jnp.float8_e4m3fn,
+            **EVERYTHING,
+        },
+        "int8 pages, H=224": {"heads": 8, "head_dim": 224, "pages": jnp.int8},
     }.items()
 }

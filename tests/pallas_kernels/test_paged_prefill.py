@@ -1,5 +1,7 @@
 """paged_attention over ragged queries: what the reference promises, and the prefill kernel's list of work."""
 
+import itertools
+
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -9,8 +11,8 @@ from hypothesis import strategies as st
 
 from pallas_kernels import PrefillConfig, paged_attention
 from pallas_kernels.paged_attention.prefill_config import default_config
-from pallas_kernels.paged_attention.prefill_plan import PrefillPlan, Work, plan_work
-from pallas_kernels.paged_attention.spec import PagedSpec
+from pallas_kernels.paged_attention.prefill_plan import PrefillPlan, Work, plan_work, unsupported
+from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 from tests.pallas_kernels.paged_inputs import make_case
 
 
@@ -42,11 +44,34 @@ def test_queries_that_are_not_causal_see_their_row():
         np.testing.assert_allclose(lse[token], expected_lse[0], atol=2e-6)
 
 
+def test_slopes_count_positions_of_queries_that_are_not_causal():
+    """The distance of a later query is longer to every key: only the log-sum-exp tells."""
+    case, slopes = make_case(rows=1, lengths=[45], query_lengths=[3]), jnp.linspace(0.1, 0.4, 4)
+    same = np.broadcast_to(case.query[:1], case.query.shape)
+    out, lse = attend(case, same, case.query_start, case.kv_lengths, is_causal=False, alibi_slopes=slopes)
+    np.testing.assert_allclose(out, np.broadcast_to(out[:1], out.shape), atol=2e-6)
+    np.testing.assert_allclose(np.diff(lse, axis=0), np.broadcast_to(-slopes, (2, 4)), atol=2e-6)
+    alone, alone_lse = attend(case, same[:1], np.array([0, 1]), case.kv_lengths, alibi_slopes=slopes)
+    np.testing.assert_allclose(out[2], alone[0], atol=2e-6)
+    np.testing.assert_allclose(lse[2], alone_lse[0], atol=2e-6)
+
+
+def test_kernel_says_what_it_cannot():
+    pool = jax.ShapeDtypeStruct((1, 9, 1, 16, 256), jnp.int8)
+    query, scale = jax.ShapeDtypeStruct((8, 1, 256), jnp.bfloat16), jax.ShapeDtypeStruct(pool.shape[:4], "f4")
+    inputs = PagedInputs(query, pool, pool, None, None, None, k_scale=scale, v_scale=scale)
+    assert "at most 224" in str(unsupported(inputs, PagedSpec(1.0)))
+    inputs = inputs._replace(query=jax.ShapeDtypeStruct((8, 1, 64), jnp.bfloat16))
+    assert unsupported(inputs, PagedSpec(1.0)) is None
+    assert "two warpgroups" in str(unsupported(inputs, PagedSpec(1.0, prefill_config=PrefillConfig())))
+
+
 def make_plan(tokens, rows, group, width, config, is_causal=True, window_left=None):
     return PrefillPlan(
         spec=PagedSpec(1.0, window_left, is_causal=is_causal),
         config=config,
-        dtype=jnp.bfloat16,
+        query_dtype=jnp.bfloat16,
+        page_dtype=jnp.bfloat16,
         num_tokens=tokens,
         num_rows=rows,
         num_heads=2 * group,
@@ -105,10 +130,12 @@ def test_config_holds_itself_to_what_the_kernel_can():
 
 
 def test_default_config_fits_shared_memory_and_splits_few_tokens():
-    for head_dim in (64, 128, 256):
-        for crowded in (False, True):
-            for tokens in (8, 64, 2048):
-                config = default_config(tokens, 4, 4, 8, head_dim, crowded, 8192)
-                kv_bytes = 4 * config.stages * config.tile_kv * head_dim
-                assert kv_bytes + 128 * config.warpgroups * head_dim < 227 * 1024
-                assert (config.splits > 1) == (tokens < 2048)
+    features = itertools.product((64, 80, 128, 224, 256), (8, 64, 2048), *[(False, True)] * 3)
+    for head_dim, tokens, crowded, has_slopes, is_quantized in features:
+        config = default_config(tokens, 4, 4, 8, head_dim, crowded, 8192, has_slopes, is_quantized)
+        kv_bytes = (2 if is_quantized else 4) * config.stages * config.tile_kv * head_dim
+        if is_quantized:
+            assert config.warpgroups <= 2
+            kv_bytes += 4 * (2 if head_dim <= 128 else 1) * config.tile_kv * head_dim
+        assert kv_bytes + 128 * config.warpgroups * head_dim < 227 * 1024
+        assert (config.splits > 1) == (tokens < 2048)

@@ -1,0 +1,56 @@
+"""Tiles of pages in shared memory: codes widened to what wgmma multiplies, values that nobody sees zeroed."""
+
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.mosaic import pl, plgpu
+
+ROWS = 64  # of wgmma's layouts
+
+
+def load_wide(codes_ref: Any, dtype: Any) -> jax.Array:
+    """Codes from shared memory as the arithmetic's dtype, in registers.
+
+    They are loaded four to a thread, as 32 bits; cast to WGMMA's layout, neighbours exchange pairs.
+    """
+    codes = plgpu.load(codes_ref, layout=plgpu.Layout.WGMMA_UPCAST_2X)
+    if codes.dtype == jnp.int8:
+        return codes.astype(dtype)
+    return codes.astype(jnp.float16).astype(jnp.float32).astype(dtype)  # what sm_90 has instructions for
+
+
+def widen(codes_ref: Any, wide_ref: Any, width: int) -> None:
+    """Codes as the dtype of wide_ref, through registers, 64 x `width` at once: wgmma takes its right operand,
+    and what it transposes, from shared memory only."""
+    rows, columns = codes_ref.shape
+    for row, column in itertools.product(range(0, rows, ROWS), range(0, columns, width)):
+        block = pl.ds(row, ROWS), pl.ds(column, width)
+        wide_ref.at[block][...] = load_wide(codes_ref.at[block], wide_ref.dtype)
+
+
+def zero_invisible(values_ref: Any, start: Any, first: Any, stop: Any, share: tuple[Any, int] = (0, 1)):
+    """Zeroes the values of tokens outside first <= token < stop, of a tile whose first token is `start`:
+    their weights are zero, but what lies there may be NaN.
+
+    share: (i, n): does the i-th of n parts of the work, where so many warpgroups do it together.
+    """
+    rows, columns = values_ref.shape
+    width = next(width for width in (64, 32, 16) if columns % width == 0)  # a few registers
+    blocks = itertools.product(range(0, rows, ROWS), range(0, columns, width))
+    for index, (row, column) in enumerate(blocks):
+        block = values_ref.at[pl.ds(row, ROWS), pl.ds(column, width)]
+        zero = functools.partial(_zero_block, block, start + row, first, stop)
+        if share[1] == 1:
+            zero()
+        else:
+            pl.when(share[0] == index % share[1])(zero)
+
+
+def _zero_block(block: Any, start: Any, first: Any, stop: Any):
+    values = plgpu.load(block, layout=plgpu.Layout.WGMMA)
+    token = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=plgpu.Layout.WGMMA) + start
+    block[...] = jnp.where((token >= first) & (token < stop), values, jnp.zeros_like(values))
