@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels.flash_attention.dropout import hash_row, survives
 from pallas_kernels.flash_attention.extras import Extras
 from pallas_kernels.flash_attention.plan import AttentionPlan
-from pallas_kernels.mosaic import LOG2_E, broadcast_columns, broadcast_rows, pl, plgpu
+from pallas_kernels.mosaic import LOG2_E, broadcast_columns, broadcast_rows, opaque, pl, plgpu
 
 FAR = 1 << 30  # beyond any sequence
 
@@ -121,7 +121,9 @@ def visible(plan: AttentionPlan, extras: Extras, tile: TilePlace):
     # With an element mask or segment ids alone the compiler finds no layout: broadcast rows tell it.
     needs_layout = tile.elements is not None or (plan.has_segments and plan.reach == (None, None))
     if not tile.keys_first or tile.hides_tail or needs_layout:
-        last = jnp.minimum(position + FAR if last is None else last, tile.kv_length - 1)
+        # Opaque: added to the columns' indices, it would be kept in a register for each.
+        far = opaque(FAR) if tile.keys_first else FAR
+        last = jnp.minimum(position + far if last is None else last, tile.kv_length - 1)
     conditions = []
     if last is not None:
         conditions.append(key <= tile.by_query(last))
@@ -155,6 +157,10 @@ def weigh(plan: AttentionPlan, extras: Extras, tile: TilePlace, logits, lse2, ma
     weights = jnp.exp2(logits * scale - lse2)
     if masked:
         weights = jnp.where(visible(plan, extras, tile), weights, 0.0)
+        if plan.dropout_rate > 0:
+            weights = lax.optimization_barrier(
+                weights
+            )  # else the mask lives, too, while the hash is computed
     kept = weights
     if plan.dropout_rate > 0:
         kept = jnp.where(survivors(plan, extras, tile), weights, 0.0)

@@ -16,6 +16,7 @@ from tests.pallas_kernels.tables import CompileCase
 
 AHEAD = FlashConfig(tile_q=64, tile_kv=64, stages=2, overlap=True, ping_pong=False)
 SMALL = FlashConfig(tile_q=64, tile_kv=64, stages=2, q_stages=2)
+IN_BLOCKS = default_config(128, crowded=True, in_blocks=True, busy=True)  # serves block masks, and all else
 
 
 def fused_config(head_dim: int, config: FlashConfig | None = None) -> FlashConfig:
@@ -215,12 +216,29 @@ BACKWARD_CASES: dict[str, dict[str, Any]] = {
     **FEATURES,
 }
 
-# The fused kernel, where its protocol differs: several tiles of queries and heads, ragged keys.
+# The fused kernel, where its protocol differs: several tiles of queries and heads, ragged keys, tiles that are
+# not visited.
 BACKWARD_CASES |= {
     f"fused, {name}": {"config": fused_config(64, SMALL)} | BACKWARD_CASES[name]
-    for name in ("grouped heads", "lengths, causal bottom right", "causal top left, T > S")
+    for name in (
+        "grouped heads",
+        "lengths, causal bottom right",
+        "causal top left, T > S",
+        "window",
+        "block mask, causal",
+    )
 } | {
     "fused, head dim 128, fp16": BACKWARD_CASES["head dim 128, fp16"] | {"config": fused_config(128, SMALL)},
+    "fused, head dim 128, segments, grouped heads": {
+        **{"h": 128, "t": 130, "s": 70, "n": 2, "k": 1, "config": fused_config(128, SMALL)},
+        **{"q_segment_ids": packed(130, 20, 75), "kv_segment_ids": packed(70, 20, 60, 65)},
+    },
+    "fused, many at once": {
+        **{"t": 70, "s": 140, "n": 2, "k": 1, "is_causal": True, "logits_soft_cap": 5.0, "poison": True},
+        **{"causal_alignment": "bottom_right", "local_window_size": (50, None), "sinks": jnp.zeros(2)},
+        **{"kv_lengths": jnp.array([120]), **DROPOUT, **SLOPES, **bias_of(1, 1, 1, 140)},
+        **{"config": fused_config(64, SMALL)},
+    },
 }
 
 INTERPRET = {
@@ -309,6 +327,37 @@ def feature_cases(h, names=None, t=1024, n=4, batch=2):
 
 
 LENGTHS = (jax.ShapeDtypeStruct((2,), jnp.int32),) * 2
+
+
+def fused_feature_cases(t=1024, n=4, batch=2):
+    """Rows of the fused kernel with what takes registers, by head dim and name."""
+    spec = jax.ShapeDtypeStruct
+    lengths = dict(zip(("q_lengths", "kv_lengths"), LENGTHS, strict=True))
+    ids = dict.fromkeys(("q_segment_ids", "kv_segment_ids"), spec((batch, t), jnp.int32))
+    slopes = {"alibi_slopes": spec((n,), jnp.float32)}
+    bias = {"bias": spec((batch, 1, 1, t), jnp.bfloat16)}
+    blocks = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, block_mask(t, t)))
+    seed = {"key_data": spec((2,), jnp.uint32)}
+    causal, dropped = {"is_causal": True}, {"dropout_rate": 0.1}
+    window = {"local_window_size": (256, None), "logits_soft_cap": 30.0}
+    # head dim, KV heads, arrays, options
+    rows: dict[str, tuple[int, int, dict[str, Any], dict[str, Any]]] = {
+        "segments, full": (128, 4, ids, {}),
+        "segments, lengths, grouped heads": (128, 1, ids | lengths, causal),
+        "window, soft cap, lengths, grouped heads": (128, 1, lengths, causal | window),
+        "slopes, bias, segments": (128, 4, ids | slopes | bias, causal),
+        "block mask": (128, 1, blocks, {}),
+        "all but a block mask": (64, 1, ids | lengths | slopes | bias | seed, causal | window | dropped),
+        "block mask, dropout, segments": (64, 4, blocks | ids | seed, causal | dropped),
+    }
+    return {
+        f"flash_attention:backward fused H={h} {name}": unbounded(
+            backward_case(shapes(h=h, k=k), (arrays,), config=fused_config(h, IN_BLOCKS), **options)
+        )
+        for name, (h, k, arrays, options) in rows.items()
+    }
+
+
 COMPILE = (
     {
         f"flash_attention:forward H={h} {'causal' if causal else 'full'}": forward_case(
@@ -331,6 +380,7 @@ COMPILE = (
         for h in (64, 128)
         for name, k, causal in (("full", 4, False), ("causal, grouped heads", 1, True))
     }
+    | fused_feature_cases()
     | {
         "flash_attention:forward H=96": forward_case(shapes(h=96), is_causal=True),
         "flash_attention:forward value dim": forward_case((*shapes(h=64)[:2], shapes()[2]), is_causal=True),
