@@ -86,8 +86,7 @@ class Block(NamedTuple):
         lengths, first_key = plan.lengths_of(batch, extras), tile * BLOCK_KEYS
         tiles = _tiles(plan, extras, batch, kv_head, first_key, *lengths)
         indices = KvTiles(*(bound * plan.group for bound in tiles))
-        numbers = traced((batch, kv_head, first_key, *lengths, indices))
-        return cls(*numbers, extras)
+        return cls(*traced((batch, kv_head, first_key)), *traced(lengths), traced(indices), extras)
 
     def row_at(self, plan: AttentionPlan, index):
         """(head, first query) of an index."""

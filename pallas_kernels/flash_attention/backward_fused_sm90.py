@@ -38,12 +38,23 @@ def serves(plan: AttentionPlan, inputs: AttentionInputs) -> bool:
     fused = plan.config.fused
     if fused is None or not plan.head_dim == plan.value_dim == (64 if fused.tile_q == 128 else 128):
         return False
-    if plan.dropout_rate > 0 and plan.head_dim > 64:  # its hash takes registers: 200 bytes of spills
-        return False
-    if inputs.block_mask is None:
+    if inputs.block_mask is not None:
+        tile_q, tile_kv = inputs.block_mask.tile
+        if tile_q % fused.tile_q or tile_kv % BLOCK_KEYS:
+            return False
+    return not _spills(plan, inputs)
+
+
+def _spills(plan: AttentionPlan, inputs: AttentionInputs) -> bool:
+    """Whether a call takes more registers than there are; beside, the bytes the assembler spilled."""
+    has_slopes, has_dropout = inputs.alibi_slopes is not None, plan.dropout_rate > 0
+    if plan.head_dim == 64:
+        return has_slopes and has_dropout  # 16
+    has_ids = plan.has_segments or plan.has_block_mask
+    if plan.dtype == jnp.float16 and has_ids:  # 28
         return True
-    tile_q, tile_kv = inputs.block_mask.tile
-    return tile_q % fused.tile_q == 0 and tile_kv % BLOCK_KEYS == 0
+    # 200 with dropout; 20 with segment ids and slopes, 140 with segment ids and a soft cap, 64 with both.
+    return has_dropout or has_ids + has_slopes + (plan.logits_soft_cap is not None) > 1
 
 
 def statistics_multiple(plan: AttentionPlan) -> int:

@@ -98,7 +98,8 @@ def _differentiate_logits(step: Step, sum_dv, index, part: int, masked: bool):
         plgpu.wgmma(d_weights_acc, buffers.v.at[step.warpgroup], d_outs.transpose((1, 0)))
         lse2 = _by_column(buffers.lse.at[slot, rows])
         logits = plgpu.wgmma_accumulator_load(logits_acc, wait_n=1)
-        weights = _rounded(plan, weigh(plan, extras, place, logits, lse2, masked))
+        weights = weigh(plan, extras, place, logits, lse2, masked, rounds_slope=True)
+        weights = _rounded(plan, weights)
         plgpu.wgmma(sum_dv, weights.kept, d_outs)
         delta = _by_column(buffers.delta.at[slot, rows])
         d_weights = plgpu.wgmma_accumulator_load(d_weights_acc, wait_n=1)
@@ -113,9 +114,9 @@ def _place(step: Step, index, part: int, masked: bool) -> TilePlace:
     plan, block = step.plan, step.block
     first_key = block.first_key + step.warpgroup * HALF
     head, first_query = block.row_at(plan, index)
-    elements = None
-    if masked and plan.has_block_mask:
-        elements = block.elements_at(plan, index, first_key).at[:, _part(part)]
+    elements = block.elements_at(plan, index, first_key) if masked else None
+    if elements is not None:
+        elements = elements.at[:, _part(part)]
     return TilePlace(
         block.batch,
         head,

@@ -6,6 +6,7 @@ import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.flash_attention.dropout import hash_row, survives
 from pallas_kernels.flash_attention.extras import Extras
@@ -151,16 +152,24 @@ class Weights(NamedTuple):
     slopes: Any  # through the soft cap: dS / (dP - delta)
 
 
-def weigh(plan: AttentionPlan, extras: Extras, tile: TilePlace, logits, lse2, masked: bool) -> Weights:
-    """P = exp(S - lse) from Q K^T."""
+def weigh(
+    plan: AttentionPlan,
+    extras: Extras,
+    tile: TilePlace,
+    logits,
+    lse2,
+    masked: bool,
+    rounds_slope: bool = False,
+) -> Weights:
+    """P = exp(S - lse) from Q K^T; rounds_slope: the soft cap's slope takes 16 bits beside the weights, to
+    save registers.
+    """
     logits, scale, slope = bend(plan, extras, tile, logits)
+    if slope is not None and rounds_slope:
+        slope = lax.optimization_barrier(slope.astype(plan.dtype)).astype(jnp.float32)
     weights = jnp.exp2(logits * scale - lse2)
     if masked:
         weights = jnp.where(visible(plan, extras, tile), weights, 0.0)
-        if plan.dropout_rate > 0:
-            weights = lax.optimization_barrier(
-                weights
-            )  # else the mask lives, too, while the hash is computed
     kept = weights
     if plan.dropout_rate > 0:
         kept = jnp.where(survivors(plan, extras, tile), weights, 0.0)
