@@ -51,7 +51,7 @@ def _spills(plan: AttentionPlan, inputs: AttentionInputs) -> bool:
     if plan.head_dim == 64:
         return has_slopes and has_dropout  # 16
     has_ids = plan.has_segments or plan.has_block_mask
-    if plan.dtype == jnp.float16 and has_ids:  # 28
+    if plan.dtype == jnp.float16 and plan.has_segments:  # 28
         return True
     # 200 with dropout; 20 with segment ids and slopes, 140 with segment ids and a soft cap, 64 with both.
     return has_dropout or has_ids + has_slopes + (plan.logits_soft_cap is not None) > 1
