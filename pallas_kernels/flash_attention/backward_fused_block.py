@@ -83,10 +83,13 @@ class Block(NamedTuple):
     def locate(cls, plan: AttentionPlan, order: TileOrder, block, extras: Extras) -> "Block":
         tile, batch_head = order.locate(block)
         batch, kv_head = plan.split_heads(batch_head, plan.num_kv_heads)
-        lengths, first_key = plan.lengths_of(batch, extras), tile * BLOCK_KEYS
-        tiles = _tiles(plan, extras, batch, kv_head, first_key, *lengths)
+        (q_length, kv_length), first_key = plan.lengths_of(batch, extras), tile * BLOCK_KEYS
+        tiles = _tiles(plan, extras, batch, kv_head, first_key, q_length, kv_length)
         indices = KvTiles(*(bound * plan.group for bound in tiles))
-        return cls(*traced((batch, kv_head, first_key)), *traced(lengths), traced(indices), extras)
+        batch, kv_head, first_key, q_length, kv_length, indices = traced(
+            (batch, kv_head, first_key, q_length, kv_length, indices)
+        )
+        return cls(batch, kv_head, first_key, q_length, kv_length, indices, extras)
 
     def row_at(self, plan: AttentionPlan, index):
         """(head, first query) of an index."""
