@@ -40,7 +40,7 @@ class FusedConfig:
     """Tiles of the fused backward kernel: a thread block owns 128 keys and streams tile_q queries at a time.
 
     tile_q is 64 at H = 128, and 128 at H = 64, where half of dQ's columns would be too few for a warpgroup;
-    other head dims take the two kernels.
+    other head dims take the two kernels, and so does what backward_fused_sm90.serves refuses.
     """
 
     tile_q: int = 64
@@ -79,6 +79,18 @@ class FlashConfig:
             raise ValueError(f"ping_pong takes two warpgroups, got warpgroups={self.warpgroups}")
 
 
+def _default_fused(head_dim: int, unmeasured: bool, grouped: bool) -> FusedConfig | None:
+    """Which calls take the fused backward kernel unasked: those where it was measured to be the faster one.
+
+    It pays for sums of dQ in fp32 in global memory: at H = 128, causal, it shows 345 TFLOP/s at 1,024 tokens
+    where the two kernels show 358, but 540 against 511 at 4,096. It serves more than is measured, to those
+    who name it in their config.
+    """
+    if unmeasured or (grouped and head_dim > 64):
+        return None
+    return FusedConfig(tile_q=128 if head_dim <= 64 else 64)
+
+
 def default_config(
     head_dim: int,
     crowded: bool = False,
@@ -86,23 +98,23 @@ def default_config(
     in_blocks: bool = False,
     busy: bool = False,
     has_lengths: bool = False,
+    grouped: bool = False,
 ) -> FlashConfig:
     """The tiles for a (padded) head dim; crowded: more than products and a causal mask needs registers too;
     in_blocks: thread blocks that divide the 128 x 128 of a block mask, and most lengths, so that no bias need
     be padded; busy: what each tile does beside (dropout's hash, segment ids, a bias) takes the registers that
-    overlap needs; has_lengths: they take registers, too many for three warpgroups at H = 128.
+    overlap needs; has_lengths: they take registers, too many for three warpgroups at H = 128;
+    grouped: heads share keys.
 
     Measured on an H200 (forward, causal, T = 16384): at H = 64 three warpgroups that overlap reach 538
     TFLOP/s, without overlap 500, two 421. At H = 128 three, with no registers to overlap, reach 728, two that
     overlap 706; but a crowded kernel would spill the 160 registers a thread that three leave. At H = 256
     two hold the accumulators, and taking turns costs 10% of the causal speed. At H = 128 and num_queries =
     1024 blocks of 192 rows leave most of a last block empty: two that overlap reach 481, three 443.
-    The fused backward pays for sums of dQ in fp32 in global memory: at H = 128, causal, it shows 345 TFLOP/s
-    at 1,024 tokens where the two kernels show 358, but 540 against 511 at 4,096.
     """
     ahead = {"q_stages": 2, "ping_pong": False}
     short = has_lengths or (num_queries is not None and num_queries <= SHORT)
-    fused = None if short else FusedConfig(tile_q=128 if head_dim <= 64 else 64)
+    fused = _default_fused(head_dim, short or crowded or in_blocks, grouped)
     if in_blocks and head_dim <= 128:
         gradient = GradientConfig(other=64 if crowded or head_dim > 64 else 128)
         return FlashConfig(overlap=True, dq=gradient, dkv=gradient, **ahead)

@@ -6,11 +6,12 @@ import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.flash_attention.dropout import hash_row, survives
 from pallas_kernels.flash_attention.extras import Extras
 from pallas_kernels.flash_attention.plan import AttentionPlan
-from pallas_kernels.mosaic import LOG2_E, broadcast_columns, broadcast_rows, pl, plgpu
+from pallas_kernels.mosaic import LOG2_E, broadcast_columns, broadcast_rows, opaque, pl, plgpu
 
 FAR = 1 << 30  # beyond any sequence
 
@@ -121,7 +122,9 @@ def visible(plan: AttentionPlan, extras: Extras, tile: TilePlace):
     # With an element mask or segment ids alone the compiler finds no layout: broadcast rows tell it.
     needs_layout = tile.elements is not None or (plan.has_segments and plan.reach == (None, None))
     if not tile.keys_first or tile.hides_tail or needs_layout:
-        last = jnp.minimum(position + FAR if last is None else last, tile.kv_length - 1)
+        # Opaque: added to the columns' indices, it would be kept in a register for each.
+        far = opaque(FAR) if tile.keys_first else FAR
+        last = jnp.minimum(position + far if last is None else last, tile.kv_length - 1)
     conditions = []
     if last is not None:
         conditions.append(key <= tile.by_query(last))
@@ -149,9 +152,21 @@ class Weights(NamedTuple):
     slopes: Any  # through the soft cap: dS / (dP - delta)
 
 
-def weigh(plan: AttentionPlan, extras: Extras, tile: TilePlace, logits, lse2, masked: bool) -> Weights:
-    """P = exp(S - lse) from Q K^T."""
+def weigh(
+    plan: AttentionPlan,
+    extras: Extras,
+    tile: TilePlace,
+    logits,
+    lse2,
+    masked: bool,
+    rounds_slope: bool = False,
+) -> Weights:
+    """P = exp(S - lse) from Q K^T; rounds_slope: the soft cap's slope takes 16 bits beside the weights, to
+    save registers.
+    """
     logits, scale, slope = bend(plan, extras, tile, logits)
+    if slope is not None and rounds_slope:
+        slope = lax.optimization_barrier(slope.astype(plan.dtype)).astype(jnp.float32)
     weights = jnp.exp2(logits * scale - lse2)
     if masked:
         weights = jnp.where(visible(plan, extras, tile), weights, 0.0)

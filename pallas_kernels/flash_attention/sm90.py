@@ -117,7 +117,10 @@ def _plan_fields(inputs: AttentionInputs, spec: AttentionSpec, head_multiple: in
     has_lengths = inputs.q_lengths is not None or inputs.kv_lengths is not None
     has_bias_rows = inputs.bias is not None and inputs.bias.shape[2] > 1
     in_blocks = inputs.block_mask is not None or has_bias_rows
-    config = default_config(max(head_dim, value_dim), crowded, num_queries, in_blocks, busy, has_lengths)
+    grouped = num_heads > inputs.key.shape[2]
+    config = default_config(
+        max(head_dim, value_dim), crowded, num_queries, in_blocks, busy, has_lengths, grouped
+    )
     if head_dim != value_dim:  # the output cannot take the queries' place, but takes that of the next queries
         config = dataclasses.replace(config, q_stages=1)
     if inputs.alibi_slopes is not None:

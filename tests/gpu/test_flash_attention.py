@@ -11,7 +11,9 @@ import pytest
 from pallas_kernels import flash_attention
 from tests.pallas_kernels.flash_cases import (
     BACKWARD_CASES,
+    FEATURES,
     FORWARD_CASES,
+    IN_BLOCKS,
     fused_config,
     poison_padding,
     random_inputs,
@@ -53,6 +55,11 @@ CASES |= {
     f"fused, H={h} {name}": {"h": h, "config": fused_config(h)} | case
     for h in (64, 128)
     for name, case in LARGE.items()
+}
+CASES |= {
+    f"fused, H={h} {name}": {"h": h, "config": fused_config(h, IN_BLOCKS)} | case
+    for h in (64, 128)
+    for name, case in FEATURES.items()
 }
 CASES |= {f"fp16 {name}": {"h": 128, "dtype": jnp.float16} | case for name, case in LARGE.items()}
 

@@ -17,7 +17,7 @@ import tests.pallas_kernels.tolerance as tolerance
 from jaxattn.block_mask import BlockMask
 from pallas_kernels import flash_attention
 from pallas_kernels.flash_attention.block_tiles import BlockTiles
-from tests.pallas_kernels.flash_cases import poison_padding, random_inputs
+from tests.pallas_kernels.flash_cases import IN_BLOCKS, fused_config, poison_padding, random_inputs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -69,6 +69,8 @@ def draw(seed):
         arguments["block_mask"] = random_tiles(rng, t, s, batch, n if group == 1 else 1)
     if has():
         arguments["sinks"] = jnp.asarray(rng.normal(size=n), jnp.float32)
+    if has(0.4) and h == shape["hv"] <= 128:
+        arguments["config"] = fused_config(h + -h % 64, IN_BLOCKS)
     return shape, arguments
 
 

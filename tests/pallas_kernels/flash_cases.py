@@ -16,6 +16,7 @@ from tests.pallas_kernels.tables import CompileCase
 
 AHEAD = FlashConfig(tile_q=64, tile_kv=64, stages=2, overlap=True, ping_pong=False)
 SMALL = FlashConfig(tile_q=64, tile_kv=64, stages=2, q_stages=2)
+IN_BLOCKS = default_config(128, crowded=True, in_blocks=True, busy=True)  # serves block masks, and all else
 
 
 def fused_config(head_dim: int, config: FlashConfig | None = None) -> FlashConfig:
@@ -220,12 +221,29 @@ BACKWARD_CASES: dict[str, dict[str, Any]] = {
     **FEATURES,
 }
 
-# The fused kernel, where its protocol differs: several tiles of queries and heads, ragged keys.
+# The fused kernel, where its protocol differs: several tiles of queries and heads, ragged keys, tiles not
+# visited.
 BACKWARD_CASES |= {
     f"fused, {name}": {"config": fused_config(64, SMALL)} | BACKWARD_CASES[name]
-    for name in ("grouped heads", "lengths, causal bottom right", "causal top left, T > S")
+    for name in (
+        "grouped heads",
+        "lengths, causal bottom right",
+        "causal top left, T > S",
+        "window",
+        "block mask, causal",
+    )
 } | {
     "fused, head dim 128, fp16": BACKWARD_CASES["head dim 128, fp16"] | {"config": fused_config(128, SMALL)},
+    "fused, head dim 128, segments, grouped heads": {
+        **{"h": 128, "t": 130, "s": 70, "n": 2, "k": 1, "config": fused_config(128, SMALL)},
+        **{"q_segment_ids": packed(130, 20, 75), "kv_segment_ids": packed(70, 20, 60, 65)},
+    },
+    "fused, many at once": {
+        **{"t": 70, "s": 140, "n": 2, "k": 1, "is_causal": True, "logits_soft_cap": 5.0, "poison": True},
+        **{"causal_alignment": "bottom_right", "local_window_size": (50, None), "sinks": jnp.zeros(2)},
+        **{"kv_lengths": jnp.array([120]), **SLOPES, **bias_of(1, 1, 1, 140)},
+        **{"config": fused_config(64, SMALL)},
+    },
 }
 
 INTERPRET = {

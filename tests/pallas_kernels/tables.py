@@ -21,7 +21,14 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-MODULES = ("flash_cases", "kv_pages_cases", "paged_cases", "prefill_cases", "paged_random")
+MODULES = (
+    "flash_cases",
+    "flash_fused_cases",
+    "kv_pages_cases",
+    "paged_cases",
+    "paged_random",
+    "prefill_cases",
+)
 
 
 class CompileCase(NamedTuple):

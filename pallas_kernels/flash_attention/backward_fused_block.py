@@ -1,0 +1,167 @@
+"""What a thread block of the fused backward kernel holds in shared memory, where it stands, and its loads."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.flash_attention.extras import Extras
+from pallas_kernels.flash_attention.plan import AttentionPlan
+from pallas_kernels.flash_attention.tiles import KvTiles, TileOrder, kv_tiles
+from pallas_kernels.mosaic import div, pl, plgpu, swizzled_smem, traced
+
+WARPGROUPS = 2  # that compute
+HALF = 64  # keys of each: the rows of a wgmma
+BLOCK_KEYS = WARPGROUPS * HALF
+
+
+class Buffers(NamedTuple):
+    """Shared memory of a thread block."""
+
+    k: Any  # [2, 64, H]
+    v: Any  # [2, 64, Hv]
+    q: Any  # [stages, tile_q, H]
+    d_out: Any  # [stages, tile_q, Hv]
+    lse: Any  # f32[stages, tile_q]
+    delta: Any  # f32[stages, tile_q]
+    d_logits: Any  # [2 tiles in turn, 2, 64, tile_q]: dS^T of each warpgroup's keys
+    d_q: Any  # f32[2, rows, columns]: each warpgroup's part of dQ's tile
+
+    @classmethod
+    def types(cls, plan: AttentionPlan) -> "Buffers":
+        config = plan.fused
+        owned, streamed = (WARPGROUPS, HALF), (config.stages, config.tile_q)
+        statistic = plgpu.SMEM(streamed, jnp.float32)
+        return cls(
+            k=swizzled_smem((*owned, plan.head_dim), plan.dtype),
+            v=swizzled_smem((*owned, plan.value_dim), plan.dtype),
+            q=swizzled_smem((*streamed, plan.head_dim), plan.dtype),
+            d_out=swizzled_smem((*streamed, plan.value_dim), plan.dtype),
+            lse=statistic,
+            delta=statistic,
+            d_logits=swizzled_smem((2, *owned, config.tile_q), plan.dtype),
+            d_q=swizzled_smem((WARPGROUPS, *part_of_dq(plan)), jnp.float32),
+        )
+
+
+class Barriers(NamedTuple):
+    """What the warpgroups wait for."""
+
+    k_loaded: Any
+    v_loaded: Any
+    loaded: Any  # a tile of queries, output cotangents and their statistics
+    consumed: Any
+    d_logits_written: Any
+    finished: Any
+
+    @classmethod
+    def types(cls, plan: AttentionPlan) -> "Barriers":
+        stages = plan.fused.stages
+        loaded = plgpu.Barrier(num_barriers=stages, num_arrivals=4)
+        consumed = plgpu.Barrier(num_barriers=stages, num_arrivals=WARPGROUPS)
+        owned = plgpu.Barrier(num_arrivals=WARPGROUPS)
+        written = plgpu.Barrier(num_barriers=2, num_arrivals=WARPGROUPS)
+        return cls(owned, owned, loaded, consumed, written, owned)
+
+
+class Block(NamedTuple):
+    """Where a thread block stands.
+
+    It goes through indices of (tile of queries, head of the group), heads innermost: so the tiles that need a
+    mask lie together at the ends, and one loop goes over all heads.
+    """
+
+    batch: Any
+    kv_head: Any
+    first_key: Any
+    q_length: Any
+    kv_length: Any
+    indices: KvTiles
+    extras: Extras
+
+    @classmethod
+    def locate(cls, plan: AttentionPlan, order: TileOrder, block, extras: Extras) -> "Block":
+        tile, batch_head = order.locate(block)
+        batch, kv_head = plan.split_heads(batch_head, plan.num_kv_heads)
+        (q_length, kv_length), first_key = plan.lengths_of(batch, extras), tile * BLOCK_KEYS
+        tiles = _tiles(plan, extras, batch, kv_head, first_key, q_length, kv_length)
+        indices = KvTiles(*(bound * plan.group for bound in tiles))
+        batch, kv_head, first_key, q_length, kv_length, indices = traced(
+            (batch, kv_head, first_key, q_length, kv_length, indices)
+        )
+        return cls(batch, kv_head, first_key, q_length, kv_length, indices, extras)
+
+    def row_at(self, plan: AttentionPlan, index):
+        """(head, first query) of an index."""
+        head, place = self._split(plan, index)
+        tile = self.extras.tile_at(place, self.batch, head, self.first_key, plan.fused.tile_q)
+        return head, tile * plan.fused.tile_q
+
+    def elements_at(self, plan: AttentionPlan, index, first_key):
+        """The element mask of a masked index, from first_key on; None without a block mask."""
+        head, place = self._split(plan, index)
+        return self.extras.elements_at(place, self.batch, head, first_key, (HALF, plan.fused.tile_q))
+
+    def _split(self, plan: AttentionPlan, index):
+        """(head, place of a tile of queries) of an index."""
+        if plan.group == 1:
+            return self.kv_head, index
+        head = self.kv_head * plan.group + lax.rem(index, jnp.int32(plan.group))
+        return head, div(index, plan.group)
+
+
+def part_of_dq(plan: AttentionPlan) -> tuple[int, int]:
+    """(rows, columns) of dQ's tile that one warpgroup multiplies."""
+    tile_q = plan.fused.tile_q
+    return (HALF, plan.head_dim) if tile_q == 2 * HALF else (tile_q, plan.head_dim // 2)
+
+
+def _tiles(plan: AttentionPlan, extras: Extras, batch, kv_head, first_key, q_length, kv_length) -> KvTiles:
+    """The tiles of queries that see the block's keys. Queries past the end are zeros and need no mask."""
+    (left, right), offset, tile_q = plan.reach, -plan.offset(q_length, kv_length), plan.fused.tile_q
+    tiles = kv_tiles(
+        first_key, BLOCK_KEYS, offset, kv_length, q_length, (right, left), tile_q, mask_end=False
+    )
+    head = kv_head * plan.group  # a block mask for each query head comes without groups
+    tiles = extras.visits(tiles, batch, head, first_key, HALF, tile_q, WARPGROUPS)
+    if not plan.has_ragged_keys:
+        return tiles
+    # Keys past the end have weights too, which would reach dQ: a block that has some masks every tile.
+    full_stop = jnp.where(first_key + BLOCK_KEYS > kv_length, tiles.full_start, tiles.full_stop)
+    return tiles._replace(full_stop=full_stop)
+
+
+def load(plan: AttentionPlan, block: Block, sources, buffers: Buffers, barriers: Barriers):
+    """What the loading warpgroup does."""
+    q, k, v, d_out, lse2, delta = sources
+    stages, (start, _, _, stop) = plan.fused.stages, block.indices
+    for gmem, smem, loaded in ((k, buffers.k, barriers.k_loaded), (v, buffers.v, barriers.v_loaded)):
+        for half in range(WARPGROUPS):
+            keys = pl.ds(block.first_key + half * HALF, HALF)
+            plgpu.copy_gmem_to_smem(gmem.at[block.batch, keys, block.kv_head], smem.at[half], loaded)
+
+    def wait_consumed(index, _=None):
+        plgpu.barrier_wait(barriers.consumed.at[slot_of(plan, index)])
+
+    def load_tile(index, _):
+        slot = slot_of(plan, index)
+        head, first_row = block.row_at(plan, index)
+        rows = pl.ds(first_row, plan.fused.tile_q)
+        by_row, by_head = (block.batch, rows, head), (block.batch, head, rows)
+        pl.when(index - start >= stages)(lambda: wait_consumed(index))
+        for source, target in (
+            (q.at[by_row], buffers.q),
+            (lse2.at[by_head], buffers.lse),
+            (d_out.at[by_row], buffers.d_out),
+            (delta.at[by_head], buffers.delta),
+        ):
+            plgpu.copy_gmem_to_smem(source, target.at[slot], barriers.loaded.at[slot])
+
+    lax.fori_loop(start, stop, load_tile, None)
+    # Every arrival is seen before the block ends.
+    lax.fori_loop(jnp.maximum(start, stop - stages), stop, wait_consumed, None)
+
+
+def slot_of(plan: AttentionPlan, index):
+    """Where the queries of an index lie."""
+    return lax.rem(index, jnp.int32(plan.fused.stages))

@@ -1,0 +1,190 @@
+"""What a computing warpgroup of the fused backward kernel does with one tile of queries."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.flash_attention.backward_fused_block import (
+    HALF,
+    WARPGROUPS,
+    Barriers,
+    Block,
+    Buffers,
+    part_of_dq,
+    slot_of,
+)
+from pallas_kernels.flash_attention.plan import AttentionPlan
+from pallas_kernels.flash_attention.scores import TilePlace, Weights, logit_gradients, weigh
+from pallas_kernels.mosaic import broadcast_columns, opaque, pl, plgpu
+
+PART = 64  # queries that are in registers at a time
+
+
+class Step(NamedTuple):
+    """What a warpgroup needs to take one tile of queries."""
+
+    plan: AttentionPlan
+    block: Block
+    warpgroup: Any
+    d_q: Any
+    buffers: Buffers
+    barriers: Barriers
+
+
+def take_tile(step: Step, sums, index, _, masked=False, is_first=False):
+    """Adds a tile of queries to dK and dV, writes its dS, and multiplies dQ of the tile before it, of which
+    the other warpgroup has long written its half of dS.
+    """
+    # Opaque: the first index may be a constant, of which many addresses would follow at once.
+    step, index = step._replace(warpgroup=opaque(step.warpgroup)), opaque(index)
+    plan, buffers, barriers = step.plan, step.buffers, step.barriers
+    slot = slot_of(plan, index)
+    parts = plan.fused.tile_q // PART
+    plgpu.barrier_wait(barriers.loaded.at[slot])
+    d_logits = []
+    for part in range(parts):
+        d_logits.append(_differentiate_logits(step, sums[1], index, part, masked))
+        if part < parts - 1:
+            plgpu.wgmma(sums[0], d_logits[part], buffers.q.at[slot, _part(part)])
+
+    def add_dk():
+        plgpu.wgmma(sums[0], d_logits[-1], buffers.q.at[slot, _part(parts - 1)])
+
+    if is_first:
+        add_dk()
+        _publish(step, index, d_logits)
+    else:
+        plgpu.barrier_wait(barriers.d_logits_written.at[_turn(index - 1)])
+
+        def multiply(acc):
+            _multiply_dq(step, acc, index - 1)
+            add_dk()
+            return plgpu.wgmma_accumulator_load(acc, wait_n=1)
+
+        d_q = pl.run_scoped(multiply, plgpu.ACC(part_of_dq(plan), jnp.float32))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        buffers.d_q.at[step.warpgroup][...] = d_q
+        _publish(step, index, d_logits)
+        _add_dq(step, index - 1)
+    plgpu.wgmma_wait(0)
+    plgpu.barrier_arrive(barriers.consumed.at[slot])
+
+
+def finish(step: Step, index, _):
+    """What the last tile left open."""
+    plgpu.barrier_wait(step.barriers.d_logits_written.at[_turn(index)])
+
+    def multiply(acc):
+        _multiply_dq(step, acc, index)
+        return acc[...]
+
+    d_q = pl.run_scoped(multiply, plgpu.ACC(part_of_dq(step.plan), jnp.float32))
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    step.buffers.d_q.at[step.warpgroup][...] = d_q
+    plgpu.commit_smem()
+    _add_dq(step, index)
+
+
+def _differentiate_logits(step: Step, sum_dv, index, part: int, masked: bool):
+    """dS^T of our keys and a part of the tile's queries, in 16 bits; adds to dV on the way."""
+    plan, buffers, extras = step.plan, step.buffers, step.block.extras
+    slot, rows = slot_of(plan, index), _part(part)
+    queries, d_outs = buffers.q.at[slot, rows], buffers.d_out.at[slot, rows]
+    place = _place(step, index, part, masked)
+
+    def differentiate(logits_acc, d_weights_acc):
+        plgpu.wgmma(logits_acc, buffers.k.at[step.warpgroup], queries.transpose((1, 0)))
+        plgpu.wgmma(d_weights_acc, buffers.v.at[step.warpgroup], d_outs.transpose((1, 0)))
+        lse2 = _by_column(buffers.lse.at[slot, rows])
+        logits = plgpu.wgmma_accumulator_load(logits_acc, wait_n=1)
+        weights = weigh(plan, extras, place, logits, lse2, masked, rounds_slope=True)
+        weights = _rounded(plan, weights)
+        plgpu.wgmma(sum_dv, weights.kept, d_outs)
+        delta = _by_column(buffers.delta.at[slot, rows])
+        d_weights = plgpu.wgmma_accumulator_load(d_weights_acc, wait_n=1)
+        weights = weights._replace(slopes=weights.slopes.astype(jnp.float32))
+        return logit_gradients(plan, weights, d_weights, delta).astype(plan.dtype)
+
+    acc_type = plgpu.ACC((HALF, PART), jnp.float32)
+    return pl.run_scoped(differentiate, acc_type, acc_type)
+
+
+def _place(step: Step, index, part: int, masked: bool) -> TilePlace:
+    plan, block = step.plan, step.block
+    first_key = block.first_key + step.warpgroup * HALF
+    head, first_query = block.row_at(plan, index)
+    elements = block.elements_at(plan, index, first_key) if masked else None
+    if elements is not None:
+        elements = elements.at[:, _part(part)]
+    return TilePlace(
+        block.batch,
+        head,
+        first_query + part * PART,
+        first_key,
+        block.q_length,
+        block.kv_length,
+        (HALF, PART),
+        keys_first=True,
+        hides_tail=plan.has_ragged_keys,
+        elements=elements,
+    )
+
+
+def _rounded(plan: AttentionPlan, weights: Weights) -> Weights:
+    """In 16 bits: half the registers while dP is on its way."""
+    kept = lax.optimization_barrier(weights.kept.astype(plan.dtype))
+    if weights.slopes is weights.kept:
+        return Weights(kept, kept, kept)
+    return Weights(kept, kept, lax.optimization_barrier(weights.slopes.astype(plan.dtype)))
+
+
+def _part(part: int):
+    return pl.ds(part * PART, PART)
+
+
+def _by_column(statistic):
+    return broadcast_columns(plgpu.load(statistic, layout=plgpu.Layout.WGMMA.reduce(0)), HALF)
+
+
+def _turn(index):
+    """Which of the two buffers of dS an index uses."""
+    return lax.rem(index, jnp.int32(2))
+
+
+def _publish(step: Step, index, d_logits):
+    """Shows dS of our keys to the other warpgroup."""
+    turn = _turn(index)
+    for part, values in enumerate(d_logits):
+        step.buffers.d_logits.at[turn, step.warpgroup, :, _part(part)][...] = values
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(step.barriers.d_logits_written.at[turn])
+
+
+def _multiply_dq(step: Step, acc, index):
+    """acc += dS K, our part of the tile's rows or columns."""
+    plan, buffers = step.plan, step.buffers
+    turn = _turn(index)
+    rows, columns = part_of_dq(plan)
+    for half in range(WARPGROUPS):
+        half = opaque(half)
+        d_logits, keys = buffers.d_logits.at[turn, half], buffers.k.at[half]
+        if rows < plan.fused.tile_q:
+            d_logits = d_logits.at[:, pl.ds(step.warpgroup * rows, rows)]
+        else:
+            keys = keys.at[:, pl.ds(step.warpgroup * columns, columns)]
+        plgpu.wgmma(acc, d_logits.transpose((1, 0)), keys)
+
+
+def _add_dq(step: Step, index):
+    """Lets the copy engine add our part of dQ to the sums in global memory."""
+    plan, block = step.plan, step.block
+    rows, columns = part_of_dq(plan)
+    head, first_row = block.row_at(plan, index)
+    first_column = 0
+    if rows < plan.fused.tile_q:
+        first_row += step.warpgroup * rows
+    else:
+        first_column = step.warpgroup * columns
+    target = step.d_q.at[block.batch, pl.ds(first_row, rows), head, pl.ds(first_column, columns)]
+    plgpu.copy_smem_to_gmem(step.buffers.d_q.at[step.warpgroup], target, reduction_op="add")

@@ -1,0 +1,51 @@
+"""Rows of tables.py for flash_attention's fused backward kernel alone, with what takes registers."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.flash_attention import backward_fused_sm90, sm90
+from pallas_kernels.flash_attention.spec import AttentionInputs, AttentionSpec
+from tests.pallas_kernels.flash_cases import LENGTHS, block_mask, fused_config, shapes
+from tests.pallas_kernels.tables import CompileCase
+
+
+def fused_feature_cases(t=1024, n=4, batch=2):
+    """A row for each feature, or what is asked for together."""
+    spec = jax.ShapeDtypeStruct
+    lengths = dict(zip(("q_lengths", "kv_lengths"), LENGTHS, strict=True))
+    ids = dict.fromkeys(("q_segment_ids", "kv_segment_ids"), spec((batch, t), jnp.int32))
+    slopes = {"alibi_slopes": spec((1, n), jnp.float32)}
+    blocks = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, block_mask(t, t)))
+    seed = {"dropout_seed": spec((2,), jnp.uint32)}
+    causal, window = {"is_causal": True}, {"window": (256, None), "logits_soft_cap": 30.0}
+    # head dim, KV heads, arrays, options
+    rows: dict[str, tuple[int, int, dict[str, Any], dict[str, Any]]] = {
+        "segments, full": (128, 4, ids, {}),
+        "segments, lengths, grouped heads": (128, 1, ids | lengths, causal),
+        "window, soft cap, lengths, grouped heads": (128, 1, lengths, causal | window),
+        "slopes, lengths": (128, 4, slopes | lengths, causal),
+        "block mask, grouped heads": (128, 1, blocks, {}),
+        "block mask, dropout": (64, 4, blocks | seed, {"dropout_rate": 0.1}),
+    }
+    return {
+        f"flash_attention:backward fused H={h} {name}": fused_case(shapes(t, t, n, k, h, batch), *more)
+        for name, (h, k, *more) in rows.items()
+    }
+
+
+def fused_case(specs, arrays, options):
+    query = specs[0]
+    spec = AttentionSpec(scale=0.1, config=fused_config(query.shape[3]), **options)
+
+    def gradients(inputs, out, lse):
+        assert backward_fused_sm90.serves(sm90.plan_of(inputs, spec), inputs)
+        return sm90.backward(inputs, spec, out, lse, out, lse)[:3]
+
+    lse = jax.ShapeDtypeStruct((query.shape[0], query.shape[2], query.shape[1]), jnp.float32)
+    return CompileCase(gradients, (AttentionInputs(*specs, **arrays), query, lse))
+
+
+INTERPRET = {}  # among those of flash_cases
+COMPILE = fused_feature_cases()

@@ -1,0 +1,34 @@
+"""Which calls take the fused backward kernel."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import FlashConfig
+from pallas_kernels.flash_attention import backward_fused_sm90, sm90
+from pallas_kernels.flash_attention.config import FusedConfig
+from pallas_kernels.flash_attention.spec import AttentionInputs, AttentionSpec
+
+
+def test_the_fused_backward_is_taken_unasked_only_where_it_was_measured():
+    def takes(h=128, k=4, t=4096, config=None, ids=None, **options):
+        query, key = (jax.ShapeDtypeStruct((2, t, n, h), jnp.bfloat16) for n in (4, k))
+        inputs = AttentionInputs(query, key, key, q_segment_ids=ids, kv_segment_ids=ids)
+        spec = AttentionSpec(scale=1.0, config=config, **options)
+        return backward_fused_sm90.serves(sm90.plan_of(inputs, spec), inputs)
+
+    ids = jax.ShapeDtypeStruct((2, 4096), jnp.int32)
+    asked = FlashConfig(fused=FusedConfig(tile_q=64))
+    assert takes()
+    assert takes(is_causal=True)
+    assert takes(h=64, k=1)
+    assert not takes(t=1024)
+    assert takes(t=1024, config=asked)
+    assert not takes(k=1)
+    assert takes(k=1, config=asked)
+    assert not takes(ids=ids)
+    assert takes(ids=ids, config=asked)
+    assert not takes(window=(256, None))
+    assert takes(window=(256, None), config=asked)
+    assert not takes(dropout_rate=0.1)
+    assert not takes(dropout_rate=0.1, config=asked)
+    assert not takes(ids=ids, logits_soft_cap=9.0, config=asked)
