@@ -53,8 +53,9 @@ def _spills(plan: AttentionPlan, inputs: AttentionInputs) -> bool:
     has_ids = plan.has_segments or plan.has_block_mask
     if plan.dtype == jnp.float16 and plan.has_segments:  # 28
         return True
-    # 200 with dropout; 20 with segment ids and slopes, 140 with segment ids and a soft cap, 64 with both.
-    return has_dropout or has_ids + has_slopes + (plan.logits_soft_cap is not None) > 1
+    # 200 with dropout; with segment ids and slopes 20, with a bias of queries and a soft cap 48, and so on.
+    features = has_ids, has_slopes, plan.logits_soft_cap is not None, inputs.bias is not None
+    return has_dropout or sum(features) > 1
 
 
 def statistics_multiple(plan: AttentionPlan) -> int:

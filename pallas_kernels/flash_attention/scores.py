@@ -168,6 +168,8 @@ def weigh(
     if slope is not None and rounds_slope:
         slope = lax.optimization_barrier(slope.astype(plan.dtype)).astype(jnp.float32)
     weights = jnp.exp2(logits * scale - lse2)
+    if extras.bias is not None:  # of queries that see nothing, padding among them, it may be NaN
+        weights = jnp.where(lse2 == jnp.inf, 0.0, weights)
     if masked:
         weights = jnp.where(visible(plan, extras, tile), weights, 0.0)
     kept = weights

@@ -4,7 +4,6 @@ reference in fp32; what lies beyond the lengths is NaN.
 JAXATTN_RANDOM_CASES sets how many are drawn (JAXATTN_RANDOM_SEED: from where on).
 """
 
-import collections
 import functools
 import os
 
@@ -13,141 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import tests.pallas_kernels.tolerance as tolerance
-from jaxattn.block_mask import BlockMask
 from pallas_kernels import flash_attention
-from pallas_kernels.flash_attention.block_tiles import BlockTiles
-from tests.pallas_kernels.flash_cases import IN_BLOCKS, fused_config, poison_padding, random_inputs
+from tests.pallas_kernels.flash_cases import random_inputs
+from tests.pallas_kernels.flash_random import FIRST, check
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(os.environ.get("JAXATTN_TEST_GPU") != "1", reason="needs a Hopper GPU"),
 ]
-FIRST = int(os.environ.get("JAXATTN_RANDOM_SEED", "0"))
 CASES = range(FIRST, FIRST + int(os.environ.get("JAXATTN_RANDOM_CASES", "200")))
-DIFFERENTIATED = ("bias", "sinks")
-SCALES = (0.75, 0.87, 1.0, 1.2)  # of values, in the naive computation
-
-
-def draw(seed):
-    """(shapes and dtype, arguments) of one call; half of the features are absent from most of them."""
-    rng = np.random.default_rng(seed)
-    has = lambda probability=0.25: rng.random() < probability
-    size = lambda limit: int(np.exp(rng.uniform(0, np.log(limit))))
-    batch, k, group, t = rng.integers(1, 4), rng.integers(1, 3), rng.choice([1, 1, 2, 4]), size(800)
-    n, s = int(k * group), t if has(0.5) else size(800)
-    h = int(rng.choice([32, 64, 80, 128, 128, 256]))
-    shape = {"batch": int(batch), "t": t, "s": s, "n": n, "k": int(k), "h": h, "hv": 64 if has(0.1) else h}
-    shape["dtype"] = jnp.float16 if has() else jnp.bfloat16
-    arguments = {
-        "is_causal": bool(has(0.5)),
-        "causal_alignment": str(rng.choice(["top_left", "bottom_right"])),
-    }
-    if has():
-        arguments["local_window_size"] = (size(s + 1), None if has() else size(s + 1))
-    if has(0.15):
-        arguments["logits_soft_cap"] = float(rng.uniform(1, 20))
-    for name, length in (("q_lengths", t), ("kv_lengths", s)):
-        if has():
-            arguments[name] = jnp.asarray(rng.integers(0, length + 1, batch), jnp.int32)
-    if has(0.35):
-        documents = rng.integers(1, 6)
-        ids = [rng.integers(0, documents, (batch, length)) for length in (t, s)]
-        if has(0.7):
-            ids = [np.sort(x, axis=1) for x in ids]
-        arguments |= {"q_segment_ids": jnp.asarray(ids[0]), "kv_segment_ids": jnp.asarray(ids[1])}
-    if has():
-        arguments |= {"dropout_rate": float(rng.uniform(0.05, 0.6)), "dropout_key": jax.random.key(seed)}
-    if has(0.35):
-        sizes = [size if has(0.5) else 1 for size in (batch, n, t, s)]
-        bias = rng.normal(size=sizes) + np.where(rng.random(sizes) < 0.1, -np.inf, 0.0)
-        arguments["bias"] = jnp.asarray(bias, shape["dtype"] if has(0.5) else jnp.float32)
-    if has():
-        slopes = 2.0 ** -rng.uniform(1, 8, (batch, n) if has() else n)
-        arguments["alibi_slopes"] = jnp.asarray(slopes, jnp.float32)
-    if "bias" not in arguments and has(0.2):
-        arguments["block_mask"] = random_tiles(rng, t, s, batch, n if group == 1 else 1)
-    if has():
-        arguments["sinks"] = jnp.asarray(rng.normal(size=n), jnp.float32)
-    if has(0.4) and h == shape["hv"] <= 128:
-        arguments["config"] = fused_config(h + -h % 64, IN_BLOCKS)
-    return shape, arguments
-
-
-def random_tiles(rng, t, s, batch, n):
-    """Tiles that are whole, absent or random, for each batch row or head or for all."""
-    batch, n = (size if rng.random() < 0.5 else 1 for size in (batch, n))
-    kinds = rng.integers(0, 3, (batch, n, t // 128 + 1, s // 128 + 1))
-    kinds = np.kron(kinds, np.ones((1, 1, 128, 128), np.int32))[:, :, :t, :s]
-    return BlockMask.from_dense((kinds == 1) | ((kinds == 2) & (rng.random(kinds.shape) < 0.3))).tiles()
-
-
-def attention(implementation, arguments):
-    """A function of arrays and cotangents: output, log-sum-exp and gradients by name."""
-    differentiated = {name: arguments[name] for name in DIFFERENTIATED if name in arguments}
-    static = {name: x for name, x in arguments.items() if not isinstance(x, jax.Array | BlockTiles)}
-    given = {name: x for name, x in arguments.items() if name not in static and name not in differentiated}
-
-    @jax.jit
-    def step(arrays, differentiated, given, cotangents):
-        call = lambda arrays, differentiated: flash_attention(
-            *arrays, **differentiated, **given, **static, return_lse=True, implementation=implementation
-        )
-        (out, lse), vjp = jax.vjp(call, arrays, differentiated)
-        (d_query, d_key, d_value), others = vjp((cotangents[0].astype(out.dtype), cotangents[1]))
-        return {"out": out, "lse": lse, "query": d_query, "key": d_key, "value": d_value} | others
-
-    return lambda arrays, cotangents: step(list(arrays), differentiated, given, cotangents)
-
-
-def naive_errors(reference, arrays, cotangents):
-    """RMS errors by name of the reference on 16-bit arrays, whose gradients see the rounded output too. Over
-    values of several scales: each rounds in other places.
-    """
-    query, key, value = arrays
-    squares = collections.defaultdict(float)
-    for scale in SCALES:
-        scaled = [query, key, value * scale]
-        naive = reference(scaled, cotangents)
-        exact = reference([x.astype(jnp.float32) for x in scaled], cotangents)
-        for name in exact.keys() - {"lse"}:
-            error = tolerance.rms(np.float64(naive[name]) - np.float64(exact[name]))
-            squares[name] += error**2 / len(SCALES)
-    return {name: np.sqrt(square) for name, square in squares.items()}
-
-
-def random_arrays(shape, seed):
-    """(query, key, value), cotangents of the output and the log-sum-exp."""
-    batch, t, s, n, k, h, hv, dtype = shape.values()
-    shapes = [(batch, t, n, h), (batch, s, k, h), (batch, s, k, hv), (batch, t, n, hv)]
-    *arrays, out_grad = random_inputs(shapes, dtype, seed)
-    return arrays, (out_grad, jax.random.normal(jax.random.key(seed + 1), (batch, t, n)))
-
-
-def assert_near_reference(results, reference, arrays, cotangents):
-    """Each of the results within what 16 bits allow of the reference in fp32."""
-    expected = reference([x.astype(jnp.float32) for x in arrays], cotangents)
-    naive = functools.cache(lambda: naive_errors(reference, arrays, cotangents))
-    np.testing.assert_allclose(results["lse"], expected["lse"], atol=2e-4, rtol=2e-4)
-    for name in results.keys() - {"lse"}:
-        limit = tolerance.LIMITS[arrays[0].dtype.name] * (1 if name == "out" else 1.5)
-        tolerance.assert_close(name, results[name], expected[name], limit, lambda name=name: naive()[name])
 
 
 @pytest.mark.parametrize("seed", CASES)
 def test_random_call(seed):
-    shape, arguments = draw(seed)
-    arrays, cotangents = random_arrays(shape, seed)
-    poisoned, poisoned_cotangents = poison_padding(*arrays, **arguments), cotangents
-    if "q_lengths" in arguments:
-        inside = (jnp.arange(shape["t"]) < arguments["q_lengths"][:, None])[..., None]
-        out_grad, lse_grad = cotangents
-        poisoned_cotangents = (
-            jnp.where(inside[..., None], out_grad, jnp.nan),
-            jnp.where(inside, lse_grad, jnp.nan),
-        )
-    results = attention("sm90", arguments)(poisoned, poisoned_cotangents)
-    assert_near_reference(results, attention("reference", arguments), arrays, cotangents)
+    check(seed)
 
 
 def test_dropout_drops_the_same_weights_forward_and_backward():

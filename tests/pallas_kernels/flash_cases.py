@@ -214,36 +214,15 @@ BACKWARD_CASES: dict[str, dict[str, Any]] = {
     ),
     "window": {"t": 200, "s": 200, "local_window_size": (40, 20)},
     "soft cap": {"is_causal": True, "logits_soft_cap": 2.0},
+    "bias of NaN where it is not seen": {
+        **{"t": 70, "s": 130, "is_causal": True, "q_lengths": jnp.array([60])},
+        "bias": jnp.where(jnp.tri(70, 130) * (jnp.arange(70)[:, None] < 60) > 0, 0.5, jnp.nan)[None, None],
+    },
     "two passes": {
         "is_causal": True,
         "config": dataclasses.replace(SMALL, dq=GradientConfig(stages=1), dkv_passes=2),
     },
     **FEATURES,
-}
-
-# The fused kernel, where its protocol differs: several tiles of queries and heads, ragged keys, tiles not
-# visited.
-BACKWARD_CASES |= {
-    f"fused, {name}": {"config": fused_config(64, SMALL)} | BACKWARD_CASES[name]
-    for name in (
-        "grouped heads",
-        "lengths, causal bottom right",
-        "causal top left, T > S",
-        "window",
-        "block mask, causal",
-    )
-} | {
-    "fused, head dim 128, fp16": BACKWARD_CASES["head dim 128, fp16"] | {"config": fused_config(128, SMALL)},
-    "fused, head dim 128, segments, grouped heads": {
-        **{"h": 128, "t": 130, "s": 70, "n": 2, "k": 1, "config": fused_config(128, SMALL)},
-        **{"q_segment_ids": packed(130, 20, 75), "kv_segment_ids": packed(70, 20, 60, 65)},
-    },
-    "fused, many at once": {
-        **{"t": 70, "s": 140, "n": 2, "k": 1, "is_causal": True, "logits_soft_cap": 5.0, "poison": True},
-        **{"causal_alignment": "bottom_right", "local_window_size": (50, None), "sinks": jnp.zeros(2)},
-        **{"kv_lengths": jnp.array([120]), **SLOPES, **bias_of(1, 1, 1, 140)},
-        **{"config": fused_config(64, SMALL)},
-    },
 }
 
 INTERPRET = {

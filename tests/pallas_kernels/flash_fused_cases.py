@@ -1,5 +1,6 @@
-"""Rows of tables.py for flash_attention's fused backward kernel alone, with what takes registers."""
+"""Rows of tables.py for flash_attention's fused backward kernel; those compiled hold that kernel alone."""
 
+import functools
 from typing import Any
 
 import jax
@@ -7,7 +8,18 @@ import jax.numpy as jnp
 
 from pallas_kernels.flash_attention import backward_fused_sm90, sm90
 from pallas_kernels.flash_attention.spec import AttentionInputs, AttentionSpec
-from tests.pallas_kernels.flash_cases import LENGTHS, block_mask, fused_config, shapes
+from tests.pallas_kernels.flash_cases import (
+    BACKWARD_CASES,
+    LENGTHS,
+    SLOPES,
+    SMALL,
+    bias_of,
+    block_mask,
+    check_backward,
+    fused_config,
+    packed,
+    shapes,
+)
 from tests.pallas_kernels.tables import CompileCase
 
 
@@ -47,5 +59,33 @@ def fused_case(specs, arrays, options):
     return CompileCase(gradients, (AttentionInputs(*specs, **arrays), query, lse))
 
 
-INTERPRET = {}  # among those of flash_cases
+# The fused kernel, where its protocol differs: several tiles of queries and heads, ragged keys, tiles not
+# visited.
+CASES: dict[str, dict[str, Any]] = {
+    f"fused, {name}": {"config": fused_config(64, SMALL)} | BACKWARD_CASES[name]
+    for name in (
+        "grouped heads",
+        "lengths, causal bottom right",
+        "causal top left, T > S",
+        "window",
+        "block mask, causal",
+    )
+} | {
+    "fused, head dim 128, fp16": BACKWARD_CASES["head dim 128, fp16"] | {"config": fused_config(128, SMALL)},
+    "fused, head dim 128, segments, grouped heads": {
+        **{"h": 128, "t": 130, "s": 70, "n": 2, "k": 1, "config": fused_config(128, SMALL)},
+        **{"q_segment_ids": packed(130, 20, 75), "kv_segment_ids": packed(70, 20, 60, 65)},
+    },
+    "fused, many at once": {
+        **{"t": 70, "s": 140, "n": 2, "k": 1, "is_causal": True, "logits_soft_cap": 5.0, "poison": True},
+        **{"causal_alignment": "bottom_right", "local_window_size": (50, None), "sinks": jnp.zeros(2)},
+        **{"kv_lengths": jnp.array([120]), **SLOPES, **bias_of(1, 1, 1, 140)},
+        **{"config": fused_config(64, SMALL)},
+    },
+}
+
+INTERPRET = {
+    f"flash_attention:backward {name}": functools.partial(check_backward, **case)
+    for name, case in CASES.items()
+}
 COMPILE = fused_feature_cases()

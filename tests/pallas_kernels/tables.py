@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 MODULES = (
     "flash_cases",
     "flash_fused_cases",
+    "flash_random",
     "kv_pages_cases",
     "paged_cases",
     "paged_random",

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.flash_attention import reference
-from tests.gpu.test_flash_random import assert_near_reference, attention, draw, random_arrays
+from tests.pallas_kernels.flash_random import assert_near_reference, attention, draw, random_arrays
 from tests.pallas_kernels.tolerance import FLOOR, assert_close
 
 SHAPE = {"batch": 1, "t": 200, "s": 200, "n": 4, "k": 2, "h": 64, "hv": 64, "dtype": jnp.bfloat16}
