@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from pallas_kernels.kv_pages.pool import QUANTIZED
 from pallas_kernels.mosaic import plgpu, swizzled_smem
 from pallas_kernels.paged_attention.config import NUM_PROGRAMS, PagedConfig, default_config
+from pallas_kernels.paged_attention.plan import LaunchPlan, facts_of
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 
 BUFFERS = 2  # of queries and of page ids: this unit's and the next one's
@@ -17,32 +18,13 @@ MAX_ROWS = 8192
 ROW_BLOCK = 8  # rows whose lengths are looked at together
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan(LaunchPlan):
     """The static facts of one launch."""
 
-    spec: PagedSpec
     config: PagedConfig
-    query_dtype: Any
-    page_dtype: Any
-    num_rows: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
     page_size: int | None  # None: caches instead of pages
-    num_pages: int
     capacity: int  # tokens that a row has room for
-    has_sinks: bool
-    has_slopes: bool
-
-    @property
-    def dtype(self) -> Any:
-        """What is multiplied: codes of either kind are exact in bf16."""
-        return jnp.bfloat16 if self.is_quantized else self.query_dtype
-
-    @property
-    def is_quantized(self) -> bool:
-        return self.page_dtype in QUANTIZED
 
     @property
     def num_programs(self) -> int:
@@ -52,10 +34,6 @@ class Plan:
     @property
     def num_splits(self) -> int:
         return -(-self.capacity // self.config.split)
-
-    @property
-    def group(self) -> int:
-        return self.num_heads // self.num_kv_heads
 
     @property
     def shares_columns(self) -> bool:
@@ -150,32 +128,20 @@ def padded_group(group: int) -> int:
 
 
 def make_plan(inputs: PagedInputs, spec: PagedSpec) -> Plan:
-    num_rows, num_heads, head_dim = inputs.query.shape
-    if inputs.block_tables is None:
-        (_, capacity, num_kv_heads, _), page_size, num_pages = inputs.k_pages.shape, None, 0
-    else:
-        _, num_pages, num_kv_heads, page_size, _ = inputs.k_pages.shape
+    facts, page_size, capacity = facts_of(inputs, spec), None, inputs.k_pages.shape[1]
+    if inputs.block_tables is not None:
+        page_size = inputs.k_pages.shape[3]
         capacity = inputs.block_tables.shape[1] * page_size
-    columns = padded_group(num_heads // num_kv_heads)
-    itemsize = inputs.k_pages.dtype.itemsize
     config = spec.config or default_config(
-        num_rows, num_kv_heads, head_dim, columns, capacity, itemsize, page_size
+        facts["num_rows"],
+        facts["num_kv_heads"],
+        facts["head_dim"],
+        padded_group(facts["num_heads"] // facts["num_kv_heads"]),
+        capacity,
+        inputs.k_pages.dtype.itemsize,
+        page_size,
     )
-    return Plan(
-        spec=spec,
-        config=config,
-        query_dtype=inputs.query.dtype,
-        page_dtype=inputs.k_pages.dtype,
-        num_rows=num_rows,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        page_size=page_size,
-        num_pages=num_pages,
-        capacity=capacity,
-        has_sinks=inputs.sinks is not None,
-        has_slopes=inputs.alibi_slopes is not None,
-    )
+    return Plan(**facts, config=config, page_size=page_size, capacity=capacity)
 
 
 class Inputs(NamedTuple):

@@ -12,6 +12,7 @@ from jax import lax
 from pallas_kernels.flash_attention.tiles import KvTiles
 from pallas_kernels.kv_pages.pool import QUANTIZED
 from pallas_kernels.mosaic import ceil_div, div, plgpu, swizzled_smem
+from pallas_kernels.paged_attention.plan import LaunchPlan, facts_of
 from pallas_kernels.paged_attention.prefill_config import (
     MIN_SPLIT_TILES,
     OCTET,
@@ -25,33 +26,14 @@ from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 MAX_QUANTIZED = 224  # head dim: at 256 the accumulators and the scales spill 12 to 20 bytes
 
 
-@dataclasses.dataclass(frozen=True)
-class PrefillPlan:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrefillPlan(LaunchPlan):
     """The static facts of one launch."""
 
-    spec: PagedSpec
     config: PrefillConfig
-    query_dtype: Any
-    page_dtype: Any
     num_tokens: int  # a multiple of OCTET
-    num_rows: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
     page_size: int
-    num_pages: int
     table_width: int
-    has_sinks: bool = False
-    has_slopes: bool = False
-
-    @property
-    def dtype(self) -> Any:
-        """What is multiplied: codes of either kind are exact in bf16."""
-        return jnp.bfloat16 if self.is_quantized else self.query_dtype
-
-    @property
-    def is_quantized(self) -> bool:
-        return self.page_dtype in QUANTIZED
 
     @property
     def slots(self) -> int:
@@ -64,10 +46,6 @@ class PrefillPlan:
     def joins_sinks(self) -> bool:
         """Whether the kernel adds the sinks: with splits they join where these are merged."""
         return self.has_sinks and self.config.splits == 1
-
-    @property
-    def group(self) -> int:
-        return self.num_heads // self.num_kv_heads
 
     @property
     def has_own_ranges(self) -> bool:
@@ -121,27 +99,25 @@ def unsupported(inputs: PagedInputs, spec: PagedSpec) -> str | None:
 
 
 def make_plan(inputs: PagedInputs, spec: PagedSpec) -> PrefillPlan:
-    num_tokens, num_heads, head_dim = inputs.query.shape
-    _, num_pages, num_kv_heads, page_size, _ = inputs.k_pages.shape
-    num_rows, table_width = inputs.block_tables.shape
-    crowded = spec.window_left is not None or spec.logits_soft_cap is not None
-    more = inputs.alibi_slopes is not None, inputs.k_pages.dtype in QUANTIZED
-    shape = (num_tokens, num_rows, num_heads // num_kv_heads, num_kv_heads, head_dim)
+    facts, num_tokens = facts_of(inputs, spec), inputs.query.shape[0]
+    page_size, table_width = inputs.k_pages.shape[3], inputs.block_tables.shape[1]
+    config = spec.prefill_config or default_config(
+        num_tokens,
+        facts["num_rows"],
+        facts["num_heads"] // facts["num_kv_heads"],
+        facts["num_kv_heads"],
+        facts["head_dim"],
+        crowded=spec.window_left is not None or spec.logits_soft_cap is not None,
+        capacity=table_width * page_size,
+        has_slopes=facts["has_slopes"],
+        is_quantized=facts["page_dtype"] in QUANTIZED,
+    )
     return PrefillPlan(
-        spec=spec,
-        config=spec.prefill_config or default_config(*shape, crowded, table_width * page_size, *more),
-        query_dtype=inputs.query.dtype,
-        page_dtype=inputs.k_pages.dtype,
+        **facts,
+        config=config,
         num_tokens=num_tokens + -num_tokens % OCTET,
-        num_rows=num_rows,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
         page_size=page_size,
-        num_pages=num_pages,
         table_width=table_width,
-        has_sinks=inputs.sinks is not None,
-        has_slopes=inputs.alibi_slopes is not None,
     )
 
 

@@ -1,0 +1,55 @@
+"""The static facts that the launches of paged decode and of paged prefill share."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from pallas_kernels.kv_pages.pool import QUANTIZED
+from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LaunchPlan:
+    """What is known of a call before it runs."""
+
+    spec: PagedSpec
+    query_dtype: Any
+    page_dtype: Any
+    num_rows: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_pages: int  # 0: caches instead of pages
+    has_sinks: bool = False
+    has_slopes: bool = False
+
+    @property
+    def dtype(self) -> Any:
+        """What is multiplied: codes of either kind are exact in bf16."""
+        return jnp.bfloat16 if self.is_quantized else self.query_dtype
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.page_dtype in QUANTIZED
+
+    @property
+    def group(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+
+def facts_of(inputs: PagedInputs, spec: PagedSpec) -> dict[str, Any]:
+    """The fields of a LaunchPlan."""
+    _, num_heads, head_dim = inputs.query.shape
+    return {
+        "spec": spec,
+        "query_dtype": inputs.query.dtype,
+        "page_dtype": inputs.k_pages.dtype,
+        "num_rows": inputs.kv_lengths.shape[0],
+        "num_heads": num_heads,
+        "num_kv_heads": inputs.k_pages.shape[2],
+        "head_dim": head_dim,
+        "num_pages": 0 if inputs.block_tables is None else inputs.k_pages.shape[1],
+        "has_sinks": inputs.sinks is not None,
+        "has_slopes": inputs.alibi_slopes is not None,
+    }
