@@ -128,6 +128,9 @@ def prepare(plan: AttentionPlan, inputs: AttentionInputs, footprint: Footprint) 
     own, other, warpgroups, owns_queries = footprint
     block = own * warpgroups
     q_multiple, kv_multiple = (block, other) if owns_queries else (other, block)
+    if inputs.block_mask is not None:  # whole tiles of it are visited, beyond the end too
+        tile_q, tile_kv = inputs.block_mask.tile
+        q_multiple, kv_multiple = math.lcm(q_multiple, tile_q), math.lcm(kv_multiple, tile_kv)
     q_ids = _whole_tiles(inputs.q_segment_ids, 1, q_multiple)
     kv_ids = _whole_tiles(inputs.kv_segment_ids, 1, kv_multiple)
     ids = (q_ids, kv_ids) if owns_queries else (kv_ids, q_ids)

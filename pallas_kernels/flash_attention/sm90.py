@@ -83,6 +83,8 @@ def backward(
     arrays = [_pad(x, HEAD_MULTIPLE) for x in (query, key, value, out_grad)]
     kernels = backward_fused_sm90 if is_fused(plan, inputs, spec) else backward_sm90
     tile = math.lcm(kernels.statistics_multiple(plan), backward_sm90.statistics_multiple(plan))
+    if inputs.block_mask is not None:  # whole tiles of it are visited, beyond the end too
+        tile = math.lcm(tile, inputs.block_mask.tile[0])
     statistics = [_pad_rows(lse2, 2, tile, jnp.inf), _pad_rows(delta, 2, tile)]
     gradients = kernels.launch(plan, inputs, *arrays, *statistics)
     d_bias = None

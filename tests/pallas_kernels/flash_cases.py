@@ -154,6 +154,11 @@ FEATURES: dict[str, dict[str, Any]] = {
     "bias of queries": {"t": 70, "s": 70, **bias_of(1, 1, 70, 1)},
     "block mask": {"t": 256, "s": 140, **block_mask(256, 140, seed=3)},
     "block mask, causal": {"t": 130, "s": 140, "is_causal": True, **block_mask(130, 140, seed=4), **DROPOUT},
+    # Its tiles of 128 hold two of the kernels', of which the second lies beyond all keys and queries.
+    "block mask, segments": {
+        **{"t": 40, "s": 40, **block_mask(40, 40, seed=5), "is_causal": True},
+        **{"q_segment_ids": packed(40, 30), "kv_segment_ids": packed(40, 30)},
+    },
     "all at once": {
         **{"batch": 2, "t": 100, "s": 130, "n": 2, "k": 1, "is_causal": True, "logits_soft_cap": 5.0},
         **{"q_segment_ids": jnp.arange(100)[None] // jnp.array([[60], [200]])},
