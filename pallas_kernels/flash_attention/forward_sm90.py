@@ -299,9 +299,8 @@ def attend_items(
         out_smem = (buffers.q if buffers.out is None else buffers.out).at[buffer]
         lse_smem = buffers.lse.at[buffer]
         finish_rows(plan, rows, acc, softmax, out_smem, lse_smem)
-        if (
-            plan.config.warpgroups > 2
-        ):  # found again: where the item stands would take registers from the tiles
+        # Found again: where the item stands would take registers from the tiles.
+        if plan.config.warpgroups > 2:
             work = _find_work(plan, items, lax.optimization_barrier(turn), extras)
         to = pl.ds(work.first_row + warpgroup * plan.config.tile_q, plan.config.tile_q)
         plgpu.commit_smem()
@@ -367,11 +366,10 @@ def _attend_in_order(plan: ForwardPlan, steps: Steps, tile: Tile, acc, softmax: 
 
 def _attend_overlapped(plan: ForwardPlan, steps: Steps, tile: Tile, acc, softmax: Softmax, release):
     """As _attend_in_order, the softmax always one tile ahead (FlashAttention-3, algorithm 2)."""
-    config = plan.config
     second = jnp.minimum(steps.start + 1, steps.stop)
     masked_stop = jnp.maximum(steps.masked_stop, second)
     full_stop = jnp.maximum(steps.full_stop, second)
-    weights16 = register_zeros((config.tile_q, config.tile_kv)).astype(plan.dtype)
+    weights16 = register_zeros((plan.config.tile_q, plan.config.tile_kv)).astype(plan.dtype)
     first = functools.partial(attend_first, tile, masked=plan.has_masked_end or plan.has_masked_first)
     attend = functools.partial(attend_ahead, tile)
     masked = functools.partial(attend, masked=True)

@@ -43,7 +43,7 @@ def cascade_attention(
             tables and lengths count the shared pages.
         prefix_lengths: tokens that the rows of each group share, multiples of Z: all rows of group c have the
             same first prefix_lengths[c] / Z entries in block_tables, and longer kv_lengths. 0: nothing.
-        group_of_row: each row's group, in any order; negative: none.
+        group_of_row: each row's group 0..C-1, in any order; any other number: none.
         others: as those of paged_attention.
 
     All arrays may be traced: groups come and go without a new compilation. Raises what paged_attention does.
@@ -54,6 +54,7 @@ def cascade_attention(
     num_rows, num_groups, page_size = query.shape[0], prefix_lengths.shape[0], k_pages.shape[3]
     pool.check_indices("prefix_lengths", prefix_lengths, (num_groups,), "C")
     pool.check_indices("group_of_row", group_of_row, (num_rows,), "R")
+    group_of_row = jnp.where(group_of_row < num_groups, group_of_row, -1)
     arguments = {"layer": layer, "scale": scale, "logits_soft_cap": logits_soft_cap, "return_lse": True}
     arguments |= {"k_scale": k_scale, "v_scale": v_scale, "config": config, "implementation": implementation}
 
