@@ -23,6 +23,7 @@ GROUPS = {
     "two groups, rows in any order, one row of none": ([24, 16], [1, 0, -1, 0, 1, 1]),
     "a group of one row, and one without rows": ([8, 16, 16], [2, 2, 2, 2, 0, 2]),
     "no group": ([0], [-1] * 6),
+    "groups that do not exist": ([16], [0, 1, 0, 7, -1, 0]),
     "a prefix of length 0": ([0, 24], [0, 0, 1, 1, 1, 0]),
 }
 
