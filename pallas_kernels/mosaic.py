@@ -30,6 +30,7 @@ __all__ = [
     "opaque",
     "pl",
     "plgpu",
+    "reduce_apart",
     "register_zeros",
     "row_full",
     "row_iota",
@@ -40,6 +41,7 @@ __all__ = [
 
 LOG2_E = 1.4426950408889634
 SMEM_BYTES = 232_448  # what one thread block may use on sm_90
+REDUCTION_BYTES = 2048  # of shared memory that a reduction across warps passes through
 TMA_ALIGNMENT = 128  # bytes, of a TMA copy's end in shared memory
 REGISTERS = {1: None, 2: (240, 24), 3: (160, 32)}  # of compute and loading warpgroups; they share 65,536
 WITH_CONVERT = {1: (256, 104, 144), 2: (200, 40, 72)}  # and of one that converts
@@ -120,6 +122,23 @@ def broadcast_rows(x: jax.Array, columns: int) -> jax.Array:
 def broadcast_columns(x: jax.Array, rows: int) -> jax.Array:
     """[columns] -> [rows, columns]."""
     return lax.broadcast_in_dim(x, (rows, x.shape[0]), [1])
+
+
+def reduce_apart(reduce: Callable[[], jax.Array], warpgroup: Any, warpgroups: int) -> jax.Array:
+    """reduce(), across the warps of each of one or two warpgroups that go at their own pace.
+
+    Such a reduction passes through shared memory, at a place that Mosaic knows when it compiles, the same for all
+    warpgroups: they would take each other's numbers. The second one's has its place behind the first one's.
+    """
+    assert warpgroups <= 2
+    if warpgroups == 1:
+        return reduce()
+    return lax.cond(warpgroup == 0, reduce, lambda: _behind_first(reduce))
+
+
+def _behind_first(reduce: Callable[[], jax.Array]) -> jax.Array:
+    space = plgpu.SMEM((REDUCTION_BYTES,), jnp.int8)
+    return pl.run_scoped(lambda _: reduce(), space, collective_axes="warpgroup")
 
 
 def opaque(x: Any) -> Any:

@@ -263,8 +263,7 @@ def store_rows(plan: PrefillPlan, warpgroup, kv_head, work: Work, rows, out):
 
         @pl.when((head < plan.group) & (token >= work.first) & (token < work.stop))
         def _():
-            plgpu.copy_smem_to_gmem(
-                rows.at[pl.ds(row, 1)], out.at[pl.ds(token, 1), kv_head * plan.group + head]
-            )
+            # Of one dimension: a plain copy, which may begin at any multiple of 16 bytes; TMA's at 128.
+            plgpu.copy_smem_to_gmem(rows.at[row], out.at[token, kv_head * plan.group + head])
 
     lax.fori_loop(0, WARPGROUP_ROWS, store, None)

@@ -92,7 +92,8 @@ def attention(implementation, arguments):
     static = {name: x for name, x in arguments.items() if not isinstance(x, jax.Array | BlockTiles)}
     given = {name: x for name, x in arguments.items() if name not in static and name not in differentiated}
 
-    @jax.jit
+    # Each array is rounded to its dtype, also where XLA would rather leave a rounding and its undoing out.
+    @functools.partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
     def step(arrays, differentiated, given, cotangents):
         call = lambda arrays, differentiated: flash_attention(
             *arrays, **differentiated, **given, **static, return_lse=True, implementation=implementation

@@ -35,8 +35,9 @@ from jax._src.pallas.mosaic_gpu.interpret import (
 from jax._src.state import discharge
 from jax._src.state import types as state_types
 
+from pallas_kernels import mosaic
 from pallas_kernels.flash_attention import mapped
-from pallas_kernels.mosaic import plgpu
+from pallas_kernels.mosaic import TMA_ALIGNMENT, plgpu
 
 Interpreter = jaxpr_interpret.JaxprInterpreter
 
@@ -57,6 +58,8 @@ def interpreted(num_cores: int = 2):
             jax.sharding.use_abstract_mesh(mesh),
             # The interpreter's callbacks are ordered, which a partitioned function may not contain.
             unittest.mock.patch.object(mapped, "_partitioned", lambda function, _: function),
+            # Reductions take no shared memory here, and what only one warpgroup allocates is refused.
+            unittest.mock.patch.object(mosaic, "_behind_first", lambda reduce: reduce()),
         ):
             yield
         assert _Detector.seen, "no kernel was interpreted"
@@ -88,6 +91,7 @@ def install() -> None:
     known_copy = gpu_callbacks.copy_smem_to_gmem
 
     def copy_or_add(*, reduction_op, **arguments):
+        _check_alignment(arguments["src_allocation_key_as_array"], arguments["src_transforms"])
         return (
             _add_smem_to_gmem(**arguments)
             if reduction_op == "add"
@@ -97,6 +101,19 @@ def install() -> None:
     gpu_callbacks.copy_smem_to_gmem = copy_or_add
     Interpreter._interpret_inline_mgpu_p = inline_or_ours
     Interpreter._interpret_wgmma_ref_p = wgmma
+
+
+def _check_alignment(key, transforms):
+    """TMA copies read shared memory from multiples of 128 bytes on; of one dimension they are plain copies, of 16."""
+    memory = gpu_callbacks._get_shared_memory()
+    key = gpu_callbacks.HostAllocationKey.from_array(key)
+    transforms = jax.tree.map(int, gpu_callbacks._remove_noop_transforms(transforms))
+    shape, dtype = memory.buffer_shape_and_dtype(key)
+    access = memory.access(key, transforms)
+    starts = [getattr(index, "start", index) for index in access.range]
+    place = dtype.itemsize * int(np.ravel_multi_index(starts, shape))
+    multiple = TMA_ALIGNMENT if len(access.shape) > 1 else 16
+    assert place % multiple == 0, f"a copy from byte {place} of a buffer {shape} {dtype} is misaligned"
 
 
 class _Detector(race_detection_state.GPURaceDetectionState):
