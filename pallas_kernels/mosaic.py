@@ -18,6 +18,7 @@ plgpu: Any = mosaic_gpu  # its annotations do not cover what kernels use
 
 __all__ = [
     "LOG2_E",
+    "REDUCTION_SIZE",
     "SMEM_BYTES",
     "TMA_ALIGNMENT",
     "add_to_counter",
@@ -30,7 +31,7 @@ __all__ = [
     "opaque",
     "pl",
     "plgpu",
-    "reduce_apart",
+    "reduce_rows",
     "register_zeros",
     "row_full",
     "row_iota",
@@ -41,7 +42,7 @@ __all__ = [
 
 LOG2_E = 1.4426950408889634
 SMEM_BYTES = 232_448  # what one thread block may use on sm_90
-REDUCTION_BYTES = 2048  # of shared memory that a reduction across warps passes through
+REDUCTION_SIZE = 512  # fp32 numbers that a reduction across warps puts into shared memory at a time
 TMA_ALIGNMENT = 128  # bytes, of a TMA copy's end in shared memory
 REGISTERS = {1: None, 2: (240, 24), 3: (160, 32)}  # of compute and loading warpgroups; they share 65,536
 WITH_CONVERT = {1: (256, 104, 144), 2: (200, 40, 72)}  # and of one that converts
@@ -124,21 +125,19 @@ def broadcast_columns(x: jax.Array, rows: int) -> jax.Array:
     return lax.broadcast_in_dim(x, (rows, x.shape[0]), [1])
 
 
-def reduce_apart(reduce: Callable[[], jax.Array], warpgroup: Any, warpgroups: int) -> jax.Array:
-    """reduce(), across the warps of each of one or two warpgroups that go at their own pace.
+def reduce_rows(kind: str, x: jax.Array, space: Any) -> jax.Array:
+    """The maximum ("max") or the sum ("add") over axis 0 of a wgmma accumulator, over all warps of a warpgroup.
 
-    Such a reduction passes through shared memory, at a place that Mosaic knows when it compiles, the same for all
-    warpgroups: they would take each other's numbers. The second one's has its place behind the first one's.
+    space: f32[REDUCTION_SIZE] in shared memory, this warpgroup's alone. (Of jnp's reductions Mosaic chooses the
+    place as it compiles, the same for all warpgroups: two at a time would take each other's numbers.)
     """
-    assert warpgroups <= 2
-    if warpgroups == 1:
-        return reduce()
-    return lax.cond(warpgroup == 0, reduce, lambda: _behind_first(reduce))
+    result = plgpu.ShapeDtypeStruct(x.shape[1:], x.dtype, layout=plgpu.Layout.WGMMA.reduce(0))
 
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()), return_type=result)
+    def reduce(_, array, space_ref):
+        return array.reduce(kind, 0, space_ref)
 
-def _behind_first(reduce: Callable[[], jax.Array]) -> jax.Array:
-    space = plgpu.SMEM((REDUCTION_BYTES,), jnp.int8)
-    return pl.run_scoped(lambda _: reduce(), space, collective_axes="warpgroup")
+    return reduce(x, space)
 
 
 def opaque(x: Any) -> Any:

@@ -17,7 +17,7 @@ from pallas_kernels.mosaic import (
     load_rows,
     pl,
     plgpu,
-    reduce_apart,
+    reduce_rows,
     row_iota,
 )
 from pallas_kernels.paged_attention.decode_plan import BUFFERS, Merge, Outputs, Plan, Scratch, Workspace
@@ -62,7 +62,7 @@ def attend_unit(plan: Plan, consumer, scratch: Scratch, unit: Unit, count, buffe
     """The softmax over this consumer's share of a unit's tiles, and the sinks of its columns."""
     consumers = plan.config.consumers
     queries = scratch.queries
-    query = queries.query.at[buffer]
+    query, work = queries.query.at[buffer], workspace_of(scratch.work, consumer)
     slopes = load_columns(queries.slopes.at[buffer]) * LOG2_E if plan.has_slopes else None
     sinks = load_columns(queries.sinks.at[buffer]) * LOG2_E if plan.has_sinks else None
 
@@ -71,7 +71,7 @@ def attend_unit(plan: Plan, consumer, scratch: Scratch, unit: Unit, count, buffe
 
     def update(step, state):
         index = step * consumers + first
-        return attend_tile(plan, consumer, scratch, query, slopes, unit, count, index, state)
+        return attend_tile(plan, scratch, work, query, slopes, unit, count, index, state)
 
     steps = div(unit.num_tiles + (consumers - 1) - first, consumers)
     return lax.fori_loop(0, steps, update, init_softmax(plan)), sinks
@@ -90,16 +90,15 @@ def init_softmax(plan: Plan) -> Softmax:
 
 
 def attend_tile(
-    plan: Plan, consumer, scratch: Scratch, query, slopes, unit: Unit, count, index, state: Softmax
+    plan: Plan, scratch: Scratch, work: Workspace, query, slopes, unit: Unit, count, index, state: Softmax
 ) -> Softmax:
-    tile, work = plan.config.tile, workspace_of(scratch.work, consumer)
+    tile = plan.config.tile
     slot = lax.rem(count + index, jnp.int32(plan.config.stages))
     start = unit.start + index * tile
     logits = multiply_keys(plan, scratch, query, slot)
     logits = bias_and_mask(plan, logits, slopes, unit, start)
 
-    highest = reduce_apart(lambda: logits.max(axis=0), consumer, plan.config.consumers)
-    maximum = jnp.maximum(state.maximum, highest)
+    maximum = jnp.maximum(state.maximum, reduce_rows("max", logits, work.reduction))
     decay = jnp.exp2(state.maximum - maximum)
     weights = jnp.exp2(logits - broadcast_columns(maximum, tile))
     total = state.total * broadcast_columns(decay, tile) + weights
@@ -204,7 +203,7 @@ class Result(NamedTuple):
 
 def finish_unit(plan: Plan, consumer, scratch: Scratch, unit: Unit, count, units, state, sinks, outputs):
     """Brings the consumers' results together; the first consumer stores them."""
-    total = reduce_apart(lambda: state.total.sum(axis=0), consumer, plan.config.consumers)
+    total = reduce_rows("add", state.total, workspace_of(scratch.work, consumer).reduction)
     result = Result(state.maximum, total, state.values)
     merge = scratch.merge
     if merge is None:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels.kv_pages.pool import QUANTIZED
-from pallas_kernels.mosaic import plgpu, swizzled_smem
+from pallas_kernels.mosaic import REDUCTION_SIZE, plgpu, swizzled_smem
 from pallas_kernels.paged_attention.config import NUM_PROGRAMS, PagedConfig, default_config
 from pallas_kernels.paged_attention.plan import LaunchPlan, facts_of
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
@@ -201,6 +201,7 @@ class Workspace(NamedTuple):
 
     weights: Any  # [consumers, columns, tile]
     values: Any  # [consumers, tile, H] in the dtype of the arithmetic, of quantized pages
+    reduction: Any  # f32[consumers, REDUCTION_SIZE]
 
 
 class Merge(NamedTuple):
@@ -231,6 +232,7 @@ def scratch_types(plan: Plan) -> Scratch:
     config, columns, width = plan.config, plan.columns, plan.width
     weights = swizzled_smem((config.consumers, columns, config.tile), plan.dtype, plan.head_dim)
     widened = swizzled_smem((config.consumers, config.tile, plan.head_dim), plan.dtype)
+    reduction = plgpu.SMEM((config.consumers, REDUCTION_SIZE), jnp.float32)
     return Scratch(
         k=_tiles(plan),
         v=_tiles(plan),
@@ -238,7 +240,7 @@ def scratch_types(plan: Plan) -> Scratch:
         lengths=plgpu.SMEM((plan.lengths_size,), jnp.int32),
         lengths_full=plgpu.Barrier(num_arrivals=-(-plan.num_rows // MAX_BOX)),
         tickets=_tickets(plan) if config.dynamic else None,
-        work=Workspace(weights, widened if plan.is_quantized else None),
+        work=Workspace(weights, widened if plan.is_quantized else None, reduction),
         merge=_merge(plan) if config.consumers == 2 else None,
         out=plgpu.SMEM((columns, width), plan.out_dtype),
     )

@@ -4,6 +4,7 @@ Their accumulators leave few registers: fields of the work record are read again
 """
 
 import functools
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -235,7 +236,9 @@ def store_unit(plan: PrefillPlan, warpgroup, item, kv_head, carry, sinks, output
 
     @pl.when(jnp.logical_not(is_whole))
     def _():
-        plain[...] = values
+        width = math.gcd(plan.head_dim, plan.pitch)  # of blocks that fit in the pitch too, as layouts must
+        for column in range(0, plan.head_dim, width):
+            plain[:, pl.ds(column, width)] = values[:, column : column + width]
         plgpu.commit_smem()
         store_rows(plan, warpgroup, kv_head, work, plain, outputs.out)
 
@@ -263,7 +266,7 @@ def store_rows(plan: PrefillPlan, warpgroup, kv_head, work: Work, rows, out):
 
         @pl.when((head < plan.group) & (token >= work.first) & (token < work.stop))
         def _():
-            # Of one dimension: a plain copy, which may begin at any multiple of 16 bytes; TMA's at 128.
-            plgpu.copy_smem_to_gmem(rows.at[row], out.at[token, kv_head * plan.group + head])
+            source = rows.at[pl.ds(row, 1), pl.ds(0, plan.head_dim)]
+            plgpu.copy_smem_to_gmem(source, out.at[pl.ds(token, 1), kv_head * plan.group + head])
 
     lax.fori_loop(0, WARPGROUP_ROWS, store, None)

@@ -11,7 +11,7 @@ from jax import lax
 
 from pallas_kernels.flash_attention.tiles import KvTiles
 from pallas_kernels.kv_pages.pool import QUANTIZED
-from pallas_kernels.mosaic import ceil_div, div, plgpu, swizzled_smem
+from pallas_kernels.mosaic import TMA_ALIGNMENT, ceil_div, div, plgpu, swizzled_smem
 from pallas_kernels.paged_attention.plan import LaunchPlan, facts_of
 from pallas_kernels.paged_attention.prefill_config import (
     MIN_SPLIT_TILES,
@@ -61,6 +61,13 @@ class PrefillPlan(LaunchPlan):
     def tile_q(self) -> int:
         """Tokens of a query tile."""
         return self.head_octets * OCTET
+
+    @property
+    def pitch(self) -> int:
+        """Elements from one row of results to the next, where each is copied alone, from where TMA copies may
+        begin."""
+        multiple = TMA_ALIGNMENT // jnp.dtype(self.query_dtype).itemsize
+        return -(-self.head_dim // multiple) * multiple
 
     @property
     def run(self) -> int:
@@ -307,7 +314,7 @@ class Scratch(NamedTuple):
     v_codes: Ring | None
     work: Any  # i32[fields of Work]
     work_full: Any
-    rows: Any  # three views of [warpgroups, 64, H]: queries; results, swizzled; results, row by row
+    rows: Any  # three views of [warpgroups, 64, H]: queries; results, swizzled; results, row by row, padded
     query_full: Any
     zeroed: Any  # the values that no query sees
 
@@ -325,7 +332,8 @@ def scratch_types(plan: PrefillPlan) -> Scratch:
             loaded._replace(empty=plgpu.Barrier(num_barriers=config.stages)),
         )
     rows = (config.warpgroups, WARPGROUP_ROWS, plan.head_dim)
-    results = swizzled_smem(rows, plan.query_dtype), plgpu.SMEM(rows, plan.query_dtype)
+    by_row = (config.warpgroups, WARPGROUP_ROWS, plan.pitch)
+    results = swizzled_smem(rows, plan.query_dtype), plgpu.SMEM(by_row, plan.query_dtype)
     return Scratch(
         k=ready,
         v=ready,
