@@ -126,10 +126,10 @@ def broadcast_columns(x: jax.Array, rows: int) -> jax.Array:
 
 
 def reduce_rows(kind: str, x: jax.Array, space: Any) -> jax.Array:
-    """The maximum ("max") or the sum ("add") over axis 0 of a wgmma accumulator, over all warps of a warpgroup.
+    """The maximum ("max") or the sum ("add") over axis 0 of a wgmma accumulator, across a warpgroup's warps.
 
-    space: f32[REDUCTION_SIZE] in shared memory, this warpgroup's alone. (Of jnp's reductions Mosaic chooses the
-    place as it compiles, the same for all warpgroups: two at a time would take each other's numbers.)
+    space: f32[REDUCTION_SIZE] in shared memory, this warpgroup's alone. (Of jnp's reductions Mosaic chooses
+    the place as it compiles, the same for all warpgroups: two would take each other's numbers.)
     """
     result = plgpu.ShapeDtypeStruct(x.shape[1:], x.dtype, layout=plgpu.Layout.WGMMA.reduce(0))
 

@@ -1,6 +1,7 @@
 """Tile sizes of the flash kernels, and the choice for a call."""
 
 import dataclasses
+from collections.abc import Collection
 
 MAX_STAGES = 8
 TILES = (64, 128, 192, 256)
@@ -79,16 +80,32 @@ class FlashConfig:
             raise ValueError(f"ping_pong takes two warpgroups, got warpgroups={self.warpgroups}")
 
 
-def _default_fused(head_dim: int, unmeasured: bool, grouped: bool) -> FusedConfig | None:
-    """Which calls take the fused backward kernel unasked: those where it was measured to be the faster one.
+def default_fused(
+    head_dim: int, num_keys: int, is_causal: bool, is_grouped: bool, features: Collection[str]
+) -> FusedConfig | None:
+    """The fused backward kernel where it was measured to be the faster one, else None.
 
-    It pays for sums of dQ in fp32 in global memory: at H = 128, causal, it shows 345 TFLOP/s at 1,024 tokens
-    where the two kernels show 358, but 540 against 511 at 4,096. It serves more than is measured, to those
-    who name it in their config.
+    features: those of the call, of bias, block_mask, dropout, lengths, segments, slopes, soft_cap, window.
+
+    It pays for sums of dQ in fp32 in global memory, and has few registers left. Its time over that of the
+    two kernels, forward included, on an H200 with 16,384 tokens:
+
+    H = 64: causal 0.99 at T = 1,024 and 0.91 at 4,096, full 0.93 and 0.89, slopes 0.70, dropout 0.84, soft
+    cap 0.90, window 0.98, lengths 0.97, segments 0.98 (1.11 at T = 1,024), groups of 4 0.86, of 8 1.02.
+    H = 128: causal 1.06 at T = 1,024, 1.03 at 2,048, 0.99 at 4,096; full 0.98, 0.95, 0.92; T = 512 on
+    S = 8,192 0.93; slopes 0.79, soft cap 0.92, block masks 0.88 (all tiles) to 0.99 (an eighth of them);
+    window, lengths and segments 1.01 to 1.02 (1.11 at T = 1,024); groups of 4 1.07, of 8 1.29.
     """
-    if unmeasured or (grouped and head_dim > 64):
+    if num_keys < 1024 or "bias" in features or (is_grouped and head_dim > 64):
         return None
-    return FusedConfig(tile_q=128 if head_dim <= 64 else 64)
+    if "segments" in features and (head_dim > 64 or num_keys < 2048):
+        return None
+    if head_dim <= 64:
+        return FusedConfig(tile_q=128)
+    if {"lengths", "window"} & set(features):
+        return None
+    is_rich = bool({"slopes", "soft_cap", "block_mask"} & set(features))
+    return FusedConfig(tile_q=64) if is_rich or not is_causal or num_keys > 2048 else None
 
 
 def default_config(
@@ -98,35 +115,41 @@ def default_config(
     in_blocks: bool = False,
     busy: bool = False,
     has_lengths: bool = False,
-    grouped: bool = False,
+    all_visible: bool = False,
 ) -> FlashConfig:
-    """The tiles for a (padded) head dim; crowded: more than products and a causal mask needs registers too;
-    in_blocks: thread blocks that divide the 128 x 128 of a block mask, and most lengths, so that no bias need
-    be padded; busy: what each tile does beside (dropout's hash, segment ids, a bias) takes the registers that
-    overlap needs; has_lengths: they take registers, too many for three warpgroups at H = 128;
-    grouped: heads share keys.
+    """The tiles for a (padded) head dim; crowded: more than products and a causal mask needs registers
+    too; in_blocks: thread blocks that divide the 128 x 128 of a block mask, and most lengths, so that no
+    bias need be padded; busy: what each tile does beside (dropout's hash, segment ids, a bias) takes the
+    registers that overlap needs; has_lengths: they take registers, too many for three warpgroups at H =
+    128; all_visible: nothing is masked.
 
     Measured on an H200 (forward, causal, T = 16384): at H = 64 three warpgroups that overlap reach 538
-    TFLOP/s, without overlap 500, two 421. At H = 128 three, with no registers to overlap, reach 728, two that
-    overlap 706; but a crowded kernel would spill the 160 registers a thread that three leave. At H = 256
-    two hold the accumulators, and taking turns costs 10% of the causal speed. At H = 128 and num_queries =
-    1024 blocks of 192 rows leave most of a last block empty: two that overlap reach 481, three 443.
+    TFLOP/s, without overlap 500, two 421. At H = 128 three, with no registers to overlap, reach 728, two
+    that overlap 706; but a crowded kernel would spill the 160 registers a thread that three leave. At H =
+    256 two hold the accumulators, and taking turns costs 10% of the causal speed; to overlap gives 708
+    instead of 672 at T = 4,096 where all is visible, and 673 instead of 647 where a mask spills 36 bytes.
+    At H = 128 and num_queries = 1024 blocks of 192 rows leave most of a last block empty: two that
+    overlap reach 494 causal and 570 full, two that do not 467 and 587. At H = 64 and T = 1024, full, two
+    that take turns at 256 keys reach 466, three 448; at T = 2048 488 and 498.
     """
     ahead = {"q_stages": 2, "ping_pong": False}
     short = has_lengths or (num_queries is not None and num_queries <= SHORT)
-    fused = _default_fused(head_dim, short or crowded or in_blocks, grouped)
     if in_blocks and head_dim <= 128:
         gradient = GradientConfig(other=64 if crowded or head_dim > 64 else 128)
         return FlashConfig(overlap=True, dq=gradient, dkv=gradient, **ahead)
+    if head_dim <= 64 and short and all_visible and not crowded:
+        dq = GradientConfig(other=128)
+        return FlashConfig(tile_kv=256, q_stages=2, dq=dq)
     if head_dim <= 64:
         dq = GradientConfig(other=64 if crowded else 128)
-        return FlashConfig(stages=3, warpgroups=3, overlap=not busy, dq=dq, fused=fused, **ahead)
+        return FlashConfig(stages=3, warpgroups=3, overlap=not busy, dq=dq, **ahead)
     if head_dim <= 128 and busy:
         return FlashConfig(q_stages=2)
     if head_dim <= 128 and (crowded or short):
         dq = GradientConfig() if crowded else GradientConfig(warpgroups=3)
-        return FlashConfig(overlap=True, dq=dq, **ahead)
+        return FlashConfig(overlap=crowded or not all_visible, dq=dq, **ahead)
     if head_dim <= 128:
-        return FlashConfig(warpgroups=3, dq=GradientConfig(warpgroups=3), fused=fused, **ahead)
+        return FlashConfig(warpgroups=3, dq=GradientConfig(warpgroups=3), **ahead)
     single = GradientConfig(stages=1)
-    return FlashConfig(tile_kv=64, stages=2, ping_pong=False, dq=single, dkv=single, dkv_passes=2)
+    rest = {"ping_pong": False, "dq": single, "dkv": single, "dkv_passes": 2}
+    return FlashConfig(tile_kv=64, overlap=all_visible and not crowded, **rest)

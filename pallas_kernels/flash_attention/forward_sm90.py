@@ -88,12 +88,10 @@ class ForwardPlan(AttentionPlan):
 
     @property
     def schedule(self) -> Schedule:
-        order = self.order
-        costs = tuple(ITEM_COST + self.num_kv_tiles(tile) for tile in range(order.num_tiles))
-        # What segments and a block mask leave of an item is not known here: the hardware deals them out.
+        costs = tuple(ITEM_COST + self.num_kv_tiles(tile) for tile in range(self.order.num_tiles))
+        # What segments and a block mask leave of an item is not known here.
         is_known = not (self.has_segments or self.has_block_mask)
-        num_blocks = min(order.num_blocks, num_multiprocessors()) if is_known else order.num_blocks
-        return Schedule(order, num_blocks, costs)
+        return Schedule(self.order, num_multiprocessors(), costs if is_known else None)
 
     def num_kv_tiles(self, row_tile: int) -> int:
         """How many KV tiles the rows of a block see, where no lengths are given."""
@@ -148,9 +146,9 @@ def launch(plan: ForwardPlan, inputs: AttentionInputs, query, key, value):
     turn = plgpu.Barrier(num_arrivals=2) if config.ping_pong else None
     per_buffer = plgpu.Barrier(num_barriers=num_buffers)
     batch, rows, heads, _ = query.shape
-    schedule = plan.schedule
+    table = plan.schedule.table()
     # Its own jit holds the table: a custom partitioning takes no function with constants.
-    items = jax.jit(lambda: jnp.asarray(schedule.table()))()
+    items = jax.jit(lambda: jnp.asarray(table))()
     extras = prepare(plan, inputs, Footprint(config.tile_q, config.tile_kv, config.warpgroups))
     return plgpu.kernel(
         functools.partial(_forward_body, plan),
@@ -158,7 +156,7 @@ def launch(plan: ForwardPlan, inputs: AttentionInputs, query, key, value):
             jax.ShapeDtypeStruct((batch, rows, heads, plan.value_dim), plan.dtype),
             jax.ShapeDtypeStruct((batch, heads, plan.num_row_tiles * plan.block_rows), jnp.float32),
         ),
-        grid=(schedule.num_blocks,),
+        grid=(len(table),),
         grid_names=("block",),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",

@@ -14,7 +14,7 @@ from pallas_kernels.flash_attention import (
     forward_sm90,
     reference,
 )
-from pallas_kernels.flash_attention.config import FlashConfig, default_config
+from pallas_kernels.flash_attention.config import FlashConfig, default_config, default_fused
 from pallas_kernels.flash_attention.forward_sm90 import ForwardPlan
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.spec import AttentionGradients, AttentionInputs, AttentionSpec
@@ -113,16 +113,24 @@ def plan_of(
 def _plan_fields(inputs: AttentionInputs, spec: AttentionSpec, head_multiple: int) -> dict[str, Any]:
     batch, num_queries, num_heads, head_dim = inputs.query.shape
     head_dim, value_dim = (dim + -dim % head_multiple for dim in (head_dim, inputs.value.shape[3]))
-    has_segments, has_bias = inputs.q_segment_ids is not None, inputs.bias is not None
-    busy = spec.dropout_rate > 0 or has_segments or has_bias
-    crowded = busy or any(x is not None for x in (spec.reach[0], spec.logits_soft_cap, inputs.alibi_slopes))
-    has_lengths = inputs.q_lengths is not None or inputs.kv_lengths is not None
+    features = _features(inputs, spec)
+    num_keys, largest = inputs.key.shape[1], max(head_dim, value_dim)
     has_bias_rows = inputs.bias is not None and inputs.bias.shape[2] > 1
-    in_blocks = inputs.block_mask is not None or has_bias_rows
-    grouped = num_heads > inputs.key.shape[2]
+    busy = bool(features & {"bias", "dropout", "segments"})
     config = default_config(
-        max(head_dim, value_dim), crowded, num_queries, in_blocks, busy, has_lengths, grouped
+        largest,
+        crowded=busy or bool(features & {"slopes", "soft_cap"}) or spec.reach[0] is not None,
+        num_queries=num_queries,
+        in_blocks="block_mask" in features or has_bias_rows,
+        busy=busy,
+        has_lengths="lengths" in features,
+        all_visible=not (
+            spec.is_causal or num_keys % 64 or features & {"block_mask", "lengths", "segments", "window"}
+        ),
     )
+    is_grouped = num_heads > inputs.key.shape[2]
+    fused = default_fused(largest, num_keys, spec.is_causal, is_grouped, features)
+    config = dataclasses.replace(config, fused=fused)
     if head_dim != value_dim:  # the output cannot take the queries' place, but takes that of the next queries
         config = dataclasses.replace(config, q_stages=1)
     if inputs.alibi_slopes is not None:
@@ -130,7 +138,7 @@ def _plan_fields(inputs: AttentionInputs, spec: AttentionSpec, head_multiple: in
     return {
         "batch": batch,
         "num_queries": num_queries,
-        "num_keys": inputs.key.shape[1],
+        "num_keys": num_keys,
         "num_heads": num_heads,
         "num_kv_heads": inputs.key.shape[2],
         "head_dim": head_dim,
@@ -144,9 +152,23 @@ def _plan_fields(inputs: AttentionInputs, spec: AttentionSpec, head_multiple: in
         "has_kv_lengths": inputs.kv_lengths is not None,
         "config": spec.config or config,
         "has_block_mask": inputs.block_mask is not None,
-        "has_segments": has_segments,
+        "has_segments": "segments" in features,
         "dropout_rate": spec.dropout_rate,
     }
+
+
+def _features(inputs: AttentionInputs, spec: AttentionSpec) -> set[str]:
+    has = {
+        "bias": inputs.bias is not None,
+        "block_mask": inputs.block_mask is not None,
+        "dropout": spec.dropout_rate > 0,
+        "lengths": inputs.q_lengths is not None or inputs.kv_lengths is not None,
+        "segments": inputs.q_segment_ids is not None,
+        "slopes": inputs.alibi_slopes is not None,
+        "soft_cap": spec.logits_soft_cap is not None,
+        "window": spec.window != (None, None),
+    }
+    return {name for name, is_there in has.items() if is_there}
 
 
 def _pad(x: jax.Array, head_multiple: int) -> jax.Array:

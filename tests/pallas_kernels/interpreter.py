@@ -107,7 +107,7 @@ def _reduce_rows(kind, x, space):
 
 
 def _check_alignment(key, transforms):
-    """TMA copies read shared memory from multiples of 128 bytes on; of one dimension they are plain, from 16."""
+    """TMA copies read shared memory from multiples of 128 bytes on; plain ones, of one dimension, of 16."""
     memory = gpu_callbacks._get_shared_memory()
     key = gpu_callbacks.HostAllocationKey.from_array(key)
     transforms = jax.tree.map(int, gpu_callbacks._remove_noop_transforms(transforms))

@@ -28,13 +28,22 @@ PLAN = ForwardPlan(
 )
 
 
-@pytest.mark.parametrize("num_blocks", [1, 7, 132])
-def test_every_item_once_and_in_order(num_blocks):
+@pytest.mark.parametrize("costs", [None, tuple(range(1, 10))])
+@pytest.mark.parametrize("num_multiprocessors", [1, 7, 132, 500])
+def test_every_item_once_and_in_order(num_multiprocessors, costs):
     order = TileOrder(num_tiles=9, num_heads=32, section=8)
-    table = Schedule(order, num_blocks, costs=tuple(range(1, 10))).table()
+    table = Schedule(order, num_multiprocessors, costs).table()
     mine = [list(row[1 : 1 + row[0]]) for row in table]
     assert sorted(item for items in mine for item in items) == list(range(9 * 32))
     assert all(items == sorted(items) and items for items in mine)
+
+
+def test_blocks_of_unknown_costs_are_many_and_shrink():
+    table = dataclasses.replace(PLAN, has_block_mask=True).schedule.table()
+    sizes = list(table[:, 0])
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-132:] == [1] * 132
+    assert 4 * 132 < len(sizes) < 0.6 * sum(sizes)
 
 
 @pytest.mark.parametrize("causal", [False, True])
