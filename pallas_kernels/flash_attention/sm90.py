@@ -116,10 +116,10 @@ def _plan_fields(inputs: AttentionInputs, spec: AttentionSpec, head_multiple: in
     features = _features(inputs, spec)
     num_keys, largest = inputs.key.shape[1], max(head_dim, value_dim)
     has_bias_rows = inputs.bias is not None and inputs.bias.shape[2] > 1
-    busy = bool(features & {"bias", "dropout", "segments"})
+    busy = len(features & {"bias", "dropout", "segments"})
     config = default_config(
         largest,
-        crowded=busy or bool(features & {"slopes", "soft_cap"}) or spec.reach[0] is not None,
+        crowded=bool(busy or features & {"slopes", "soft_cap"} or spec.reach[0] is not None),
         num_queries=num_queries,
         in_blocks="block_mask" in features or has_bias_rows,
         busy=busy,

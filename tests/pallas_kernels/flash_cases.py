@@ -16,7 +16,7 @@ from tests.pallas_kernels.tables import CompileCase
 
 AHEAD = FlashConfig(tile_q=64, tile_kv=64, stages=2, overlap=True, ping_pong=False)
 SMALL = FlashConfig(tile_q=64, tile_kv=64, stages=2, q_stages=2)
-IN_BLOCKS = default_config(128, crowded=True, in_blocks=True, busy=True)  # serves block masks, and all else
+IN_BLOCKS = default_config(128, crowded=True, in_blocks=True, busy=1)  # serves block masks, and all else
 
 
 def fused_config(head_dim: int, config: FlashConfig | None = None) -> FlashConfig:
