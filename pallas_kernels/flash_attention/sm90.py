@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.device import num_multiprocessors
 from pallas_kernels.flash_attention import (
     backward_fused_sm90,
     backward_sm90,
@@ -124,6 +125,7 @@ def _plan_fields(inputs: AttentionInputs, spec: AttentionSpec, head_multiple: in
         in_blocks="block_mask" in features or has_bias_rows,
         busy=busy,
         has_lengths="lengths" in features,
+        few=batch * num_heads * math.ceil(num_queries / 64) <= num_multiprocessors(),
         all_visible=not (
             spec.is_causal or num_keys % 64 or features & {"block_mask", "lengths", "segments", "window"}
         ),
