@@ -75,8 +75,7 @@ def launch(plan: AttentionPlan, inputs: AttentionInputs, query, key, value, out_
         kv_bytes=plan.num_queries * plan.group * (plan.token_bytes + 4 * plan.head_dim),
         heavy_last=False,
     )
-    d_query = jax.new_ref(jnp.zeros(query.shape, jnp.float32))
-    d_key, d_value = plgpu.kernel(
+    kernel = plgpu.kernel(
         functools.partial(_body, plan, order),
         out_type=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key, value)),
         grid=(order.num_blocks,),
@@ -87,8 +86,18 @@ def launch(plan: AttentionPlan, inputs: AttentionInputs, query, key, value, out_
         # Barriers around every store would cost a fifth of the causal speed; nothing is read back.
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         kernel_name="flash_attention_backward",
-    )(query, key, value, out_grad, lse2, delta, d_query, extras)
-    return (jax.freeze(d_query) * plan.scale).astype(plan.dtype), d_key, d_value
+    )
+
+    def accumulate(refs):
+        d_query, *of_keys = refs
+        results = kernel(query, key, value, out_grad, lse2, delta, d_query, extras)
+        for ref, result in zip(of_keys, results, strict=True):
+            ref[...] = result
+
+    # Not jax.new_ref: custom partitioning takes no function that makes one.
+    zeros = jnp.zeros(query.shape, jnp.float32), jnp.zeros_like(key), jnp.zeros_like(value)
+    d_query, d_key, d_value = pl.run_state(accumulate)(zeros)
+    return (d_query * plan.scale).astype(plan.dtype), d_key, d_value
 
 
 def _body(plan: AttentionPlan, order: TileOrder, *refs):
