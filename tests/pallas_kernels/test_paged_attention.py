@@ -269,6 +269,24 @@ def test_default_config_fits_shared_memory_and_cuts_long_rows():
                 assert 256 <= config.split <= 4096
 
 
+def test_two_consumers_reduce_in_memory_of_their_own():
+    """jnp's reductions across warps pass through one place in shared memory, whichever warpgroup asks: on an
+    H200 quantized decode gave other bits from run to run."""
+    spec = jax.ShapeDtypeStruct
+    pages, scales = spec((1, 40, 2, 16, 128), jnp.int8), spec((1, 40, 2, 16), jnp.float32)
+    arrays = spec((4, 8, 128), jnp.bfloat16), pages, pages, spec((4, 32), jnp.int32), spec((4,), jnp.int32)
+
+    def attend(arrays, scales):
+        config = PagedConfig(tile=64, split=512, stages=4, consumers=2)
+        named = dict(zip(("k_scale", "v_scale"), scales, strict=True))
+        return paged_attention(*arrays, implementation="sm90", config=config, **named)
+
+    jaxpr = str(jax.make_jaxpr(attend)(arrays, (scales, scales)))
+    assert "wgmma" in jaxpr
+    assert "reduce_max[" not in jaxpr
+    assert "reduce_sum[" not in jaxpr
+
+
 def test_reference_serves_a_gpu_that_has_no_kernel(monkeypatch):
     """Without a Hopper GPU the op takes the next variant; with one named, it says why that cannot serve."""
     monkeypatch.setitem(op.VARIANTS, "sm90", op.VARIANTS["sm90"]._replace(is_available=lambda: True))
