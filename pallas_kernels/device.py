@@ -17,7 +17,7 @@ def is_hopper() -> bool:
 def num_multiprocessors() -> int:
     """Counts the multiprocessors of the device that is compiled for: an abstract one where there is such."""
     abstract = jax.sharding.get_abstract_mesh().abstract_device
-    if abstract is not None:
+    if abstract is not None and abstract.num_cores:  # None: of a CPU
         return abstract.num_cores
     device = jax.devices()[0]
     return device.core_count if device.platform == "gpu" else NUM_MULTIPROCESSORS

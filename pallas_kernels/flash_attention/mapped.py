@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from pallas_kernels.flash_attention.block_tiles import BlockTiles
 from pallas_kernels.flash_attention.dropout import shift_seed
@@ -169,7 +169,10 @@ def _divide(function: Callable, letters: _Arrays) -> Callable:
             axes = _Axes.of(mesh, *types[:2])
             specs = axes.specs(types, letters.operands)
             arrays = tuple(map(jax.reshard, arrays, map(functools.partial(NamedSharding, mesh), specs)))
-            out_specs = axes.specs(jax.eval_shape(function, *arrays), letters.results)
+            # Kernels take no arrays whose sharding is part of the type.
+            with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+                plain = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in types]
+                out_specs = axes.specs(jax.eval_shape(function, *plain), letters.results)
             local = functools.partial(_local, function, letters, axes, out_specs)
             return jax.shard_map(local, mesh=mesh, in_specs=tuple(specs), out_specs=out_specs)(*arrays)
         return _partitioned(function, letters)(*arrays)

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxattn import SAVE_ATTENTION, BlockMask, dot_product_attention
+from pallas_kernels import flash_attention
 
 B, T, N, K, H = 4, 24, 8, 4, 8
 DROPOUT = {"dropout_rate": 0.3, "dropout_key": jax.random.key(5)}
@@ -144,6 +145,18 @@ def test_shard_map(axis_type, check_vma):
     mesh = mesh_of(2, 4, axis_type)
     mapped = jax.shard_map(gradients, mesh=mesh, in_specs=SPECS, out_specs=SPECS, check_vma=check_vma)
     assert_close(jax.jit(mapped)(*put(mesh, operands, SPECS)), gradients(*operands))
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_kernels_are_traced_under_an_explicit_mesh(deterministic):
+    """Up to their lowering, which needs a GPU: they refuse arrays whose type says how they are sharded."""
+    attend = functools.partial(flash_attention, implementation="sm90", deterministic=deterministic)
+    call = jax.grad(lambda *qkv: attend(*qkv).astype(jnp.float32).sum(), argnums=(0, 1, 2))
+    shape = (4, 1024, 4, 64)
+    mesh = mesh_of(2, 4, AxisType.Explicit)
+    sharded = put(mesh, [jnp.zeros(shape, jnp.bfloat16)] * 3, SPECS)
+    results = jax.eval_shape(call, *sharded)
+    assert [(x.shape, x.sharding.spec[0]) for x in results] == [(shape, "data")] * 3
 
 
 def test_shard_map_sums_the_gradients_of_what_devices_share():
