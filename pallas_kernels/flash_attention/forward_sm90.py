@@ -88,10 +88,10 @@ class ForwardPlan(AttentionPlan):
 
     @property
     def schedule(self) -> Schedule:
-        costs = tuple(ITEM_COST + self.num_kv_tiles(tile) for tile in range(self.order.num_tiles))
-        # What segments and a block mask leave of an item is not known here.
-        is_known = not (self.has_segments or self.has_block_mask)
-        return Schedule(self.order, num_multiprocessors(), costs if is_known else None)
+        costs = None
+        if not (self.has_segments or self.has_block_mask):  # what these leave of an item is not known here
+            costs = tuple(ITEM_COST + self.num_kv_tiles(tile) for tile in range(self.order.num_tiles))
+        return Schedule(self.order, num_multiprocessors(), costs)
 
     def num_kv_tiles(self, row_tile: int) -> int:
         """How many KV tiles the rows of a block see, where no lengths are given."""

@@ -114,33 +114,10 @@ def plan_of(
 def _plan_fields(inputs: AttentionInputs, spec: AttentionSpec, head_multiple: int) -> dict[str, Any]:
     batch, num_queries, num_heads, head_dim = inputs.query.shape
     head_dim, value_dim = (dim + -dim % head_multiple for dim in (head_dim, inputs.value.shape[3]))
-    features = _features(inputs, spec)
-    num_keys, largest = inputs.key.shape[1], max(head_dim, value_dim)
-    has_bias_rows = inputs.bias is not None and inputs.bias.shape[2] > 1
-    busy = len(features & {"bias", "dropout", "segments"})
-    config = default_config(
-        largest,
-        crowded=bool(busy or features & {"slopes", "soft_cap"} or spec.reach[0] is not None),
-        num_queries=num_queries,
-        in_blocks="block_mask" in features or has_bias_rows,
-        busy=busy,
-        has_lengths="lengths" in features,
-        few=batch * num_heads * math.ceil(num_queries / 64) <= num_multiprocessors(),
-        all_visible=not (
-            spec.is_causal or num_keys % 64 or features & {"block_mask", "lengths", "segments", "window"}
-        ),
-    )
-    is_grouped = num_heads > inputs.key.shape[2]
-    fused = default_fused(largest, num_keys, spec.is_causal, is_grouped, features)
-    config = dataclasses.replace(config, fused=fused)
-    if head_dim != value_dim:  # the output cannot take the queries' place, but takes that of the next queries
-        config = dataclasses.replace(config, q_stages=1)
-    if inputs.alibi_slopes is not None:
-        config = dataclasses.replace(config, dkv_passes=2)
     return {
         "batch": batch,
         "num_queries": num_queries,
-        "num_keys": num_keys,
+        "num_keys": inputs.key.shape[1],
         "num_heads": num_heads,
         "num_kv_heads": inputs.key.shape[2],
         "head_dim": head_dim,
@@ -152,11 +129,39 @@ def _plan_fields(inputs: AttentionInputs, spec: AttentionSpec, head_multiple: in
         "logits_soft_cap": spec.logits_soft_cap,
         "has_q_lengths": inputs.q_lengths is not None,
         "has_kv_lengths": inputs.kv_lengths is not None,
-        "config": spec.config or config,
+        "config": spec.config or _config(inputs, spec, head_dim, value_dim),
         "has_block_mask": inputs.block_mask is not None,
-        "has_segments": "segments" in features,
+        "has_segments": inputs.q_segment_ids is not None,
         "dropout_rate": spec.dropout_rate,
     }
+
+
+def _config(inputs: AttentionInputs, spec: AttentionSpec, head_dim: int, value_dim: int) -> FlashConfig:
+    """The default for a call, of these padded head dims."""
+    batch, num_queries, num_heads, _ = inputs.query.shape
+    _, num_keys, num_kv_heads, _ = inputs.key.shape
+    features = _features(inputs, spec)
+    busy = len(features & {"bias", "dropout", "segments"})
+    masks = features & {"block_mask", "lengths", "segments", "window"}
+    has_bias_rows = inputs.bias is not None and inputs.bias.shape[2] > 1
+    config = default_config(
+        max(head_dim, value_dim),
+        crowded=bool(busy or features & {"slopes", "soft_cap"} or spec.reach[0] is not None),
+        num_queries=num_queries,
+        in_blocks="block_mask" in features or has_bias_rows,
+        busy=busy,
+        has_lengths="lengths" in features,
+        few=batch * num_heads * math.ceil(num_queries / 64) <= num_multiprocessors(),
+        all_visible=not (spec.is_causal or num_keys % 64 or masks),
+    )
+    is_grouped = num_heads > num_kv_heads
+    fused = default_fused(max(head_dim, value_dim), num_keys, spec.is_causal, is_grouped, features)
+    config = dataclasses.replace(config, fused=fused)
+    if head_dim != value_dim:  # the output cannot take the queries' place, but takes that of the next queries
+        config = dataclasses.replace(config, q_stages=1)
+    if inputs.alibi_slopes is not None:
+        config = dataclasses.replace(config, dkv_passes=2)
+    return config
 
 
 def _features(inputs: AttentionInputs, spec: AttentionSpec) -> set[str]:
