@@ -7,12 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, memref
+from jaxlib.mlir.dialects import arith, llvm, memref, vector
 
 plgpu: Any = mosaic_gpu  # its annotations do not cover what kernels use
 
@@ -25,7 +27,9 @@ __all__ = [
     "broadcast_columns",
     "broadcast_rows",
     "ceil_div",
+    "deinterleave",
     "div",
+    "load_codes_transposed",
     "load_columns",
     "load_rows",
     "opaque",
@@ -36,6 +40,8 @@ __all__ = [
     "row_full",
     "row_iota",
     "specialize",
+    "store_deinterleaved",
+    "swizzle_bytes",
     "swizzled_smem",
     "traced",
 ]
@@ -46,6 +52,25 @@ REDUCTION_SIZE = 512  # fp32 numbers that a reduction across warps puts into sha
 TMA_ALIGNMENT = 128  # bytes, of a TMA copy's end in shared memory
 REGISTERS = {1: None, 2: (240, 24), 3: (160, 32)}  # of compute and loading warpgroups; they share 65,536
 WITH_CONVERT = {1: (256, 104, 144), 2: (200, 40, 72)}  # and of one that converts
+
+# Bytes (0, 2) and (1, 3) of $2 as two fp16 each. int8: the byte + 128 is the mantissa of 1024 + 128 + code.
+INT8_TO_FP16 = """{
+    .reg .b32 code, low, high, offset;
+    xor.b32 code, $2, 0x80808080;
+    prmt.b32 low, code, 0x64646464, 0x4240;
+    prmt.b32 high, code, 0x64646464, 0x4341;
+    mov.b32 offset, 0x64806480;
+    sub.f16x2 $0, low, offset;
+    sub.f16x2 $1, high, offset;
+}"""
+E4M3_TO_FP16 = """{
+    .reg .b32 code;
+    .reg .b16 low, high;
+    prmt.b32 code, $2, 0, 0x3120;
+    mov.b32 {low, high}, code;
+    cvt.rn.f16x2.e4m3x2 $0, low;
+    cvt.rn.f16x2.e4m3x2 $1, high;
+}"""
 
 
 def specialize(
@@ -84,10 +109,18 @@ def swizzled_smem(shape: Sequence[int], dtype: Any, row: int | None = None) -> A
     """Shared memory laid out for wgmma and TMA: 8 x (swizzle width) tiles, the widest swizzle the last dim
     allows, or rows of `row` elements: both operands of a wgmma have the same.
     """
-    row_bytes = (row or shape[-1]) * jnp.dtype(dtype).itemsize
-    swizzle = next(width for width in (128, 64, 32) if row_bytes % width == 0)
-    tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))
-    return plgpu.SMEM(tuple(shape), dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+    return plgpu.SMEM(tuple(shape), dtype, transforms=_swizzled(row or shape[-1], dtype))
+
+
+def _swizzled(columns: int, dtype: Any) -> tuple[Any, Any]:
+    size = jnp.dtype(dtype).itemsize
+    swizzle = swizzle_bytes(columns * size)
+    return plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)
+
+
+def swizzle_bytes(row_bytes: int) -> int:
+    """The widest swizzle that rows of so many bytes allow."""
+    return next(width for width in (128, 64, 32) if row_bytes % width == 0)
 
 
 def register_zeros(shape: Sequence[int]) -> jax.Array:
@@ -138,6 +171,106 @@ def reduce_rows(kind: str, x: jax.Array, space: Any) -> jax.Array:
         return array.reduce(kind, 0, space_ref)
 
     return reduce(x, space)
+
+
+def load_codes_transposed(codes: Any, first: int) -> jax.Array:
+    """fp16[64, rows]: columns first..first + 63 of 8-bit codes [rows, columns] (int8 or e4m3) in swizzled
+    shared memory, transposed, rows interleaved as `deinterleave` undoes; exact.
+
+    The matrix loads of sm_90 transpose pairs of bytes: a thread gets two neighbouring columns of two rows,
+    which are two rows of wgmma's left operand, 8 apart.
+    """
+    rows, columns = codes.shape
+    is_integer = codes.dtype == jnp.int8
+    result = plgpu.ShapeDtypeStruct((64, rows), jnp.float16, layout=plgpu.Layout.WGMMA)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(_swizzled(columns, codes.dtype)),), return_type=result)
+    def load(_, ref):
+        i32 = ir.IntegerType.get_signless(32)
+        pointer = _matrix_pointer(ref, columns, first)
+        registers = []
+        for token in range(0, rows, 32):
+            words = mgpu_utils.inline_ptx(
+                "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];",
+                arith.addi(pointer, arith.constant(i32, token * columns)),
+                result_types=[i32] * 4,
+                has_side_effects=True,
+                convergent=True,
+            )
+            registers += [half for word in words for half in _halves_of_codes(word, is_integer)]
+        layout = fragmented_array.WGMMA_LAYOUT
+        registers = np.array(registers, dtype=object).reshape(layout.registers_shape((64, rows)))
+        return fragmented_array.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    return load(codes)
+
+
+def _matrix_pointer(ref: Any, columns: int, first: int) -> Any:
+    """Where a thread's part of the first matrix load begins: lane l loads row l, warp w columns first + 16 w.
+    """
+    i32, swizzle = ir.IntegerType.get_signless(32), swizzle_bytes(columns)
+    chunks = swizzle // 16
+
+    def constant(x):
+        return arith.constant(i32, x)
+
+    thread = mgpu_utils.thread_idx()
+    row = arith.andi(thread, constant(31))
+    warp = arith.andi(arith.shrui(thread, constant(5)), constant(3))
+    chunk = arith.addi(constant(first // 16), warp)
+    octet, place = arith.divui(row, constant(8)), arith.andi(row, constant(7))
+    tile, inside = arith.divui(chunk, constant(chunks)), arith.remui(chunk, constant(chunks))
+    inside = arith.xori(inside, arith.divui(place, constant(8 // chunks)))
+    terms = ((octet, 8 * columns), (tile, 8 * swizzle), (place, swizzle), (inside, 16))
+    base = llvm.ptrtoint(i32, mgpu_utils.memref_ptr(ref))
+    for x, factor in terms:
+        base = arith.addi(base, arith.muli(x, constant(factor)))
+    return base
+
+
+def _halves_of_codes(word: Any, is_integer: bool) -> list[Any]:
+    """Bytes (0, 2) and (1, 3) of a word as two vectors of two fp16."""
+    i32 = ir.IntegerType.get_signless(32)
+    pair = ir.VectorType.get((2,), ir.F16Type.get())
+    ptx = INT8_TO_FP16 if is_integer else E4M3_TO_FP16
+    halves = mgpu_utils.inline_ptx(ptx, word, result_types=[i32, i32])
+    return [mgpu_utils.bitcast(half, pair) for half in halves]
+
+
+def deinterleave(x: jax.Array) -> jax.Array:
+    """Rows of x [16 n, ...] in their order, of each 16 given as 0, 2, ..., 14, 1, 3, ..., 15."""
+    return x.reshape(-1, 2, 8, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+
+
+def store_deinterleaved(ref: Any, x: jax.Array) -> None:
+    """ref[...] = deinterleave(x).T for a wgmma accumulator x [64 n, columns]; ref in shared memory, plain."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
+    def store(_, target, array):
+        index = ir.IndexType.get()
+        thread = arith.index_cast(index, mgpu_utils.thread_idx())
+
+        def constant(value):
+            return arith.constant(index, value)
+
+        warp = arith.remui(arith.divui(thread, constant(32)), constant(4))
+        lane = arith.remui(thread, constant(32))
+        row = arith.divui(lane, constant(4))
+        row = arith.addi(arith.muli(warp, constant(16)), arith.muli(row, constant(2)))
+        column = arith.muli(arith.remui(lane, constant(4)), constant(2))
+        rows, columns = array.shape
+        registers = array.registers.reshape(rows // 64, columns // 8, 2)
+        for block, octet, pair in np.ndindex(rows // 64, columns // 8, 2):
+            values = [_extract(register, pair) for register in registers[block, octet]]
+            place = [arith.addi(column, constant(8 * octet + pair)), arith.addi(row, constant(64 * block))]
+            pair_type = ir.VectorType.get((2,), array.mlir_dtype)
+            vector.store(vector.from_elements(pair_type, values), target, place)
+
+    store(ref, x.astype(ref.dtype))
+
+
+def _extract(register: Any, place: int) -> Any:
+    return vector.extract(register, dynamic_position=[], static_position=[place])
 
 
 def opaque(x: Any) -> Any:

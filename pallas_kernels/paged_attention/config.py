@@ -44,15 +44,15 @@ def fixed_bytes(
     columns: int,
     tile: int,
     consumers: int,
-    is_quantized: bool,
     page_size: int | None,
 ) -> int:
-    """Shared memory beside the stages: lengths, page ids, queries twice, weights and widened values of each
-    consumer, fp32 results, and a margin for barriers and the scratch of reductions."""
+    """Shared memory beside the stages: lengths, page ids, queries twice, weights of each consumer, fp32
+    results, the scratch of a second consumer's reductions, and a margin for the first one's and barriers."""
     rows = -(-head_dim // 64) * 64
-    workspace = columns * tile * 2 + is_quantized * tile * rows * 2
+    workspace = columns * tile * 2
     ids = 16 * (MAX_SPLIT // page_size + 32) if page_size else 0
-    return 4 * num_rows + ids + 4 * columns * head_dim + consumers * (workspace + columns * rows * 4) + 7168
+    results = consumers * (workspace + columns * rows * 4) + (consumers - 1) * 2048
+    return 4 * num_rows + ids + 4 * columns * head_dim + results + 7168
 
 
 def default_config(
@@ -67,20 +67,24 @@ def default_config(
     """Chooses cuts for R rows of at most `capacity` tokens, K heads of H, `columns` queries a head (padded).
 
     tile: 128, because a step costs about 0.6 us however few its tokens; 64 where two stages of 128 do not
-    fit. split: a unit a multiprocessor if the rows fill them all just once, 4096 tokens at most: long units
-    cost less to begin and to merge, short ones balance rows of uneven length (H200, page size 16: 16 rows x
-    16384 of Yi-6B take 135, 132, 130, 127 us at 1024, 2048, 4096, 8192). stages: as many as fit, up to 8.
-    consumers: two where codes of one byte must be widened, which takes one longer than their reading.
+    fit; 256 of codes at H = 64 (GPT-2 medium 256 x 1024, int8: 158 us instead of 170). split: a unit a
+    multiprocessor if the rows fill them all just once, 4096 tokens at most: long units cost less to begin
+    and to merge, short ones balance rows of uneven length (H200, page size 16: 16 rows x 16384 of Yi-6B take
+    135, 132, 130, 127 us at 1024, 2048, 4096, 8192). stages: as many as fit, up to 8.
+    consumers: two where codes become fp16 (int8, Llama-3-8B 16 x 16384: 140.5 us, with one 140.8; 128 x
+    2048: 139 and 142).
     dynamic: where every program has a few units (GPT-2 medium 256 x 1024 238 us instead of 243, Llama-3-8B
     16 x 16384 243 instead of 247, rows of uneven length 263 instead of 268; 16 x 16384 of Yi-6B, two units
     a program, 128 both).
     """
     is_quantized = itemsize == 1
-    consumers = 1 + is_quantized
-    for tile in (128, 64):
-        if is_quantized and tile == 128 and (head_dim > 128 or columns > 8):
-            continue  # keys are widened in registers
-        fixed = fixed_bytes(num_rows, head_dim, columns, tile, consumers, is_quantized, page_size)
+    for tile in (256, 128, 64):
+        consumers = 1 + (is_quantized and tile < 256)
+        if tile == 256 and not (is_quantized and head_dim <= 64 and capacity >= 256):
+            continue
+        if is_quantized and tile * head_dim > 128 * 128:
+            continue  # values are in registers
+        fixed = fixed_bytes(num_rows, head_dim, columns, tile, consumers, page_size)
         free = SMEM_BYTES - fixed
         stages = max(0, free) // (2 * tile * (head_dim * itemsize + 4 * is_quantized))
         if stages >= 2 * consumers:

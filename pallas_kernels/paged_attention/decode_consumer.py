@@ -1,8 +1,6 @@
 """The consumer warpgroups of paged decode: the online softmax over a unit's tiles, transposed."""
 
-import itertools
-import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,29 +9,19 @@ from jax import lax
 from pallas_kernels.mosaic import (
     LOG2_E,
     broadcast_columns,
-    broadcast_rows,
     div,
     load_columns,
-    load_rows,
     pl,
     plgpu,
     reduce_rows,
-    row_iota,
+    store_deinterleaved,
 )
+from pallas_kernels.paged_attention import decode_codes, decode_tile
 from pallas_kernels.paged_attention.decode_plan import BUFFERS, Merge, Outputs, Plan, Scratch, Workspace
-from pallas_kernels.paged_attention.page_tiles import load_wide, widen, zero_invisible
+from pallas_kernels.paged_attention.decode_tile import MASKED, Softmax, Tile, UnitQueries, store_transposed
 from pallas_kernels.paged_attention.units import Schedule, Unit, for_each_unit
 
-MASKED = -1e30  # a logit no token sees: -inf would make -inf - -inf = NaN
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)
-
-
-class Softmax(NamedTuple):
-    """The online softmax of one unit, transposed: a column a query."""
-
-    maximum: jax.Array  # f32[columns], in units of log2
-    total: jax.Array  # f32[tile, columns]: summed over tokens once, at the end
-    values: jax.Array  # f32[H, columns]
 
 
 def consume(plan: Plan, consumer, outputs: Outputs, scratch: Scratch):
@@ -61,20 +49,33 @@ def consume(plan: Plan, consumer, outputs: Outputs, scratch: Scratch):
 def attend_unit(plan: Plan, consumer, scratch: Scratch, unit: Unit, count, buffer):
     """The softmax over this consumer's share of a unit's tiles, and the sinks of its columns."""
     consumers = plan.config.consumers
-    queries = scratch.queries
-    query, work = queries.query.at[buffer], workspace_of(scratch.work, consumer)
-    slopes = load_columns(queries.slopes.at[buffer]) * LOG2_E if plan.has_slopes else None
-    sinks = load_columns(queries.sinks.at[buffer]) * LOG2_E if plan.has_sinks else None
+    queries, sinks = load_queries(plan, scratch, buffer)
+    work = workspace_of(scratch.work, consumer)
+    attend_tile = decode_codes.attend_tile if plan.is_quantized else decode_tile.attend_tile
 
     # By turns over the borders of units: with an even number of slots each is always the same consumer's.
     first = lax.rem(consumer + count, jnp.int32(consumers))
 
     def update(step, state):
         index = step * consumers + first
-        return attend_tile(plan, scratch, work, query, slopes, unit, count, index, state)
+        slot = lax.rem(count + index, jnp.int32(plan.config.stages))
+        start = unit.start + index * plan.config.tile
+        return attend_tile(Tile(plan, scratch, work, queries, unit, slot, start), state)
 
     steps = div(unit.num_tiles + (consumers - 1) - first, consumers)
     return lax.fori_loop(0, steps, update, init_softmax(plan)), sinks
+
+
+def load_queries(plan: Plan, scratch: Scratch, buffer) -> tuple[UnitQueries, jax.Array | None]:
+    """What a unit's columns bring along, and their sinks in units of log2."""
+    queries, spec = scratch.queries, plan.spec
+    factor = None
+    if plan.is_quantized:
+        to_logits = spec.scale * LOG2_E if spec.logits_soft_cap is None else spec.scale
+        factor = load_columns(queries.factor.at[buffer]) * to_logits
+    slopes = load_columns(queries.slopes.at[buffer]) * LOG2_E if plan.has_slopes else None
+    sinks = load_columns(queries.sinks.at[buffer]) * LOG2_E if plan.has_sinks else None
+    return UnitQueries(queries.query.at[buffer], factor, slopes), sinks
 
 
 def workspace_of(work: Workspace, consumer) -> Workspace:
@@ -87,110 +88,6 @@ def init_softmax(plan: Plan) -> Softmax:
 
     maximum = plgpu.layout_cast(jnp.full((plan.columns,), MASKED, jnp.float32), COLUMNS)
     return Softmax(maximum, full(plan.config.tile, 0.0), full(plan.width, 0.0))
-
-
-def attend_tile(
-    plan: Plan, scratch: Scratch, work: Workspace, query, slopes, unit: Unit, count, index, state: Softmax
-) -> Softmax:
-    tile = plan.config.tile
-    slot = lax.rem(count + index, jnp.int32(plan.config.stages))
-    start = unit.start + index * tile
-    logits = multiply_keys(plan, scratch, query, slot)
-    logits = bias_and_mask(plan, logits, slopes, unit, start)
-
-    maximum = jnp.maximum(state.maximum, reduce_rows("max", logits, work.reduction))
-    decay = jnp.exp2(state.maximum - maximum)
-    weights = jnp.exp2(logits - broadcast_columns(maximum, tile))
-    total = state.total * broadcast_columns(decay, tile) + weights
-    values = state.values * broadcast_columns(decay, plan.width)
-    values = multiply_values(plan, scratch, work, unit, start, slot, weights, values)
-    return Softmax(maximum, total, values)
-
-
-def multiply_keys(plan: Plan, scratch: Scratch, query, slot):
-    """S^T = K Q^T of one tile, scaled to units of log2, capped."""
-    tile, spec = plan.config.tile, plan.spec
-    plgpu.barrier_wait(scratch.k.full.at[slot])
-    keys = scratch.k.pages.at[slot]
-    accumulator = plgpu.WGMMAAccumulatorRef((tile, plan.columns), jnp.float32)
-
-    def multiply(logits_ref):
-        if not plan.is_quantized:
-            plgpu.wgmma(logits_ref, keys, query.transpose((1, 0)))
-            return logits_ref[...]
-        width = math.gcd(plan.head_dim, 128)  # blocks of 64 x 128 codes: more would not stay in registers
-        for first, column in itertools.product(range(0, tile, 64), range(0, plan.head_dim, width)):
-            rows, columns = pl.ds(first, 64), pl.ds(column, width)
-            right = query.at[:, columns].transpose((1, 0))
-            left = plgpu.layout_cast(load_wide(keys.at[rows, columns], plan.dtype), plgpu.Layout.WGMMA)
-            plgpu.wgmma(logits_ref.at[rows], left, right)
-        return logits_ref[...]
-
-    logits = pl.run_scoped(multiply, accumulator)
-    if plan.is_quantized:
-        scale = load_rows(scratch.k.scale.at[slot])
-        logits *= broadcast_rows(scale, plan.columns)
-    else:
-        plgpu.barrier_arrive(scratch.k.empty.at[slot])
-    if spec.logits_soft_cap is None:
-        return logits * (spec.scale * LOG2_E)
-    return jnp.tanh(logits * (spec.scale / spec.logits_soft_cap)) * (spec.logits_soft_cap * LOG2_E)
-
-
-def bias_and_mask(plan: Plan, logits, slopes, unit: Unit, start):
-    if slopes is not None:
-        distance = (unit.length - 1 - start - row_iota(plan.config.tile)).astype(jnp.float32)
-        logits -= broadcast_rows(distance, plan.columns) * broadcast_columns(slopes, plan.config.tile)
-    return jnp.where(is_visible(unit, start, logits.shape), logits, MASKED)
-
-
-def multiply_values(plan: Plan, scratch: Scratch, work: Workspace, unit: Unit, start, slot, weights, old):
-    """O^T += V^T P^T of one tile."""
-    plgpu.barrier_wait(scratch.v.full.at[slot])
-    if plan.is_quantized:
-        scale = broadcast_rows(load_rows(scratch.v.scale.at[slot]), plan.columns)
-        # A select: scales of tokens that nobody sees may be NaN.
-        weights = jnp.where(is_visible(unit, start, weights.shape), weights * scale, 0.0)
-    store_transposed(work.weights, weights)
-    v_smem = scratch.v.pages.at[slot]
-    if plan.is_quantized:
-        widen(v_smem, work.values, math.gcd(plan.head_dim, 128))
-        v_smem = work.values
-    if plan.page_dtype != jnp.int8:  # integers hold no NaN
-
-        @pl.when((start < unit.first_visible) | (start + plan.config.tile > unit.end))
-        def _():
-            zero_invisible(v_smem, start, unit.first_visible, unit.end)
-
-    plgpu.commit_smem()
-    if plan.is_quantized:  # registers hold all codes and scales, and copies may write after the fence
-        plgpu.barrier_arrive(scratch.k.empty.at[slot])
-        plgpu.barrier_arrive(scratch.v.empty.at[slot])
-
-    def multiply(values_ref):
-        if plan.whole == plan.head_dim:
-            plgpu.wgmma(values_ref, v_smem.transpose((1, 0)), work.weights.transpose((1, 0)))
-            return
-        for row in range(0, plan.width, 64):
-            block = v_smem.at[:, pl.ds(min(row, plan.head_dim - 64), 64)]
-            plgpu.wgmma(
-                values_ref.at[pl.ds(row, 64)], block.transpose((1, 0)), work.weights.transpose((1, 0))
-            )
-
-    values: Any = pl.run_state(multiply)(plgpu.WGMMAAccumulatorRef.init(old))
-    if not plan.is_quantized:
-        plgpu.barrier_arrive(scratch.v.empty.at[slot])
-    return values
-
-
-def store_transposed(ref, x):
-    """ref[...] = x^T for a wgmma accumulator x."""
-    ref.transpose((1, 0))[...] = plgpu.layout_cast(x.astype(ref.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-
-
-def is_visible(unit: Unit, start, shape):
-    token = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA) + start
-    return (token >= unit.first_visible) & (token < unit.end)
 
 
 class Result(NamedTuple):
@@ -262,7 +159,8 @@ def store_unit(plan: Plan, unit: Unit, result: Result, sinks, outputs: Outputs, 
         values = values * broadcast_columns(decay, plan.width)
     norm = jnp.where(total > 0, 1 / total, 0.0)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the unit before may still be on its way
-    store_transposed(out_smem, values * broadcast_columns(norm, plan.width))
+    store = store_deinterleaved if plan.is_quantized else store_transposed
+    store(out_smem, values * broadcast_columns(norm, plan.width))
     plgpu.commit_smem()
     copy_heads(plan, unit, out_smem, outputs.out.at[unit.row, unit.split])
     lse = (maximum + jnp.log2(total)) * (1 / LOG2_E)

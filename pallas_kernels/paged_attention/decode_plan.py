@@ -32,6 +32,16 @@ class Plan(LaunchPlan):
         return min(NUM_PROGRAMS, self.num_rows * self.num_splits * self.num_kv_heads)
 
     @property
+    def weights_dtype(self) -> Any:
+        """Codes of either kind are exact in fp16, and soonest made."""
+        return jnp.float16 if self.is_quantized else self.query_dtype
+
+    @property
+    def query_rows(self) -> int:
+        """Rows of wgmma's right operand: with quantized pages each number is two codes, in rows apart."""
+        return self.columns * (1 + self.is_quantized)
+
+    @property
     def num_splits(self) -> int:
         return -(-self.capacity // self.config.split)
 
@@ -55,6 +65,11 @@ class Plan(LaunchPlan):
         """Rows of the transposed values: wgmma takes them by 64. A last block that H does not fill begins
         before it should; its rows that were taken twice are never stored."""
         return -(-self.head_dim // 64) * 64
+
+    @property
+    def blocks(self) -> list[tuple[int, int]]:
+        """(row of the transposed values, column of V) where each block of 64 begins."""
+        return [(row, min(row, self.head_dim - 64)) for row in range(0, self.width, 64)]
 
     @property
     def whole(self) -> int:
@@ -109,9 +124,8 @@ def unsupported(inputs: PagedInputs, spec: PagedSpec) -> str | None:
         return f"the head dim must be a multiple of {step} in 64..256, got {head_dim}"
     num_kv_heads = inputs.k_pages.shape[2]
     queries = inputs.query.shape[1] // num_kv_heads * head_dim
-    limit = MAX_QUERIES // 2 if page_dtype in QUANTIZED else MAX_QUERIES
-    if queries > limit:
-        return f"the queries of a KV head must hold at most {limit} numbers, got {queries}"
+    if queries > MAX_QUERIES:
+        return f"the queries of a KV head must hold at most {MAX_QUERIES} numbers, got {queries}"
     if inputs.query.shape[0] > MAX_ROWS:
         return (
             f"the lengths of at most {MAX_ROWS} rows are kept in shared memory, got {inputs.query.shape[0]}"
@@ -147,7 +161,8 @@ def make_plan(inputs: PagedInputs, spec: PagedSpec) -> Plan:
 class Inputs(NamedTuple):
     """Operands in global memory; None where the plan has none."""
 
-    query: Any  # [R, N, H], or [R, K * columns, H] where groups are padded
+    query: Any  # [R, N, H], or [R, K * columns, H] where groups are padded; see Plan.query_rows
+    query_factor: Any  # f32[R, N or K * columns], of codes
     k_pages: Any  # [L, P, K, Z, H], or [R, S, K, H]
     v_pages: Any
     tables: Any  # [R * M]
@@ -189,7 +204,8 @@ class Tickets(NamedTuple):
 class Queries(NamedTuple):
     """A ring of a unit's queries and of what is given for each head."""
 
-    query: Any  # [BUFFERS, columns, H]
+    query: Any  # [BUFFERS, query_rows, H]
+    factor: Any  # f32[BUFFERS, columns]
     sinks: Any  # f32[BUFFERS, columns]
     slopes: Any  # f32[BUFFERS, columns]
     full: Any
@@ -200,7 +216,6 @@ class Workspace(NamedTuple):
     """What each consumer warpgroup needs for itself."""
 
     weights: Any  # [consumers, columns, tile]
-    values: Any  # [consumers, tile, H] in the dtype of the arithmetic, of quantized pages
     reduction: Any  # f32[consumers, REDUCTION_SIZE]
 
 
@@ -230,8 +245,9 @@ class Scratch(NamedTuple):
 
 def scratch_types(plan: Plan) -> Scratch:
     config, columns, width = plan.config, plan.columns, plan.width
-    weights = swizzled_smem((config.consumers, columns, config.tile), plan.dtype, plan.head_dim)
-    widened = swizzled_smem((config.consumers, config.tile, plan.head_dim), plan.dtype)
+    # The swizzle of V, if wgmma reads both from shared memory.
+    row = config.tile if plan.is_quantized else plan.head_dim
+    weights = swizzled_smem((config.consumers, columns, config.tile), plan.weights_dtype, row)
     reduction = plgpu.SMEM((config.consumers, REDUCTION_SIZE), jnp.float32)
     return Scratch(
         k=_tiles(plan),
@@ -240,7 +256,7 @@ def scratch_types(plan: Plan) -> Scratch:
         lengths=plgpu.SMEM((plan.lengths_size,), jnp.int32),
         lengths_full=plgpu.Barrier(num_arrivals=-(-plan.num_rows // MAX_BOX)),
         tickets=_tickets(plan) if config.dynamic else None,
-        work=Workspace(weights, widened if plan.is_quantized else None, reduction),
+        work=Workspace(weights, reduction),
         merge=_merge(plan) if config.consumers == 2 else None,
         out=plgpu.SMEM((columns, width), plan.out_dtype),
     )
@@ -266,11 +282,14 @@ def _tiles(plan: Plan) -> Tiles:
 
 def _queries(plan: Plan) -> Queries:
     per_head = plgpu.SMEM((BUFFERS, plan.columns), jnp.float32)
+    dtype = plan.page_dtype if plan.is_quantized else plan.query_dtype
+    num_arrivals = 1 + plan.is_quantized + plan.has_sinks + plan.has_slopes
     return Queries(
-        query=swizzled_smem((BUFFERS, plan.columns, plan.head_dim), plan.dtype),
+        query=swizzled_smem((BUFFERS, plan.query_rows, plan.head_dim), dtype),
+        factor=per_head if plan.is_quantized else None,
         sinks=per_head if plan.has_sinks else None,
         slopes=per_head if plan.has_slopes else None,
-        full=plgpu.Barrier(num_barriers=BUFFERS, num_arrivals=1 + plan.has_sinks + plan.has_slopes),
+        full=plgpu.Barrier(num_barriers=BUFFERS, num_arrivals=num_arrivals),
         empty=plgpu.Barrier(num_barriers=BUFFERS, num_arrivals=plan.config.consumers),
     )
 

@@ -98,13 +98,17 @@ def fetch_queries(plan: Plan, inputs: Inputs, unit: Unit, queries: Queries, unit
         first = div(unit.head * plan.group, 8) * 8
     else:
         first = unit.head * plan.columns
-    heads = pl.ds(pl.multiple_of(first, 8), plan.columns)
-    full = queries.full.at[buffer]
-    plgpu.copy_gmem_to_smem(inputs.query.at[unit.row, heads], queries.query.at[buffer], full)
-    for source, target in ((inputs.sinks, queries.sinks), (inputs.slopes, queries.slopes)):
+    first, full = pl.multiple_of(first, 8), queries.full.at[buffer]
+    rows = pl.ds(first * (plan.query_rows // plan.columns), plan.query_rows)
+    plgpu.copy_gmem_to_smem(inputs.query.at[unit.row, rows], queries.query.at[buffer], full)
+    mode = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
+    for source, place, target in (
+        (inputs.query_factor, (unit.row, pl.ds(first, plan.columns)), queries.factor),
+        (inputs.sinks, unit.head, queries.sinks),
+        (inputs.slopes, unit.head, queries.slopes),
+    ):
         if target is not None:
-            mode = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
-            plgpu.copy_gmem_to_smem(source.at[unit.head], target.at[buffer], full, oob_mode=mode)
+            plgpu.copy_gmem_to_smem(source.at[place], target.at[buffer], full, oob_mode=mode)
 
 
 def fetch_tile(plan: Plan, pages, scale, tiles: Tiles, buffer, unit: Unit, count, index, _):

@@ -8,8 +8,8 @@ shared memory a unit ahead, because a load under full memory traffic takes micro
 transposed, S^T = K Q^T and O^T = V^T P^T: tokens fill the 64 rows of a wgmma, so that the G queries of a head
 pad to 8 columns instead of 64 rows. Two consumers take a program's tiles in turn.
 
-Quantized pages come as codes. Consumers widen them to bf16, which holds them exactly; the scale of a slot
-is a factor of a row of S^T, that of its value a factor of a row of P^T.
+Quantized pages come as codes, and decode_codes multiplies them: the scale of a slot is a factor of a row of
+S^T, that of its value a factor of a row of P^T.
 
 Where a split starts depends on shapes alone: a row's result has the same bits whatever the other rows are.
 """
@@ -24,6 +24,7 @@ from jax import lax
 
 from pallas_kernels.mosaic import pl, plgpu
 from pallas_kernels.paged_attention.combine_sm90 import combine_splits
+from pallas_kernels.paged_attention.decode_codes import split_query
 from pallas_kernels.paged_attention.decode_consumer import consume
 from pallas_kernels.paged_attention.decode_plan import Inputs, Outputs, Plan, make_plan, scratch_types
 from pallas_kernels.paged_attention.decode_producer import fetch_lengths, produce
@@ -67,8 +68,10 @@ def launch(plan: Plan, inputs: PagedInputs) -> tuple[jax.Array, jax.Array]:
 
 def operands_of(plan: Plan, inputs: PagedInputs) -> Inputs:
     tables = inputs.block_tables
+    query, factor = _query_operands(plan, inputs.query)
     return Inputs(
-        query=_query_operand(plan, inputs.query.astype(plan.dtype)),
+        query=query,
+        query_factor=factor,
         k_pages=inputs.k_pages,
         v_pages=inputs.v_pages,
         tables=None if tables is None else tables.astype(jnp.int32).reshape(-1),
@@ -82,13 +85,21 @@ def operands_of(plan: Plan, inputs: PagedInputs) -> Inputs:
     )
 
 
-def _query_operand(plan: Plan, query: jax.Array) -> jax.Array:
-    """[R, heads, H]: a TMA copy into tiles takes heads by eights, so that other groups are padded."""
-    if plan.shares_columns or plan.group == plan.columns:
-        return query
-    query = query.reshape(plan.num_rows, plan.num_kv_heads, plan.group, plan.head_dim)
-    query = jnp.pad(query, ((0, 0), (0, 0), (0, plan.columns - plan.group), (0, 0)))
-    return query.reshape(plan.num_rows, plan.num_kv_heads * plan.columns, plan.head_dim)
+def _query_operands(plan: Plan, query: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """The query [R, heads, H], and the factor of its codes f32[R, heads] where pages are quantized.
+
+    A TMA copy into tiles takes heads by eights, so that other groups are padded. Both codes of a unit's
+    columns lie together.
+    """
+    if not (plan.shares_columns or plan.group == plan.columns):
+        query = query.reshape(plan.num_rows, plan.num_kv_heads, plan.group, plan.head_dim)
+        query = jnp.pad(query, ((0, 0), (0, 0), (0, plan.columns - plan.group), (0, 0)))
+        query = query.reshape(plan.num_rows, plan.num_kv_heads * plan.columns, plan.head_dim)
+    if not plan.is_quantized:
+        return query, None
+    *codes, factor = split_query(query, plan.page_dtype)
+    codes = [code.reshape(plan.num_rows, -1, plan.columns, plan.head_dim) for code in codes]
+    return jnp.concatenate(codes, axis=2).reshape(plan.num_rows, -1, plan.head_dim), factor
 
 
 def _per_head(plan: Plan, x: jax.Array | None) -> jax.Array | None:

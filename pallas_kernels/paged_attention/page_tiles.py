@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.mosaic import pl, plgpu
+from pallas_kernels.mosaic import pl, plgpu, swizzle_bytes
 
 ROWS = 64  # of wgmma's layouts
 
@@ -39,7 +39,8 @@ def zero_invisible(values_ref: Any, start: Any, first: Any, stop: Any, share: tu
     share: (i, n): does the i-th of n parts of the work, where so many warpgroups do it together.
     """
     rows, columns = values_ref.shape
-    width = next(width for width in (64, 32, 16) if columns % width == 0)  # a few registers
+    itemsize = jnp.dtype(values_ref.dtype).itemsize
+    width = swizzle_bytes(columns * itemsize) // itemsize  # a few registers
     blocks = itertools.product(range(0, rows, ROWS), range(0, columns, width))
     for index, (row, column) in enumerate(blocks):
         block = values_ref.at[pl.ds(row, ROWS), pl.ds(column, width)]
@@ -51,6 +52,11 @@ def zero_invisible(values_ref: Any, start: Any, first: Any, stop: Any, share: tu
 
 
 def _zero_block(block: Any, start: Any, first: Any, stop: Any):
-    values = plgpu.load(block, layout=plgpu.Layout.WGMMA)
-    token = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=plgpu.Layout.WGMMA) + start
-    block[...] = jnp.where((token >= first) & (token < stop), values, jnp.zeros_like(values))
+    is_code = jnp.dtype(block.dtype).itemsize == 1
+    layout = plgpu.Layout.WGMMA_UPCAST_2X if is_code else plgpu.Layout.WGMMA
+    values = plgpu.load(block, layout=layout)
+    if is_code:  # there are no selects of 8 bits
+        values = values.astype(jnp.float16).astype(jnp.float32)
+    token = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=layout) + start
+    values = jnp.where((token >= first) & (token < stop), values, jnp.zeros_like(values))
+    block[...] = values.astype(block.dtype)

@@ -2,7 +2,7 @@
 
 A row of one query is bound by memory and belongs to the decode kernel, which cuts its keys over the GPU; a
 row of more is bound by arithmetic and belongs to the prefill kernel. A ragged batch is served by both, each
-leaving out the other's rows.
+leaving out the other's rows; one that is not causal, as the rows of a shared prefix, by the latter alone.
 """
 
 import jax
@@ -26,6 +26,8 @@ def forward(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]
     """Attends every query token; returns out [tokens, N, H] and lse f32[tokens, N]."""
     if inputs.query_start is None:
         return decode_sm90.forward(inputs, spec)
+    if not spec.is_causal:
+        return prefill(inputs, spec)
     is_single = inputs.query_start[1:] - inputs.query_start[:-1] == 1
     out, lse = prefill(inputs, spec, skip=is_single)
     token = jnp.where(is_single, inputs.query_start[:-1], 0)

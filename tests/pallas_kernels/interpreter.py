@@ -36,8 +36,8 @@ from jax._src.state import discharge
 from jax._src.state import types as state_types
 
 from pallas_kernels.flash_attention import mapped
-from pallas_kernels.mosaic import TMA_ALIGNMENT, plgpu
-from pallas_kernels.paged_attention import decode_consumer
+from pallas_kernels.mosaic import TMA_ALIGNMENT, deinterleave, pl, plgpu
+from pallas_kernels.paged_attention import decode_codes, decode_consumer, decode_tile
 
 Interpreter = jaxpr_interpret.JaxprInterpreter
 
@@ -58,7 +58,7 @@ def interpreted(num_cores: int = 2):
             jax.sharding.use_abstract_mesh(mesh),
             # The interpreter's callbacks are ordered, which a partitioned function may not contain.
             unittest.mock.patch.object(mapped, "_partitioned", lambda function, _: function),
-            unittest.mock.patch.object(decode_consumer, "reduce_rows", _reduce_rows),  # Mosaic's own terms
+            _plain_terms(),
         ):
             yield
         assert _Detector.seen, "no kernel was interpreted"
@@ -102,8 +102,32 @@ def install() -> None:
     Interpreter._interpret_wgmma_ref_p = wgmma
 
 
+@contextlib.contextmanager
+def _plain_terms():
+    """In JAX's terms, what kernels say in Mosaic's own."""
+    places = {
+        "reduce_rows": (_reduce_rows, decode_consumer, decode_tile),
+        "store_deinterleaved": (_store_deinterleaved, decode_consumer),
+        "load_codes_transposed": (_load_codes_transposed, decode_codes),
+    }
+    with contextlib.ExitStack() as stack:
+        for name, (ours, *modules) in places.items():
+            for module in modules:
+                stack.enter_context(unittest.mock.patch.object(module, name, ours))
+        yield
+
+
 def _reduce_rows(kind, x, space):
     return x.max(axis=0) if kind == "max" else x.sum(axis=0)
+
+
+def _load_codes_transposed(codes, first):
+    block = codes[:, pl.ds(first, 64)].astype(jnp.float16).T
+    return block.reshape(-1, 8, 2, block.shape[1]).swapaxes(1, 2).reshape(block.shape)
+
+
+def _store_deinterleaved(ref, x):
+    ref[...] = deinterleave(x).T.astype(ref.dtype)
 
 
 def _check_alignment(key, transforms):

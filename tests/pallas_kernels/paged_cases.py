@@ -18,12 +18,19 @@ SMALL = PagedConfig(tile=64, split=128, stages=2)
 RMS_ERROR = {"bfloat16": 6e-3, "float16": 8e-4}
 
 
-def check_decode(dtype=jnp.bfloat16, pages=None, config=SMALL, programs=2, call=None, heads=4, **shapes):
+def check_decode(
+    dtype=jnp.bfloat16, pages=None, config=SMALL, programs=2, call=None, heads=4, magnitudes=None, **shapes
+):
     """The interpreted kernel against the reference; free pages and tails are NaN, tables end in garbage.
 
-    pages: the dtype of quantized pages, or "contiguous" for caches without pages.
+    pages: the dtype of quantized pages, or "contiguous" for caches without pages. magnitudes: decimal
+    exponents between which those of the values lie, each token's its own.
     """
-    case = cast(make_case(head_dim=shapes.pop("head_dim", 64), heads=heads, **shapes), dtype)
+    case = make_case(head_dim=shapes.pop("head_dim", 64), heads=heads, **shapes)
+    if magnitudes is not None:
+        exponents = np.random.default_rng(0).uniform(*magnitudes, case.v_pages.shape[:4])
+        case = case._replace(v_pages=case.v_pages * 10 ** exponents[..., None].astype(np.float32))
+    case = cast(case, dtype)
     arguments = {"return_lse": True} | (call or {})
     for name in {"sinks", "alibi_slopes"} & set(arguments):
         arguments[name] = jnp.linspace(-0.5, 2.0, heads)
@@ -59,7 +66,7 @@ def draw_in_turn(plan, counter, target, index):
 def compare(actual, expected, tolerance):
     """Relative RMS error against the fp32 reference."""
     actual, expected = (np.asarray(x, np.float32) for x in (actual, expected))
-    error = np.sqrt(np.mean((actual - expected) ** 2)) / max(np.sqrt(np.mean(expected**2)), 1e-3)
+    error = np.sqrt(np.mean((actual - expected) ** 2)) / max(np.sqrt(np.mean(expected**2)), 1e-12)
     assert error < tolerance, error
 
 
@@ -141,6 +148,21 @@ DECODE_CASES: dict[str, dict[str, Any]] = {
         "pages": jnp.float8_e4m3fn,
         "config": PagedConfig(128, 256, 2, 2),
         "call": {"local_window_size": 150, "sinks": None},
+    },
+    **{
+        f"{name}, values of size 1e{magnitudes[0]} to 1e{magnitudes[1]}": {
+            "rows": 2,
+            "page_size": 16,
+            "width": 13,
+            "lengths": [200, 9],
+            "pages": dtype,
+            "config": PagedConfig(64, 256, 2, 1),
+            "magnitudes": magnitudes,
+        }
+        for name, dtype, magnitudes in (
+            ("int8", jnp.int8, (-2, 6)),
+            ("fp8", jnp.float8_e4m3fn, (-9, -5)),
+        )
     },
     "units are drawn, an int8 consumer pair": {
         "rows": 3,
@@ -229,6 +251,22 @@ COMPILE = {
         **{f"page size {size}": {"page_size": size} for size in (8, 32, 64, 128, 256)},
         "int8 pages": {"pages": jnp.int8},
         "int8 pages, H=256, group 8": {"pages": jnp.int8, "heads": 8, "kv_heads": 1, "head_dim": 256},
+        "int8 pages, group 16": {"pages": jnp.int8, "heads": 16, "kv_heads": 1},
+        "fp8 pages, H=256, group 16": {
+            "pages": jnp.float8_e4m3fn,
+            "heads": 16,
+            "kv_heads": 1,
+            "head_dim": 256,
+        },
+        "int8 pages, H=96": {"pages": jnp.int8, "head_dim": 96},
+        "int8 pages, GPT-2 medium": {
+            "pages": jnp.int8,
+            "rows": 256,
+            "heads": 16,
+            "kv_heads": 16,
+            "head_dim": 64,
+            "capacity": 1024,
+        },
         "fp8 pages of 8": {"pages": jnp.float8_e4m3fn, "page_size": 8},
         "H=80": {"head_dim": 80},
         "H=96, group 7, one split": {
