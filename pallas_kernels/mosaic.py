@@ -206,8 +206,7 @@ def load_codes_transposed(codes: Any, first: int) -> jax.Array:
 
 
 def _matrix_pointer(ref: Any, columns: int, first: int) -> Any:
-    """Where a thread's part of the first matrix load begins: lane l loads row l, warp w columns first + 16 w.
-    """
+    """Where a thread's part of the first matrix load lies: lane l's in row l, warp w's at first + 16 w."""
     i32, swizzle = ir.IntegerType.get_signless(32), swizzle_bytes(columns)
     chunks = swizzle // 16
 

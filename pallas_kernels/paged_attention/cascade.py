@@ -1,14 +1,18 @@
 """cascade_attention: decode where rows share leading pages, each read once for all of them."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
-from pallas_kernels import checks
 from pallas_kernels.kv_pages import pool
 from pallas_kernels.paged_attention.config import PagedConfig
-from pallas_kernels.paged_attention.op import paged_attention
+from pallas_kernels.paged_attention.op import VARIANTS, check_arrays, make_spec
 from pallas_kernels.paged_attention.prefill_config import PrefillConfig
+from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
+from pallas_kernels.variants import choose
 
 
 def cascade_attention(
@@ -50,38 +54,47 @@ def cascade_attention(
     From: Juravsky et al., Hydragen (2024), section 3; Ye et al., FlashInfer (2025), section 3.1.2.
     """
     pool.check_pool(k_pages, v_pages)
-    checks.check_rank("query", query, "R N H")
-    num_rows, num_groups, page_size = query.shape[0], prefix_lengths.shape[0], k_pages.shape[3]
+    index = pool.check_layer(layer, k_pages.shape[0])
+    inputs = PagedInputs(query, k_pages, v_pages, block_tables, kv_lengths, index)
+    inputs = inputs._replace(k_scale=k_scale, v_scale=v_scale, sinks=sinks)
+    check_arrays(inputs)
+    num_rows, num_groups = query.shape[0], prefix_lengths.shape[0]
     pool.check_indices("prefix_lengths", prefix_lengths, (num_groups,), "C")
     pool.check_indices("group_of_row", group_of_row, (num_rows,), "R")
-    group_of_row = jnp.where(group_of_row < num_groups, group_of_row, -1)
-    arguments = {"layer": layer, "scale": scale, "logits_soft_cap": logits_soft_cap, "return_lse": True}
-    arguments |= {"k_scale": k_scale, "v_scale": v_scale, "config": config, "implementation": implementation}
-
-    place, leaders, query_start = _sort_by_group(group_of_row, num_groups)
-    shared, shared_lse = paged_attention(
-        jnp.zeros_like(query).at[place].set(query, unique_indices=True),
-        k_pages,
-        v_pages,
-        block_tables[leaders],
-        prefix_lengths,
-        query_start=query_start,
-        is_causal=False,
-        prefill_config=prefill_config,
-        **arguments,
-    )
-    prefix = jnp.where(group_of_row < 0, 0, prefix_lengths[group_of_row])
-    column = jnp.arange(block_tables.shape[1]) + prefix[:, None] // page_size
-    own_tables = jnp.take_along_axis(block_tables, column, axis=1, mode="clip")
-    own, own_lse = paged_attention(
-        query, k_pages, v_pages, own_tables, jnp.maximum(kv_lengths - prefix, 0), sinks=sinks, **arguments
-    )
-    out, lse = merge(shared[place], shared_lse[place], own, own_lse)
+    spec = make_spec(query, scale, None, logits_soft_cap, config)
+    spec = dataclasses.replace(spec, prefill_config=prefill_config)
+    ragged = inputs._replace(query_start=jnp.zeros(num_rows + 1, jnp.int32))
+    variant = choose(VARIANTS, implementation, ragged, spec)
+    out, lse = _cascade(variant, spec, inputs, prefix_lengths, group_of_row)
     return (out, lse) if return_lse else out
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _cascade(variant: str, spec: PagedSpec, inputs: PagedInputs, prefix_lengths, group_of_row):
+    num_groups, page_size = prefix_lengths.shape[0], inputs.k_pages.shape[3]
+    group_of_row = jnp.where(group_of_row < num_groups, group_of_row, -1)
+    place, order, leaders, query_start = _sort_by_group(group_of_row, num_groups)
+    shared = inputs._replace(
+        query=inputs.query[order],
+        block_tables=inputs.block_tables[leaders],
+        kv_lengths=prefix_lengths,
+        query_start=query_start,
+        sinks=None,
+    )
+    prefix = jnp.where(group_of_row < 0, 0, prefix_lengths[group_of_row])
+    column = jnp.arange(inputs.block_tables.shape[1]) + prefix[:, None] // page_size
+    own = inputs._replace(
+        block_tables=jnp.take_along_axis(inputs.block_tables, column, axis=1, mode="clip"),
+        kv_lengths=jnp.maximum(inputs.kv_lengths - prefix, 0),
+    )
+    cascade = VARIANTS[variant].cascade
+    assert cascade is not None
+    return cascade(own, shared, place, spec)
+
+
 def _sort_by_group(group_of_row: jax.Array, num_groups: int):
-    """Each row's place in the order of groups i32[R], a row of each group i32[C], and where groups start.
+    """Each row's place in the order of groups i32[R], the row at each place, a row of each group i32[C], and
+    where groups start.
 
     By comparing all with all: a sort of so few is slower. Rows of no group come last, beyond every group.
     """
@@ -90,18 +103,5 @@ def _sort_by_group(group_of_row: jax.Array, num_groups: int):
     is_before = (key < key[:, None]) | ((key == key[:, None]) & (row < row[:, None]))
     query_start = (key < jnp.arange(num_groups + 1)[:, None]).sum(1, dtype=jnp.int32)
     leaders = jnp.argmax(key == group[:, None], axis=1)
-    return is_before.sum(1, dtype=jnp.int32), leaders, query_start
-
-
-def merge(
-    out: Float[Array, "R N H"],
-    lse: Float[Array, "R N"],
-    other: Float[Array, "R N H"],
-    other_lse: Float[Array, "R N"],
-) -> tuple[Float[Array, "R N H"], Float[Array, "R N"]]:
-    """Attention over the keys of two parts, from what it is over each: weights exp(lse_i - lse)."""
-    total = jnp.logaddexp(lse, other_lse)
-    shift = jnp.where(jnp.isneginf(total), 0, total)  # no key in either part
-    weight, other_weight = (jnp.exp(part - shift)[..., None] for part in (lse, other_lse))
-    merged = out.astype(jnp.float32) * weight + other.astype(jnp.float32) * other_weight
-    return merged.astype(out.dtype), total
+    place = is_before.sum(1, dtype=jnp.int32)
+    return place, jnp.argmax(place == row[:, None], axis=1), leaders, query_start

@@ -152,7 +152,7 @@ def merge_results(plan: Plan, first: Result, second: Result) -> Result:
 
 def store_unit(plan: Plan, unit: Unit, result: Result, sinks, outputs: Outputs, out_smem):
     maximum, total, values = result
-    if sinks is not None and plan.num_splits == 1:  # else the sink joins where the splits are merged
+    if sinks is not None and not plan.is_merged:  # else the sink joins where the parts are merged
         maximum = jnp.maximum(result.maximum, sinks)
         decay = jnp.exp2(result.maximum - maximum)
         total = total * decay + jnp.exp2(sinks - maximum)

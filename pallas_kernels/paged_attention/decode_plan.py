@@ -25,6 +25,7 @@ class Plan(LaunchPlan):
     config: PagedConfig
     page_size: int | None  # None: caches instead of pages
     capacity: int  # tokens that a row has room for
+    has_shared: bool = False  # whether rows have shared pages too, attended elsewhere
 
     @property
     def num_programs(self) -> int:
@@ -46,6 +47,11 @@ class Plan(LaunchPlan):
         return -(-self.capacity // self.config.split)
 
     @property
+    def is_merged(self) -> bool:
+        """Whether a unit's result is one of several parts of a row's, merged in fp32."""
+        return self.num_splits > 1 or self.has_shared
+
+    @property
     def shares_columns(self) -> bool:
         """Small groups that divide 8 are taken eight heads at a time as they lie in memory, a column each;
         columns of other KV heads are computed and not used. Other groups are padded."""
@@ -59,22 +65,6 @@ class Plan(LaunchPlan):
     def column_period(self) -> int:
         """Query head n is column n % column_period of its unit."""
         return 8 if self.shares_columns else self.group
-
-    @property
-    def width(self) -> int:
-        """Rows of the transposed values: wgmma takes them by 64. A last block that H does not fill begins
-        before it should; its rows that were taken twice are never stored."""
-        return -(-self.head_dim // 64) * 64
-
-    @property
-    def blocks(self) -> list[tuple[int, int]]:
-        """(row of the transposed values, column of V) where each block of 64 begins."""
-        return [(row, min(row, self.head_dim - 64)) for row in range(0, self.width, 64)]
-
-    @property
-    def whole(self) -> int:
-        """Of the head dim, what fills blocks of 64."""
-        return self.head_dim // 64 * 64
 
     @property
     def table_width(self) -> int:
@@ -105,13 +95,12 @@ class Plan(LaunchPlan):
 
     @property
     def out_dtype(self) -> Any:
-        """Splits are merged in fp32."""
-        return self.query_dtype if self.num_splits == 1 else jnp.float32
+        return jnp.float32 if self.is_merged else self.query_dtype
 
     @property
     def out_columns(self) -> int:
-        """Splits lie in whole rows of transposed values."""
-        return self.head_dim if self.num_splits == 1 else self.width
+        """Parts lie in whole rows of transposed values."""
+        return self.width if self.is_merged else self.head_dim
 
 
 def unsupported(inputs: PagedInputs, spec: PagedSpec) -> str | None:
@@ -141,7 +130,7 @@ def padded_group(group: int) -> int:
     return -(-group // 8) * 8
 
 
-def make_plan(inputs: PagedInputs, spec: PagedSpec) -> Plan:
+def make_plan(inputs: PagedInputs, spec: PagedSpec, has_shared: bool = False) -> Plan:
     facts, page_size, capacity = facts_of(inputs, spec), None, inputs.k_pages.shape[1]
     if inputs.block_tables is not None:
         page_size = inputs.k_pages.shape[3]
@@ -155,7 +144,7 @@ def make_plan(inputs: PagedInputs, spec: PagedSpec) -> Plan:
         inputs.k_pages.dtype.itemsize,
         page_size,
     )
-    return Plan(**facts, config=config, page_size=page_size, capacity=capacity)
+    return Plan(**facts, config=config, page_size=page_size, capacity=capacity, has_shared=has_shared)
 
 
 class Inputs(NamedTuple):

@@ -23,7 +23,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.mosaic import pl, plgpu
-from pallas_kernels.paged_attention.combine_sm90 import combine_splits
+from pallas_kernels.paged_attention.combine_sm90 import combine_parts
 from pallas_kernels.paged_attention.decode_codes import split_query
 from pallas_kernels.paged_attention.decode_consumer import consume
 from pallas_kernels.paged_attention.decode_plan import Inputs, Outputs, Plan, make_plan, scratch_types
@@ -39,10 +39,10 @@ def forward(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]
     """Attends one query a row; returns out [R, N, H] and lse f32[R, N]."""
     plan = make_plan(inputs, spec)
     out, lse = launch(plan, inputs)
-    if plan.num_splits == 1:
+    if not plan.is_merged:
         heads = np.arange(plan.num_heads)
         return out[:, 0], lse[:, 0, heads // plan.group, heads % plan.column_period]
-    return combine_splits(plan, out, lse, inputs.kv_lengths.astype(jnp.int32), inputs.sinks)
+    return combine_parts(plan, out, lse, inputs.kv_lengths.astype(jnp.int32), inputs.sinks)
 
 
 def launch(plan: Plan, inputs: PagedInputs) -> tuple[jax.Array, jax.Array]:

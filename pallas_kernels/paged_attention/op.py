@@ -28,11 +28,12 @@ class Variant(NamedTuple):
     forward: Callable[[PagedInputs, PagedSpec], tuple[jax.Array, jax.Array]]
     unsupported: Callable[[PagedInputs, PagedSpec], str | None]
     is_available: Callable[[], bool]
+    cascade: Callable[..., tuple[jax.Array, jax.Array]] | None = None  # rows' own pages and shared ones
 
 
 VARIANTS = {
-    "sm90": Variant(sm90.forward, sm90.unsupported, is_hopper),
-    "reference": Variant(reference.forward, lambda inputs, spec: None, lambda: True),
+    "sm90": Variant(sm90.forward, sm90.unsupported, is_hopper, sm90.cascade),
+    "reference": Variant(reference.forward, lambda inputs, spec: None, lambda: True, reference.cascade),
 }
 
 
@@ -104,7 +105,7 @@ def paged_attention(
         sinks,
         alibi_slopes,
     )
-    _check_arrays(inputs)
+    check_arrays(inputs)
     spec = make_spec(query, scale, local_window_size, logits_soft_cap, config)
     if not is_causal and spec.window_left is not None:
         raise ValueError(f"local_window_size must be None if is_causal is False, got {local_window_size!r}")
@@ -141,7 +142,7 @@ def check_heads(inputs: PagedInputs, num_kv_heads: int, head_dim: int, letters: 
             checks.check_dtype(name, array, pool.FLOATS)
 
 
-def _check_arrays(inputs: PagedInputs) -> None:
+def check_arrays(inputs: PagedInputs) -> None:
     query, k_pages = inputs.query, inputs.k_pages
     num_layers, num_pages, num_kv_heads, page_size, head_dim = k_pages.shape
     check_heads(inputs, num_kv_heads, head_dim, "tokens N H")

@@ -37,6 +37,22 @@ class LaunchPlan:
     def group(self) -> int:
         return self.num_heads // self.num_kv_heads
 
+    @property
+    def width(self) -> int:
+        """Rows of the transposed values: wgmma takes them by 64. A last block that H does not fill begins
+        before it should; its rows that were taken twice are never stored."""
+        return -(-self.head_dim // 64) * 64
+
+    @property
+    def blocks(self) -> list[tuple[int, int]]:
+        """(row of the transposed values, column of V) where each block of 64 begins."""
+        return [(row, min(row, self.head_dim - 64)) for row in range(0, self.width, 64)]
+
+    @property
+    def whole(self) -> int:
+        """Of the head dim, what fills blocks of 64."""
+        return self.head_dim // 64 * 64
+
 
 def facts_of(inputs: PagedInputs, spec: PagedSpec) -> dict[str, Any]:
     """The fields of a LaunchPlan."""

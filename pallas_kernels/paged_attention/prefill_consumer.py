@@ -220,8 +220,10 @@ def store_unit(plan: PrefillPlan, warpgroup, item, kv_head, carry, sinks, output
     lse = jnp.where(live, (maximum + jnp.log2(total)) * (1 / LOG2_E), -jnp.inf)
     outputs.lse[item, kv_head, warpgroup] = lse
     values *= broadcast_rows(jnp.where(live, norm / total, 0.0), plan.head_dim)
-    if plan.config.splits > 1:
-        outputs.out[item, kv_head, warpgroup] = values
+    if plan.has_parts:
+        rows = outputs.out.at[item, kv_head, warpgroup]
+        for first, column in plan.blocks:
+            rows[:, pl.ds(first, 64)] = values[:, column : column + 64]
         return
     values = values.astype(plan.query_dtype)
     work = scratch.read_work()

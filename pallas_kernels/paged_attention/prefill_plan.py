@@ -34,6 +34,12 @@ class PrefillPlan(LaunchPlan):
     num_tokens: int  # a multiple of OCTET
     page_size: int
     table_width: int
+    keeps_parts: bool = False  # whether results are merged with others, elsewhere
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether an item's result is one of several parts of its tokens', merged in fp32."""
+        return self.keeps_parts or self.config.splits > 1
 
     @property
     def slots(self) -> int:
@@ -44,8 +50,8 @@ class PrefillPlan(LaunchPlan):
 
     @property
     def joins_sinks(self) -> bool:
-        """Whether the kernel adds the sinks: with splits they join where these are merged."""
-        return self.has_sinks and self.config.splits == 1
+        """Whether the kernel adds the sinks: those of parts join where these are merged."""
+        return self.has_sinks and not self.has_parts
 
     @property
     def has_own_ranges(self) -> bool:
@@ -105,7 +111,7 @@ def unsupported(inputs: PagedInputs, spec: PagedSpec) -> str | None:
     return None
 
 
-def make_plan(inputs: PagedInputs, spec: PagedSpec) -> PrefillPlan:
+def make_plan(inputs: PagedInputs, spec: PagedSpec, keeps_parts: bool = False) -> PrefillPlan:
     facts, num_tokens = facts_of(inputs, spec), inputs.query.shape[0]
     page_size, table_width = inputs.k_pages.shape[3], inputs.block_tables.shape[1]
     config = spec.prefill_config or default_config(
@@ -125,6 +131,7 @@ def make_plan(inputs: PagedInputs, spec: PagedSpec) -> PrefillPlan:
         num_tokens=num_tokens + -num_tokens % OCTET,
         page_size=page_size,
         table_width=table_width,
+        keeps_parts=keeps_parts,
     )
 
 
@@ -292,7 +299,7 @@ class Inputs(NamedTuple):
 class Outputs(NamedTuple):
     """Results in global memory."""
 
-    out: Any  # [tokens, N, H]; of splits f32[max_items, K, warpgroups, 64, H]
+    out: Any  # [tokens, N, H]; of parts f32[max_items, K, warpgroups, 64, width]
     lse: Any  # f32[max_items, K, warpgroups, 64]
 
 

@@ -42,8 +42,8 @@ def launch(plan: PrefillPlan, inputs: PagedInputs, work: WorkList) -> Outputs:
     config = plan.config
     unit_rows = (plan.max_items, plan.num_kv_heads, config.warpgroups, WARPGROUP_ROWS)
     out = jax.ShapeDtypeStruct((plan.num_tokens, plan.num_heads, plan.head_dim), plan.query_dtype)
-    if config.splits > 1:
-        out = jax.ShapeDtypeStruct((*unit_rows, plan.head_dim), jnp.float32)
+    if plan.has_parts:
+        out = jax.ShapeDtypeStruct((*unit_rows, plan.width), jnp.float32)
     operands = operands_of(plan, inputs, work)
     kernel = plgpu.kernel(
         functools.partial(_kernel, plan, [name for name, x in operands._asdict().items() if x is not None]),

@@ -4,12 +4,14 @@ Keys are taken CHUNK tokens at a time with an online softmax, so that a wide blo
 loop ends at the longest row, and pages that no row's length covers are never read.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
 from pallas_kernels.kv_pages.pool import NULL_PAGE
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
@@ -21,6 +23,30 @@ QUERY_BLOCK = 32  # ragged queries of one row that share a gather
 def forward(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]:
     """Attends every query token to its row's pages; returns out [tokens, N, H] and lse f32[tokens, N]."""
     return (_decode if inputs.query_start is None else _ragged)(inputs, spec)
+
+
+def cascade(
+    own: PagedInputs, shared: PagedInputs, place: jax.Array, spec: PagedSpec
+) -> tuple[jax.Array, jax.Array]:
+    """Attends rows to their own pages and to those that groups of them share, where row r's query is token
+    place[r]. Sinks are `own`'s. Returns out [R, N, H] and lse f32[R, N].
+    """
+    out, lse = forward(shared, dataclasses.replace(spec, is_causal=False))
+    return merge(out[place], lse[place], *forward(own, spec))
+
+
+def merge(
+    out: Float[Array, "R N H"],
+    lse: Float[Array, "R N"],
+    other: Float[Array, "R N H"],
+    other_lse: Float[Array, "R N"],
+) -> tuple[Float[Array, "R N H"], Float[Array, "R N"]]:
+    """Attention over the keys of two parts, from what it is over each: weights exp(lse_i - lse)."""
+    total = jnp.logaddexp(lse, other_lse)
+    shift = jnp.where(jnp.isneginf(total), 0, total)  # no key in either part
+    weight, other_weight = (jnp.exp(part - shift)[..., None] for part in (lse, other_lse))
+    merged = out.astype(jnp.float32) * weight + other.astype(jnp.float32) * other_weight
+    return merged.astype(out.dtype), total
 
 
 def _decode(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]:

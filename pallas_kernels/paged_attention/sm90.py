@@ -5,12 +5,15 @@ row of more is bound by arithmetic and belongs to the prefill kernel. A ragged b
 leaving out the other's rows; one that is not causal, as the rows of a shared prefix, by the latter alone.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.paged_attention import decode_plan, decode_sm90, prefill_plan, prefill_sm90
+from pallas_kernels.paged_attention.combine_sm90 import Shared, combine_parts
 from pallas_kernels.paged_attention.prefill_config import OCTET
-from pallas_kernels.paged_attention.prefill_plan import PrefillPlan, WorkList
+from pallas_kernels.paged_attention.prefill_plan import Outputs, PrefillPlan, WorkList
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 
 
@@ -45,18 +48,29 @@ def forward(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]
     )
 
 
+def cascade(
+    own: PagedInputs, shared: PagedInputs, place: jax.Array, spec: PagedSpec
+) -> tuple[jax.Array, jax.Array]:
+    """Attends rows to their own pages and to those that groups of them share, where row r's query is token
+    place[r]. Sinks are `own`'s. Returns out [R, N, H] and lse f32[R, N].
+    """
+    plan = decode_plan.make_plan(own, spec, has_shared=True)
+    out, lse = decode_sm90.launch(plan, own)
+    whole = dataclasses.replace(spec, is_causal=False)
+    prefilled, work, results = _launch_prefill(shared, whole, keeps_parts=True)
+    parts = Shared(*results, work.first_item, work.num_splits, work.place, place)
+    lengths = own.kv_lengths.astype(jnp.int32)
+    return combine_parts(plan, out, lse, lengths, own.sinks, parts, prefilled.tile_q)
+
+
 def prefill(
     inputs: PagedInputs, spec: PagedSpec, skip: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """The prefill kernel alone; the results of rows to skip (bool[R]) are undefined."""
     num_tokens, start = inputs.query.shape[0], inputs.query_start
     assert start is not None
-    skip = jnp.zeros(inputs.kv_lengths.shape, bool) if skip is None else skip
-    inputs = inputs._replace(query=jnp.pad(inputs.query, ((0, -num_tokens % OCTET), (0, 0), (0, 0))))
-    plan = prefill_plan.make_plan(inputs, spec)
-    work = prefill_plan.plan_work(plan, start, inputs.kv_lengths, skip)
-    out, lse = prefill_sm90.launch(plan, inputs, work)
-    if plan.config.splits > 1:
+    plan, work, (out, lse) = _launch_prefill(inputs, spec, skip)
+    if plan.has_parts:
         out, lse = _merge_splits(plan, work, _by_head(plan, out), _by_head(plan, lse), inputs.sinks)
     else:
         lse = _by_head(plan, lse)[work.first_item, :, :, work.place].reshape(plan.num_tokens, plan.num_heads)
@@ -67,6 +81,17 @@ def prefill(
     return out[:num_tokens], lse[:num_tokens]
 
 
+def _launch_prefill(
+    inputs: PagedInputs, spec: PagedSpec, skip: jax.Array | None = None, keeps_parts: bool = False
+) -> tuple[PrefillPlan, WorkList, Outputs]:
+    num_tokens = inputs.query.shape[0]
+    skip = jnp.zeros(inputs.kv_lengths.shape, bool) if skip is None else skip
+    inputs = inputs._replace(query=jnp.pad(inputs.query, ((0, -num_tokens % OCTET), (0, 0), (0, 0))))
+    plan = prefill_plan.make_plan(inputs, spec, keeps_parts)
+    work = prefill_plan.plan_work(plan, inputs.query_start, inputs.kv_lengths, skip)
+    return plan, work, prefill_sm90.launch(plan, inputs, work)
+
+
 def _by_head(plan: PrefillPlan, x: jax.Array) -> jax.Array:
     """[max_items, K, warpgroups, 64, ...] -> [max_items, K, G, tile_q, ...]."""
     rest = x.shape[4:]
@@ -75,7 +100,7 @@ def _by_head(plan: PrefillPlan, x: jax.Array) -> jax.Array:
 
 
 def _merge_splits(plan: PrefillPlan, work: WorkList, out: jax.Array, lse: jax.Array, sinks: jax.Array | None):
-    """Merges the items of each token by their log-sum-exp: out [tokens, N, H] and lse f32[tokens, N].
+    """Merges the parts of each token by their log-sum-exp: out [tokens, N, H] and lse f32[tokens, N].
 
     lse = log(sum_s exp(lse_s)),   out = sum_s exp(lse_s - lse) out_s
 
@@ -97,4 +122,8 @@ def _merge_splits(plan: PrefillPlan, work: WorkList, out: jax.Array, lse: jax.Ar
     values /= jnp.where(total > 0, total, 1)[..., None]
     shape = plan.num_tokens, plan.num_heads
     lse = jnp.where(total > 0, maximum + jnp.log(total), -jnp.inf).reshape(shape)
-    return values.astype(plan.query_dtype).reshape(*shape, plan.head_dim), lse
+    values = values.astype(plan.query_dtype).reshape(*shape, plan.width)
+    rest = plan.head_dim - plan.whole
+    if rest:  # the last block begins before it should
+        values = jnp.concatenate([values[..., : plan.whole], values[..., plan.width - rest :]], axis=-1)
+    return values, lse

@@ -10,8 +10,8 @@ import pytest
 
 from pallas_kernels import PAGE_SIZES, cascade_attention, paged_attention
 from pallas_kernels.kv_pages.pool import QUANTIZED
+from tests.pallas_kernels.cascade_cases import share
 from tests.pallas_kernels.paged_inputs import cast, make_case, quantize
-from tests.pallas_kernels.test_cascade import share
 
 pytestmark = pytest.mark.gpu
 

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 MODULES = (
+    "cascade_cases",
     "flash_cases",
     "flash_fused_cases",
     "flash_random",

@@ -6,18 +6,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import cascade_attention, paged_attention
-from pallas_kernels.paged_attention.cascade import merge
-from tests.pallas_kernels.paged_inputs import Case, make_case
-
-
-def share(case: Case, prefix_lengths, group_of_row) -> Case:
-    """The case with every row of a group on the shared pages of its first row."""
-    page_size = case.k_pages.shape[3]
-    for group, length in enumerate(prefix_lengths):
-        rows = np.flatnonzero(np.asarray(group_of_row) == group)
-        case.block_tables[rows, : length // page_size] = case.block_tables[rows[:1], : length // page_size]
-    return case
-
+from pallas_kernels.paged_attention.reference import merge
+from tests.pallas_kernels.cascade_cases import share
+from tests.pallas_kernels.paged_inputs import make_case
 
 GROUPS = {
     "two groups, rows in any order, one row of none": ([24, 16], [1, 0, -1, 0, 1, 1]),

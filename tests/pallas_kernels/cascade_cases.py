@@ -1,0 +1,110 @@
+"""Rows of tables.py for cascade_attention."""
+
+import functools
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import PagedConfig, PrefillConfig, cascade_attention, paged_attention
+from pallas_kernels.paged_attention import decode_plan
+from tests.pallas_kernels.interpreter import interpreted
+from tests.pallas_kernels.paged_cases import RMS_ERROR, compare, integers
+from tests.pallas_kernels.paged_inputs import Case, cast, make_case, quantize
+from tests.pallas_kernels.tables import CompileCase
+
+
+def share(case: Case, prefix_lengths, group_of_row) -> Case:
+    """The case with every row of a group on the shared pages of its first row."""
+    page_size = case.k_pages.shape[3]
+    for group, length in enumerate(prefix_lengths):
+        rows = np.flatnonzero(np.asarray(group_of_row) == group)
+        case.block_tables[rows, : length // page_size] = case.block_tables[rows[:1], : length // page_size]
+    return case
+
+
+def check_cascade(prefixes, groups, heads=4, head_dim=64, pages=None, call=None, splits=2, **shapes):
+    """The interpreted kernels against the reference of paged_attention, which knows of no groups."""
+    case = make_case(rows=len(groups), heads=heads, head_dim=head_dim, page_size=16, **shapes)
+    case = cast(share(case, prefixes, groups), jnp.bfloat16)
+    arrays, arguments = list(case[:5]), {"return_lse": True, "layer": case.layer, **(call or {})}
+    if pages is not None:
+        quantized = quantize(case, pages)
+        arrays[1:3] = quantized[:2]
+        arguments |= {"k_scale": jnp.asarray(quantized.k_scale), "v_scale": jnp.asarray(quantized.v_scale)}
+    if "sinks" in arguments:
+        arguments["sinks"] = jnp.linspace(-0.5, 2.0, heads)
+    arrays = [jnp.asarray(x) for x in arrays]
+    expected, expected_lse = paged_attention(*arrays, implementation="reference", **arguments)
+    config = PagedConfig(64, 64, 2, 1)
+    prefill = PrefillConfig(warpgroups=1, tile_kv=64, stages=2, splits=splits)
+    with mock.patch.object(decode_plan, "NUM_PROGRAMS", 3), interpreted():
+        out, lse = cascade_attention(
+            *arrays,
+            jnp.asarray(prefixes),
+            jnp.asarray(groups),
+            config=config,
+            prefill_config=prefill,
+            implementation="sm90",
+            **arguments,
+        )
+        jax.block_until_ready(out)
+    compare(out, expected, RMS_ERROR["bfloat16"])
+    np.testing.assert_allclose(lse, expected_lse, atol=4e-3)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "two groups, a row of none, an empty row, sinks": {
+        "prefixes": [272, 16],
+        "groups": [1, 0, -1, 0, -1],
+        "lengths": [20, 290, 70, 273, 0],
+        "width": 20,
+        "call": {"sinks": None},
+    },
+    "head dim 96, group 5, no splits": {
+        "prefixes": [64],
+        "groups": [0, 0],
+        "heads": 10,
+        "head_dim": 96,
+        "lengths": [70, 65],
+        "width": 5,
+        "splits": 1,
+    },
+    "int8 pages, soft cap": {
+        "prefixes": [48],
+        "groups": [0, 0, 0],
+        "lengths": [50, 70, 49],
+        "width": 5,
+        "pages": jnp.int8,
+        "call": {"logits_soft_cap": 4.0},
+    },
+}
+
+INTERPRET = {
+    f"cascade_attention:{name}": functools.partial(check_cascade, **case) for name, case in CASES.items()
+}
+
+
+def cascade_case(rows=64, heads=32, kv_heads=8, head_dim=128, capacity=8448, page_size=16, pages=None):
+    pool = jax.ShapeDtypeStruct((2, 1024, kv_heads, page_size, head_dim), pages or jnp.bfloat16)
+    scale = jax.ShapeDtypeStruct(pool.shape[:4], jnp.float32)
+    query = jax.ShapeDtypeStruct((rows, heads, head_dim), jnp.bfloat16)
+
+    def attend(query, k_pages, v_pages, tables, lengths, prefixes, groups, layer, *scales):
+        named = dict(zip(("k_scale", "v_scale"), scales, strict=False))
+        arrays = query, k_pages, v_pages, tables, lengths, prefixes, groups
+        return cascade_attention(*arrays, layer=layer, implementation="sm90", **named)
+
+    specs = (query, pool, pool, integers(rows, capacity // page_size), integers(rows), integers(1))
+    specs += (integers(rows), integers(), *((scale,) * 2 if pages else ()))
+    return CompileCase(attend, specs, max_temp_bytes=80 * 2**20)
+
+
+COMPILE = {
+    "cascade_attention:Llama-3-8B": cascade_case(),
+    "cascade_attention:H=96, fp8 pages": cascade_case(
+        heads=8, kv_heads=2, head_dim=96, pages=jnp.float8_e4m3fn
+    ),
+}
