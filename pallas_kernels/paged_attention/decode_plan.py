@@ -115,10 +115,8 @@ def unsupported(inputs: PagedInputs, spec: PagedSpec) -> str | None:
     queries = inputs.query.shape[1] // num_kv_heads * head_dim
     if queries > MAX_QUERIES:
         return f"the queries of a KV head must hold at most {MAX_QUERIES} numbers, got {queries}"
-    if inputs.query.shape[0] > MAX_ROWS:
-        return (
-            f"the lengths of at most {MAX_ROWS} rows are kept in shared memory, got {inputs.query.shape[0]}"
-        )
+    if (num_rows := inputs.kv_lengths.shape[0]) > MAX_ROWS:
+        return f"the lengths of at most {MAX_ROWS} rows are kept in shared memory, got {num_rows}"
     room = inputs.k_pages.shape[1]  # of a cache: TMA takes it in tiles, of 8 tokens as they lie in memory
     if inputs.block_tables is None and (room < MAX_BOX or room % 8):
         return f"caches must have room for {MAX_BOX} tokens or more, in multiples of 8, got {room}"

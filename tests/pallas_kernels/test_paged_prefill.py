@@ -10,6 +10,7 @@ import pytest
 from hypothesis import strategies as st
 
 from pallas_kernels import PrefillConfig, paged_attention
+from pallas_kernels.paged_attention import decode_plan, sm90
 from pallas_kernels.paged_attention.prefill_config import default_config
 from pallas_kernels.paged_attention.prefill_plan import PrefillPlan, Work, plan_work, unsupported
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
@@ -64,6 +65,18 @@ def test_kernel_says_what_it_cannot():
     inputs = inputs._replace(query=jax.ShapeDtypeStruct((8, 1, 64), jnp.bfloat16))
     assert unsupported(inputs, PagedSpec(1.0)) is None
     assert "two warpgroups" in str(unsupported(inputs, PagedSpec(1.0, prefill_config=PrefillConfig())))
+
+
+def test_kernels_count_rows_not_tokens():
+    """A prompt may have more tokens than the decode kernel has room for rows."""
+    tokens, rows = 2 * decode_plan.MAX_ROWS, 4
+    integers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+    query = jax.ShapeDtypeStruct((tokens, 8, 64), jnp.bfloat16)
+    pool = jax.ShapeDtypeStruct((1, 9, 2, 16, 64), jnp.bfloat16)
+    inputs = PagedInputs(query, pool, pool, integers(rows, 8), integers(rows), integers(), integers(rows + 1))
+    assert sm90.unsupported(inputs, PagedSpec(1.0)) is None
+    inputs = inputs._replace(kv_lengths=integers(tokens), query_start=None)
+    assert "8192 rows" in str(sm90.unsupported(inputs, PagedSpec(1.0)))
 
 
 def make_plan(tokens, rows, group, width, config, is_causal=True, window_left=None):
