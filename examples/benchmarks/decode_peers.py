@@ -7,17 +7,15 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from programs import Program, scattered_tables, sets_in_turn
 from timing import milliseconds
 
 from pallas_kernels import cascade_attention, contiguous_attention, paged_attention
-
-L2_BYTES = 60e6
-MAX_CACHES = 64
 
 
 class Row(NamedTuple):
@@ -57,8 +55,8 @@ class Row(NamedTuple):
 
     @property
     def num_caches(self) -> int:
-        """Caches to take in turn, so that none is found in L2; no more than compile in good time."""
-        return min(MAX_CACHES, -(-int(4 * L2_BYTES) // self.cache_bytes))
+        """Caches to take in turn."""
+        return sets_in_turn(self.cache_bytes)
 
     @property
     def label(self) -> str:
@@ -67,68 +65,12 @@ class Row(NamedTuple):
         return f"{self.model} {heads}; {self.note or shape}"
 
 
-class Program(NamedTuple):
-    """attend(cache index, *arrays) and its arrays; large ones as shapes, filled when they are needed."""
-
-    attend: Callable[..., jax.Array]
-    arrays: tuple[Any, ...]
-    num_caches: int
-
-    def lower(self) -> "Lowered":
-        """One call for each of the caches in turn."""
-        run = jax.jit(lambda *arrays: [self.attend(index, *arrays) for index in range(self.num_caches)])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a peer is deprecated
-            return Lowered(run.lower(*self.arrays), jax.jit(self._filled).lower(), self.num_caches)
-
-    def _filled(self) -> Any:
-        """The arrays, with random numbers for shapes."""
-        keys = map(jax.random.key, range(1000))
-        fill = lambda x: _random(next(keys), x) if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x)
-        return jax.tree.map(fill, self.arrays)
-
-
-class Lowered(NamedTuple):
-    """A program before the compiler, which may run in a thread; all that comes before it may not."""
-
-    run: jax.stages.Lowered
-    fill: jax.stages.Lowered
-    num_caches: int
-
-    def compile(self) -> "Compiled":
-        return Compiled(self.run.compile(), self.fill.compile(), self.num_caches)
-
-
-class Compiled(NamedTuple):
-    """A program for the device, and what makes its arrays there."""
-
-    run: jax.stages.Compiled
-    fill: jax.stages.Compiled
-    num_caches: int
-
-    def microseconds(self, iterations: int) -> float:
-        """Kernel time of one call, the median over runs of all caches in turn."""
-        return 1e3 * milliseconds(self.run, self.fill(), iterations) / self.num_caches
-
-
-def _random(key: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
-    numbers = jax.random.normal(key, shape.shape, jnp.bfloat16)
-    if shape.dtype == jnp.float32:  # scales
-        return jnp.abs(numbers).astype(jnp.float32) / 40
-    return (numbers * (40 if shape.dtype.itemsize == 1 else 1)).astype(shape.dtype)
-
-
 def _query(row: Row) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((row.num_rows, row.num_heads, row.head_dim), jnp.bfloat16)
 
 
-def _scattered_tables(row: Row, page_size: int) -> np.ndarray:
-    """Every row's pages, anywhere in the pool; NULL_PAGE beyond its length."""
-    counts = [-(-length // page_size) for length in row.lengths]
-    pages = iter(np.random.default_rng(0).permutation(sum(counts)).astype(np.int32) + 1)
-    tables = np.zeros((row.num_rows, -(-row.room // page_size)), np.int32)
-    for table, count in zip(tables, counts, strict=True):
-        table[:count] = [next(pages) for _ in range(count)]
+def _tables(row: Row, page_size: int) -> np.ndarray:
+    tables = scattered_tables(row.lengths, page_size, row.room)
     tables[:, : row.prefix // page_size] = tables[0, : row.prefix // page_size]
     return tables
 
@@ -137,7 +79,7 @@ def over_pages(page_size: int, row: Row, is_cascade: bool = False) -> Program:
     """Our paged_attention, or cascade_attention; the caches are layers of one pool."""
     if is_cascade and not row.prefix:
         raise NotImplementedError("no prefix is shared")
-    tables = _scattered_tables(row, page_size)
+    tables = _tables(row, page_size)
     shape = (row.num_caches, int(tables.max()) + 1, row.num_kv_heads, page_size, row.head_dim)
     pages = jax.ShapeDtypeStruct(shape, jnp.dtype(row.dtype))
     scales = (jax.ShapeDtypeStruct(shape[:4], jnp.float32),) * 2 if row.is_quantized else ()
@@ -189,7 +131,7 @@ def triton(page_size: int, row: Row) -> Program:
         from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention as attend_in_triton
     if row.is_quantized or not row.is_uniform:
         raise NotImplementedError("measured for uniform rows in bf16 only")
-    tables = _scattered_tables(row, page_size)
+    tables = _tables(row, page_size)
     shape = (row.num_kv_heads, int(tables.max()) + 1, page_size, row.head_dim)
     pages = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     # Its best of 4 and 16 splits: 16 where the rows alone do not fill the chip.
@@ -212,3 +154,10 @@ PEERS: dict[str, Callable[[Row], Program]] = {
     "cuDNN contiguous": cudnn,
     "JAX Triton page 16": functools.partial(triton, 16),
 }
+
+
+def ceiling(iterations: int) -> dict[str, float]:
+    """TB/s of a reduction over 2 GB."""
+    array = jax.random.normal(jax.random.key(0), (1 << 30,), jnp.bfloat16)
+    total = jax.jit(lambda x: x.astype(jnp.float32).sum())
+    return {"read_ceiling_tb_per_s": array.nbytes / milliseconds(total, (array,), iterations) / 1e9}

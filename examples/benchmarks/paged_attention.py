@@ -15,15 +15,13 @@ attention (Pallas Triton, deprecated) while it can be imported.
 
 import argparse
 import json
-import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
+import in_processes
 import numpy as np
 import report
 from decode_peers import PEERS, Row
-from processes import Deadline, Worker, device_of, run_in_turn
 
 CONTEXT = 16384
 MODELS = {"Yi-6B": (32, 4, 128), "Llama-3-8B": (32, 8, 128), "Yi-34B": (56, 8, 128)}
@@ -53,12 +51,12 @@ SECTIONS: dict[str, list[Row]] = {
         for dtype in ("int8", "float8_e4m3fn")
     ],
 }
-COMPILE_SECONDS = 400
-PART_SECONDS = 60  # between two figures
 NAMES = ("page 16", "page 128", "cascade, page 16", "contiguous", "cuDNN contiguous", "JAX Triton page 16")
 
 
-def row_figures(row: Row, times: dict[str, float | None], ceiling: float | None) -> dict:
+def row_figures(row: Row, parts: dict[str, dict], facts: dict) -> dict:
+    ceiling = facts.get("read_ceiling_tb_per_s")
+    times = {name: part.get("microseconds") for name, part in parts.items()}
     rates = {name: time and row.cache_bytes / time / 1e6 for name, time in times.items()}
     return {
         "row": row.label,
@@ -74,60 +72,10 @@ def row_figures(row: Row, times: dict[str, float | None], ceiling: float | None)
     }
 
 
-def combine(sections: dict[str, list[Row]], names: list[str], workers: list[Worker]) -> dict:
-    """The figures of all processes by section and row, and why there is none."""
-    parts = [part for worker in workers for part in worker.parts]
-    ceiling = next((part["read_ceiling_tb_per_s"] for part in parts if len(part) == 1), None)
-    said = {(part["row"], part["name"]): part for part in parts if "row" in part}
-    failures = {label: worker.failure for worker in workers for label in worker.share if worker.failure}
-    result: dict = {"read_ceiling_tb_per_s": ceiling, "sections": {}, "no_figure": {}}
-    for title, rows in sections.items():
-        result["sections"][title] = []
-        for row in rows:
-            times = {name: said.get((row.label, name), {}).get("microseconds") for name in names}
-            result["sections"][title].append(row_figures(row, times, ceiling))
-            for name in (name for name, time in times.items() if time is None):
-                unsaid = {"reason": failures.get(row.label, "not reached")}
-                reason = said.get((row.label, name), unsaid)["reason"]
-                result["no_figure"].setdefault(f"{name}: {reason}", []).append(row.label)
-    return result
-
-
-def measure(
-    sections: dict[str, list[Row]],
-    names: list[str],
-    options: argparse.Namespace,
-    keep: Callable[[dict], None],
-) -> dict:
-    """`keep` is given all figures whenever there are more."""
-    deadline = Deadline(options.max_seconds)
-    compile_seconds = deadline.at_most(COMPILE_SECONDS, share=0.6)
-    rows = [row for rows in sections.values() for row in rows]
-    # Programs are lowered in Python, one core a process.
-    groups = max(1, min(len(rows), len(os.sched_getaffinity(0)) - 2))
-    job = {"names": names, "iterations": options.iterations, "compile_seconds": compile_seconds}
-    workers = []
-    for group in range(groups):
-        share = rows[group::groups]
-        one = {**job, "rows": [row._asdict() for row in share], "ceiling": group == 0}
-        workers.append(Worker("decode_worker.py", one, share=tuple(row.label for row in share)))
-    result = {"timing": f"CUPTI kernel time, median of {options.iterations}"}
-
-    def update() -> None:
-        result.update(device_of(workers))
-        result["failures"] = [worker.failure for worker in workers if worker.failure]
-        result.update(combine(sections, names, workers))
-        if any(worker.parts for worker in workers):
-            keep(result)
-
-    run_in_turn(workers, deadline, compile_seconds, PART_SECONDS, update)
-    return result
-
-
 def tables(result: dict) -> str:
     """A table a section: us and TB/s of each name; tokens/s, share of the ceiling and paging's tax of the
     first."""
-    parts = [f"{result['device']}: read ceiling {result['read_ceiling_tb_per_s'] or 0:.2f} TB/s"]
+    parts = [f"{result['device']}: read ceiling {result.get('read_ceiling_tb_per_s') or 0:.2f} TB/s"]
     for title, rows in result["sections"].items():
         names = [name for name in rows[0]["microseconds"] if any(row["microseconds"][name] for row in rows)]
         if not names:
@@ -143,9 +91,7 @@ def tables(result: dict) -> str:
             lines.append((row["row"], *cells, *rest))
         header = (f"{title} (us, TB/s)", *names, f"{first}: tokens/s", "of ceiling", "tax")
         parts.append(report.table(header, lines))
-    missing = [f"  {reason} ({', '.join(rows)})" for reason, rows in result.get("no_figure", {}).items()]
-    parts += ["\n".join(["no figure:", *missing])] if missing else []
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *in_processes.without_figures(result)])
 
 
 def plot(result: dict, path: str) -> None:
@@ -208,25 +154,22 @@ def parse() -> argparse.Namespace:
     return options
 
 
+def show(result: dict, options: argparse.Namespace) -> str:
+    if options.plot and result.get("read_ceiling_tb_per_s"):
+        plot(result, options.plot)
+    return tables(result)
+
+
 def main() -> int:
     options = parse()
     if options.plot_from:
-        result = json.loads(Path(options.plot_from).read_text())
-    else:
-        report.begin_processes(f"{sum(map(len, options.sections.values()))} rows of paged decode")
-        names = [f"page {size}" for size in options.page_size]
-        names += [name for name in NAMES if not name.startswith("page")]
-        result = measure(options.sections, names, options, lambda f: report.save(options.out, f, False))
-        if "device" in result:
-            report.save(options.out, result)
-            result = report.environment(result) | result
-    if "device" in result:
-        print(tables(result))
-        if options.plot and result["read_ceiling_tb_per_s"]:
-            plot(result, options.plot)
-    for failure in dict.fromkeys(result.get("failures", ())):
-        print(f"paged_attention.py: a process failed: {failure}", file=sys.stderr)
-    return 1 if result.get("failures") and not options.plot_from else 0
+        print(show(json.loads(Path(options.plot_from).read_text()), options))
+        return 0
+    report.begin_processes(f"{sum(map(len, options.sections.values()))} rows of paged decode")
+    names = [f"page {size}" for size in options.page_size]
+    names += [name for name in NAMES if not name.startswith("page")]
+    result = in_processes.measure("decode_peers", options.sections, lambda row: names, row_figures, options)
+    return in_processes.finish(options.out, result, lambda result: show(result, options))
 
 
 if __name__ == "__main__":

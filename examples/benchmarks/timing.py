@@ -5,9 +5,11 @@ import os
 import statistics
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 from jax.experimental.mosaic.gpu import profiler
 
 
@@ -17,6 +19,14 @@ def milliseconds(call: Any, inputs: tuple, iterations: int) -> float:
     if times is None:
         raise RuntimeError("no kernel ran")
     return statistics.median(times)
+
+
+def elapsed_milliseconds(call: Any, inputs: tuple, iterations: int) -> float:
+    """From one call to the next, of calls that are launched without waiting for the one before."""
+    jax.block_until_ready(call(*inputs))
+    start = time.perf_counter()
+    jax.block_until_ready([call(*inputs) for _ in range(iterations)])
+    return 1e3 * (time.perf_counter() - start) / iterations
 
 
 def or_reason(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -5,14 +5,15 @@ import json
 import types
 from typing import NamedTuple
 
-import decode_peers
-import decode_worker
+import in_processes
 import jax.numpy as jnp
 import numpy as np
 import paged_attention
 import processes
+import programs
 import pytest
 import report
+import row_worker
 from decode_peers import PEERS, Row
 
 ROW = Row("tiny", 4, 2, 64, (40, 1, 64))
@@ -25,8 +26,8 @@ def test_rows_have_labels_of_their_own_and_count_their_bytes():
     assert ROW.cache_bytes == 2 * 105 * 2 * 64 * 2
     assert ROW._replace(dtype="int8").cache_bytes == 2 * 105 * 2 * (64 + 4)
     large = Row("large", 8, 2, 64, (8192,))
-    assert large.num_caches * large.cache_bytes >= 4 * decode_peers.L2_BYTES
-    assert ROW.num_caches == decode_peers.MAX_CACHES
+    assert large.num_caches * large.cache_bytes >= 4 * programs.L2_BYTES
+    assert ROW.num_caches == programs.MAX_SETS
 
 
 def test_every_row_has_pages_of_its_own():
@@ -39,7 +40,8 @@ def test_every_row_has_pages_of_its_own():
 
 def test_arrays_are_filled_in_their_dtypes():
     program = PEERS["page 8"](Row("tiny", 2, 1, 8, (16,), dtype="int8"))
-    query, k_pages, v_pages, scales, tables, lengths = program._filled()
+    state, (query, k_pages, v_pages, scales, tables, lengths) = program._filled()
+    assert state == ()
     assert query.dtype == jnp.bfloat16
     assert k_pages.dtype == jnp.int8
     assert (k_pages != v_pages).any()
@@ -60,20 +62,21 @@ class Fake(NamedTuple):
             raise NotImplementedError("no such GPU")
         return self
 
-    def microseconds(self, iterations):
+    def figures(self, iterations):
         if self.fails == "run":
             raise NotImplementedError("out of memory")
-        return 100.0
+        return {"microseconds": 100.0}
 
 
 def test_a_failure_costs_its_own_figure(monkeypatch, tmp_path, capsys):
     fakes = {"page 16": Fake(), "contiguous": Fake("run"), "cuDNN contiguous": Fake("compile")}
-    monkeypatch.setattr(decode_worker, "PEERS", {name: lambda row, x=x: x for name, x in fakes.items()})
-    rows = [ROW, Row("tiny", 4, 2, 64, (64,) * 8)]
+    peers = types.SimpleNamespace(PEERS={name: lambda row, x=x: x for name, x in fakes.items()})
+    rows, names = [ROW, Row("tiny", 4, 2, 64, (64,) * 8)], list(fakes)
     worker = types.SimpleNamespace(parts=[{"read_ceiling_tb_per_s": 4.0}], failure="", share=())
-    monkeypatch.setattr(decode_worker, "say", lambda word, part: worker.parts.append(part))
-    decode_worker.measure_all(decode_worker.compile_all(rows, list(fakes), 100), 1)
-    result = paged_attention.combine({"Small": rows}, list(fakes), [worker])
+    monkeypatch.setattr(row_worker, "say", lambda word, part: worker.parts.append(part))
+    row_worker.measure_all(row_worker.compile_all(peers, rows, [names] * 2, 100), 1)
+    sections = {"Small": rows}
+    result = in_processes.combine(sections, lambda row: names, paged_attention.row_figures, [worker])
     result = json.loads(json.dumps({"device": "none", **result}))
     first = result["sections"]["Small"][0]
     assert first["microseconds"] == {"page 16": 100.0, "contiguous": None, "cuDNN contiguous": None}
@@ -97,7 +100,7 @@ print('@compiled', json.dumps({'seconds': 1.0, 'device': 'toy', 'num_devices': 1
 input()
 print('@part', json.dumps({'read_ceiling_tb_per_s': 4.0}), flush=True)
 if len(job['rows'][0]['lengths']) == 2: time.sleep(1000)
-for name in job['names']:
+for name in job['names'][0]:
     print('@part', json.dumps({'row': LABEL, 'name': name, 'microseconds': 5.0}), flush=True)
 print('@done {}', flush=True)
 """
@@ -105,11 +108,11 @@ print('@done {}', flush=True)
 
 def test_a_process_that_hangs_costs_its_own_rows(monkeypatch, tmp_path, capsys):
     rows = [Row("heads", 8, 2, 64, (100,) * count) for count in (1, 2)]
-    script = tmp_path / "decode_worker.py"
+    script = tmp_path / "row_worker.py"
     script.write_text(WORKER.replace("LABEL", repr(rows[0].label)))
     monkeypatch.setattr(processes, "HERE", tmp_path)
-    monkeypatch.setattr(paged_attention, "PART_SECONDS", 1.0)
-    monkeypatch.setattr(paged_attention.os, "sched_getaffinity", lambda process: set(range(4)))
+    monkeypatch.setattr(in_processes, "PART_SECONDS", 1.0)
+    monkeypatch.setattr(in_processes.os, "sched_getaffinity", lambda process: set(range(4)))
     monkeypatch.setattr(report, "begin_processes", lambda what: None)
     out = tmp_path / "out.json"
     command = ["x", "--heads", "8/2", "--head-dim", "64", "--rows", "1", "2", "--context", "100"]
