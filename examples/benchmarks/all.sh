@@ -1,9 +1,9 @@
 #!/bin/sh
 # Every benchmark, those that say most first, each with a time budget.
-#   examples/benchmarks/all.sh [NAME ...]     flash paged training serving claims io layout ring quantized
+#   examples/benchmarks/all.sh [NAME ...]     flash paged prefill writes training serving claims io layout ring quantized
 # PYTHON: the interpreter (python3). RESULTS: the folder that is written to.
 cd "$(dirname "$0")/../.." || exit 1
-wanted=${*:-flash paged training serving claims io layout ring quantized}
+wanted=${*:-flash paged prefill writes training serving claims io layout ring quantized}
 results=${RESULTS:-examples/benchmarks/results}
 export PYTHONPATH=".:$PYTHONPATH"
 mkdir -p "$results" || exit 1
@@ -22,7 +22,7 @@ run() {
 "
 }
 
-known=" flash paged training serving claims io layout ring quantized "
+known=" flash paged prefill writes training serving claims io layout ring quantized "
 for name in $wanted; do
     case "$known" in *" $name "*) ;; *) echo "all.sh: no benchmark $name among$known" >&2 && exit 2 ;; esac
 done
@@ -30,6 +30,8 @@ run flash 480 flash_attention.py flash_attention.json --no-claims --processes 2 
     --plot "$results/flash_attention.png"
 run paged 300 paged_attention.py paged_attention.json --page-size 16 8 64 128 --max-seconds 300 \
     --plot "$results/paged_attention.png"
+run prefill 150 paged_prefill.py paged_prefill.json --max-seconds 120
+run writes 150 page_writes.py page_writes.json --max-seconds 120
 run training 240 training.py training.json --max-seconds 150
 run serving 300 serving.py serving.json --max-seconds 200
 run claims 200 flash_attention.py flash_attention.json --only-claims --max-seconds 200 \

@@ -88,9 +88,8 @@ def without_figures(result: dict) -> list[str]:
     return ["\n".join(["no figure:", *missing])] if missing else []
 
 
-def parse(description: str | None, sections: Sections) -> argparse.Namespace:
-    """The command line of a benchmark whose rows can be chosen: these are its `sections`."""
-    parser = report.parser(description)
+def parse(parser: argparse.ArgumentParser, sections: Sections) -> argparse.Namespace:
+    """The command line of a benchmark whose rows can be chosen: these become its `sections`."""
     parser.add_argument("--rows", metavar="REGEX", help="only rows whose section or label matches")
     parser.add_argument("--iterations", type=int, default=8, help="runs of each call (8)")
     options = parser.parse_args()
