@@ -40,7 +40,7 @@ class Row(NamedTuple):
     @property
     def label(self) -> str:
         layers = f" of {self.num_layers} layers" if self.num_layers > 1 else ""
-        unit = {WRITE: "tokens", PAIRS: "pairs"}.get(self.op, "pages")
+        unit = {WRITE: "token", PAIRS: "pair"}.get(self.op, "page") + "s" * (self.num_items > 1)
         heads = f"{self.num_kv_heads} x {self.head_dim}"
         return f"{self.op}: {self.num_items} {unit}{layers}, {self.model} {heads}, {self.dtype}"
 

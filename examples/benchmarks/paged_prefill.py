@@ -15,7 +15,8 @@ batch, here or there: there is no switch for that, and so no cost to show.
 
 us is the time in kernels by CUPTI, the median of several runs; `elapsed`, of the mixed batches, is the time
 from one call to the next on the clock, gaps between kernels included. Inputs that would fit in the L2 cache
-are taken in turn.
+are taken in turn, several sets in a run: the list of work is then made once for all of them, as it is for all
+layers of a model.
 """
 
 import sys
@@ -108,7 +109,7 @@ def mixed_figures(figures: dict) -> dict:
 
 def prompt_table(title: str, rows: list[dict]) -> str:
     names = (PAGE_16, PAGE_128, DENSE, CUDNN)
-    header = [f"{title} (us, TFLOP/s)", *names, f"of dense, {PAGE_16}", PAGE_128]
+    header = [f"{title} (us, TFLOP/s)", *names, f"of dense: {PAGE_16}", f"of dense: {PAGE_128}"]
     lines = []
     for row in rows:
         times, rates = row["microseconds"], row["tflops"]

@@ -1,5 +1,6 @@
 """What row_worker.py lowers, compiles and times: a call over sets of inputs that are taken in turn."""
 
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -36,7 +37,8 @@ class Program(NamedTuple):
             warnings.simplefilter("ignore")  # a peer is deprecated
             run = jax.jit(self._run, donate_argnums=0).lower(self.state, *self.arrays)
             state_bytes = sum(x.size * x.dtype.itemsize for x in self.state) if self.stays else 0
-            return Lowered(run, jax.jit(self._filled).lower(), self.num_sets, state_bytes)
+            inputs = (self.state, self.arrays)
+            return Lowered(run, inputs, lower_fillers(inputs), self.num_sets, state_bytes)
 
     def _run(self, state: tuple[Any, ...], *arrays: Any) -> tuple[tuple[Any, ...], list[Any]]:
         results = []
@@ -47,18 +49,13 @@ class Program(NamedTuple):
                 results.append(self.call(index, *arrays))
         return state, results
 
-    def _filled(self) -> Any:
-        """(state, arrays), with random numbers for shapes."""
-        keys = map(jax.random.key, range(1000))
-        fill = lambda x: _random(next(keys), x) if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x)
-        return jax.tree.map(fill, (self.state, self.arrays))
-
 
 class Lowered(NamedTuple):
     """A program before the compiler, which may run in a thread; all that comes before it may not."""
 
     run: jax.stages.Lowered
-    fill: jax.stages.Lowered
+    inputs: tuple[Any, Any]  # state and arrays
+    fillers: dict[jax.ShapeDtypeStruct, jax.stages.Lowered]
     num_sets: int
     state_bytes: int  # that must stay where they are
 
@@ -71,23 +68,25 @@ class Lowered(NamedTuple):
             raise RuntimeError(
                 f"of {self.state_bytes:,} bytes {aliased:,} are in place; {temporary:,} temporary"
             )
-        return Compiled(run, self.fill.compile(), self.num_sets, memory.temp_size_in_bytes)
+        fillers = {spec: filler.compile() for spec, filler in self.fillers.items()}
+        return Compiled(run, self.inputs, fillers, self.num_sets, memory.temp_size_in_bytes)
 
 
 class Compiled(NamedTuple):
     """A program for the device, and what makes its arrays there."""
 
     run: jax.stages.Compiled
-    fill: jax.stages.Compiled
+    inputs: tuple[Any, Any]
+    fillers: dict[jax.ShapeDtypeStruct, jax.stages.Compiled]
     num_sets: int
     temp_bytes: int
 
     def figures(self, iterations: int) -> dict[str, float]:
         """Of one call: its kernels' time, the median over runs of all sets in turn; the time from one call to
         the next, launches and gaps between kernels included; temporary memory of the whole run."""
-        state, arrays = self.fill()
+        state, arrays = filled(self.inputs, self.fillers)
         run = _InPlace(self.run, state)  # pyright: ignore[reportAbstractUsage]
-        per_call = lambda milliseconds: 1e3 * milliseconds / self.num_sets
+        per_call = lambda run_time: 1e3 * run_time / self.num_sets
         return {
             "microseconds": per_call(milliseconds(run, arrays, iterations)),
             "elapsed_us": per_call(elapsed_milliseconds(run, arrays, iterations)),
@@ -106,6 +105,24 @@ class _InPlace(jax.stages.Wrapped):
         self.state, results = self.run(self.state, *arrays)
         jax.block_until_ready(self.state)  # the next call donates it: nobody else can wait for it
         return results
+
+
+def lower_fillers(inputs: Any) -> dict[jax.ShapeDtypeStruct, jax.stages.Lowered]:
+    """For each shape among the inputs what fills it with random numbers, given a seed: there are many more
+    arrays than shapes."""
+    specs = {x for x in jax.tree.leaves(inputs) if isinstance(x, jax.ShapeDtypeStruct)}
+    seed = jax.ShapeDtypeStruct((), jnp.int32)
+    return {
+        spec: jax.jit(lambda seed, spec=spec: _random(jax.random.key(seed), spec)).lower(seed)
+        for spec in specs
+    }
+
+
+def filled(inputs: Any, fillers: dict[jax.ShapeDtypeStruct, jax.stages.Compiled]) -> Any:
+    """The inputs on the device."""
+    seeds = map(np.int32, itertools.count())
+    fill = lambda x: fillers[x](next(seeds)) if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x)
+    return jax.tree.map(fill, inputs)
 
 
 def _random(key: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:

@@ -40,8 +40,10 @@ def test_every_row_has_pages_of_its_own():
 
 def test_arrays_are_filled_in_their_dtypes():
     program = PEERS["page 8"](Row("tiny", 2, 1, 8, (16,), dtype="int8"))
-    state, (query, k_pages, v_pages, scales, tables, lengths) = program._filled()
-    assert state == ()
+    fillers = programs.lower_fillers(program.arrays)
+    assert len(fillers) == 3  # queries, pages, scales
+    compiled = {spec: filler.compile() for spec, filler in fillers.items()}
+    query, k_pages, v_pages, scales, tables, lengths = programs.filled(program.arrays, compiled)
     assert query.dtype == jnp.bfloat16
     assert k_pages.dtype == jnp.int8
     assert (k_pages != v_pages).any()
