@@ -212,11 +212,10 @@ def plan_work(plan: PrefillPlan, query_start, kv_lengths, skip) -> WorkList:
 
 
 def _segments(plan: PrefillPlan, query_start, kv_lengths, skip) -> Segments:
-    zero, end = jnp.zeros(1, jnp.int32), jnp.full(1, plan.num_tokens, jnp.int32)
-    borders = jnp.concatenate([zero, query_start.astype(jnp.int32), end])
-    start, stop = borders[:-1], borders[1:]
-    kv_length = jnp.minimum(kv_lengths.astype(jnp.int32), plan.table_width * plan.page_size)
-    kv_length = jnp.concatenate([zero, kv_length, zero])
+    # XLA fuses a pad with what reads it; a concatenation would be a kernel of its own.
+    start = jnp.pad(query_start.astype(jnp.int32), (1, 0))
+    stop = jnp.pad(query_start.astype(jnp.int32), (0, 1), constant_values=plan.num_tokens)
+    kv_length = jnp.pad(jnp.minimum(kv_lengths.astype(jnp.int32), plan.table_width * plan.page_size), 1)
     is_work = (stop > start) & ~jnp.pad(skip, 1)
     first_tile = start // OCTET * OCTET
     num_tiles = jnp.where(is_work, -(-(stop - first_tile) // plan.tile_q), 0)
