@@ -1,6 +1,7 @@
 #!/bin/sh
 # Every benchmark, those that say most first, each with a time budget.
-#   examples/benchmarks/all.sh [NAME ...]     flash paged prefill writes training serving claims io layout ring quantized
+#   examples/benchmarks/all.sh [NAME ...]     flash paged prefill writes training serving claims io layout ring
+#                                             quantized
 # PYTHON: the interpreter (python3). RESULTS: the folder that is written to.
 cd "$(dirname "$0")/../.." || exit 1
 wanted=${*:-flash paged prefill writes training serving claims io layout ring quantized}
