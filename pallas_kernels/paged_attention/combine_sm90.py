@@ -5,6 +5,7 @@ the prefill kernel attended for all of them together.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +36,21 @@ class Shared(NamedTuple):
     token: Any  # i32[R]
 
 
+class Cut(NamedTuple):
+    """How the prefill kernel cut the shared keys."""
+
+    tile_q: int
+    splits: int  # at most
+
+
+class Parts(NamedTuple):
+    """Parts of one row and head. part(index): its log-sum-exp, and where its values [width] are."""
+
+    count: Any
+    limit: int  # of the count
+    part: Callable[[Any], tuple[Any, Any]]
+
+
 class State(NamedTuple):
     """The merged parts so far: values relative to exp(maximum)."""
 
@@ -50,7 +66,7 @@ def combine_parts(
     lengths: jax.Array,
     sinks: jax.Array | None,
     shared: Shared | None = None,
-    tile_q: int = 0,
+    cut: Cut | None = None,
 ):
     """Merges out f32[R, splits, N, width] and lse f32[R, splits, K, columns], and shared parts, into out
     [R, N, H] and lse f32[R, N].
@@ -61,7 +77,7 @@ def combine_parts(
     """
     num_rows, _, num_heads, _ = out.shape
     kernel = plgpu.kernel(
-        functools.partial(_kernel, plan, tile_q, sinks is not None),
+        functools.partial(_kernel, plan, cut, sinks is not None),
         out_type=[
             jax.ShapeDtypeStruct((num_rows, num_heads, plan.head_dim), plan.query_dtype),
             jax.ShapeDtypeStruct((num_rows, num_heads), jnp.float32),
@@ -78,13 +94,17 @@ def combine_parts(
     return kernel(out, lse, lengths, *operands, *(() if shared is None else shared))
 
 
-def _kernel(plan: Plan, tile_q: int, has_sinks: bool, out, lse, lengths, *refs):
+def _kernel(plan: Plan, cut: Cut | None, has_sinks: bool, out, lse, lengths, *refs):
     *optional, merged, merged_lse, staged = refs
     row, head = lax.axis_index("row"), lax.axis_index("head")
-    state = _init(plan, optional.pop(0)[head] if has_sinks else None)
-    state = _merge_own(plan, row, head, out, lse, lengths, state)
-    if optional:
-        state = _merge_shared(plan, tile_q, row, head, Shared(*optional), state)
+    sink = optional.pop(0)[head] if has_sinks else None
+    # All numbers before any part: one after the other they would be waited for.
+    parts = [_own_parts(plan, row, head, out, lse, lengths)]
+    if cut is not None:
+        parts.append(_shared_parts(plan, cut, row, head, Shared(*optional)))
+    state = _init(plan, sink)
+    for each in parts:
+        state = _merge(each, state)
     maximum, total, values = state
     staged[...] = (values * jnp.where(total > 0, 1 / total, 0.0)).astype(plan.query_dtype)
     plgpu.commit_smem()
@@ -100,7 +120,7 @@ def _init(plan: Plan, sink) -> State:
     return State(sink, jnp.float32(1), zeros)
 
 
-def _merge_own(plan: Plan, row, head, out, lse, lengths, state: State) -> State:
+def _own_parts(plan: Plan, row, head, out, lse, lengths) -> Parts:
     kv_head, column = div(head, plan.group), lax.rem(head, jnp.int32(plan.column_period))
     first, stop = split_range(plan, jnp.minimum(lengths[row], plan.capacity))
 
@@ -108,13 +128,13 @@ def _merge_own(plan: Plan, row, head, out, lse, lengths, state: State) -> State:
         split = first + index
         return lse[row, split, kv_head, column], out.at[row, split, head]
 
-    return _merge(stop - first, min(plan.num_splits, CHUNK), part, state)
+    return Parts(stop - first, plan.num_splits, part)
 
 
-def _merge_shared(plan: Plan, tile_q: int, row, head, shared: Shared, state: State) -> State:
+def _shared_parts(plan: Plan, cut: Cut, row, head, shared: Shared) -> Parts:
     token = shared.token[row]
     kv_head, member = div(head, plan.group), lax.rem(head, jnp.int32(plan.group))
-    place = member * tile_q + shared.place[token]
+    place = member * cut.tile_q + shared.place[token]
     warpgroup, place = div(place, WARPGROUP_ROWS), lax.rem(place, jnp.int32(WARPGROUP_ROWS))
     first = shared.first_item[token]
 
@@ -122,25 +142,33 @@ def _merge_shared(plan: Plan, tile_q: int, row, head, shared: Shared, state: Sta
         where = first + index, kv_head, warpgroup, place
         return shared.lse[where], shared.out.at[where]
 
-    return _merge(shared.num_splits[token], CHUNK // 2, part, state)
+    return Parts(shared.num_splits[token], cut.splits, part)
 
 
-def _merge(count, chunk: int, part, state: State) -> State:
-    """Adds parts 0..count-1, `chunk` at a time; part(index): its log-sum-exp, and where its values are."""
+def _merge(parts: Parts, state: State) -> State:
+    """Adds the parts, CHUNK at a time, to those before."""
+    chunk = min(parts.limit, CHUNK)
+    if parts.limit == chunk:  # no loop: every load may start before any is waited for
+        return _merge_chunk(parts, range(chunk), state)
 
     def step(index, state):
-        indices = [index * chunk + i for i in range(chunk)]
-        # Beyond the last part that was written it is read again, with no weight: what lies there may be NaN.
-        parts = [part(jnp.minimum(i, count - 1)) for i in indices]
-        layout = plgpu.Layout.WGMMA.reduce(1)
-        loaded = [plgpu.load(ref, layout=layout, optimized=False) for _, ref in parts]
-        maximum = functools.reduce(jnp.maximum, [log for log, _ in parts], state.maximum)
-        decay = jnp.exp2((state.maximum - maximum) * LOG2_E)
-        total, values = state.total * decay, state.values * decay
-        for i, (log, _), each in zip(indices, parts, loaded, strict=True):
-            weight = jnp.where(i < count, jnp.exp2((log - maximum) * LOG2_E), 0.0)
-            total += weight
-            values += each * weight
-        return State(maximum, total, values)
+        return _merge_chunk(parts, [index * chunk + i for i in range(chunk)], state)
 
-    return lax.fori_loop(0, ceil_div(count, chunk), step, state)
+    return lax.fori_loop(0, ceil_div(parts.count, chunk), step, state)
+
+
+def _merge_chunk(parts: Parts, indices, state: State) -> State:
+    # Beyond the last part that was written it is read again, with no weight: what lies there may be NaN.
+    last = jnp.maximum(parts.count - 1, 0)
+    found = [parts.part(jnp.minimum(i, last)) for i in indices]
+    layout = plgpu.Layout.WGMMA.reduce(1)
+    values = [plgpu.load(ref, layout=layout, optimized=False) for _, ref in found]
+    logs = [jnp.where(i < parts.count, log, FLOOR) for i, (log, _) in zip(indices, found, strict=True)]
+    maximum = functools.reduce(jnp.maximum, logs, state.maximum)
+    decay = jnp.exp2((state.maximum - maximum) * LOG2_E)
+    total, merged = state.total * decay, state.values * decay
+    for i, log, each in zip(indices, logs, values, strict=True):
+        weight = jnp.where(i < parts.count, jnp.exp2((log - maximum) * LOG2_E), 0.0)
+        total += weight
+        merged += jnp.where(lax.broadcast(weight > 0, each.shape), each * weight, 0.0)
+    return State(maximum, total, merged)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.paged_attention import decode_plan, decode_sm90, prefill_plan, prefill_sm90
-from pallas_kernels.paged_attention.combine_sm90 import Shared, combine_parts
+from pallas_kernels.paged_attention.combine_sm90 import Cut, Shared, combine_parts
 from pallas_kernels.paged_attention.prefill_config import OCTET
 from pallas_kernels.paged_attention.prefill_plan import Outputs, PrefillPlan, WorkList
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
@@ -59,8 +59,8 @@ def cascade(
     whole = dataclasses.replace(spec, is_causal=False)
     prefilled, work, results = _launch_prefill(shared, whole, keeps_parts=True)
     parts = Shared(*results, work.first_item, work.num_splits, work.place, place)
-    lengths = own.kv_lengths.astype(jnp.int32)
-    return combine_parts(plan, out, lse, lengths, own.sinks, parts, prefilled.tile_q)
+    lengths, cut = own.kv_lengths.astype(jnp.int32), Cut(prefilled.tile_q, prefilled.config.splits)
+    return combine_parts(plan, out, lse, lengths, own.sinks, parts, cut)
 
 
 def prefill(
