@@ -19,6 +19,7 @@ from pallas_kernels.paged_attention.prefill_config import WARPGROUP_ROWS
 from pallas_kernels.paged_attention.units import split_range
 
 CHUNK = 16  # parts whose loads are in flight together
+THREADS = 128  # of a thread block
 FLOOR = -1e30  # the maximum before any part: finite, so that no difference is NaN
 
 
@@ -104,7 +105,7 @@ def _kernel(plan: Plan, cut: Cut | None, has_sinks: bool, out, lse, lengths, *re
         parts.append(_shared_parts(plan, cut, row, head, Shared(*optional)))
     state = _init(plan, sink)
     for each in parts:
-        state = _merge(each, state)
+        state = _merge(each, _layout(plan), state)
     maximum, total, values = state
     staged[...] = (values * jnp.where(total > 0, 1 / total, 0.0)).astype(plan.query_dtype)
     plgpu.commit_smem()
@@ -114,10 +115,17 @@ def _kernel(plan: Plan, cut: Cut | None, has_sinks: bool, out, lse, lengths, *re
 
 
 def _init(plan: Plan, sink) -> State:
-    zeros = plgpu.layout_cast(jnp.zeros((plan.width,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+    zeros = plgpu.layout_cast(jnp.zeros((plan.width,), jnp.float32), _layout(plan))
     if sink is None:
         return State(jnp.float32(FLOOR), jnp.float32(0), zeros)
     return State(sink, jnp.float32(1), zeros)
+
+
+def _layout(plan: Plan):
+    """A number a thread, where there are so many; else some threads hold the same."""
+    if plan.width % THREADS == 0:
+        return plgpu.Layout.WG_STRIDED((plan.width,), vec_size=plan.width // THREADS)
+    return plgpu.Layout.WGMMA.reduce(1)
 
 
 def _own_parts(plan: Plan, row, head, out, lse, lengths) -> Parts:
@@ -145,23 +153,22 @@ def _shared_parts(plan: Plan, cut: Cut, row, head, shared: Shared) -> Parts:
     return Parts(shared.num_splits[token], cut.splits, part)
 
 
-def _merge(parts: Parts, state: State) -> State:
+def _merge(parts: Parts, layout, state: State) -> State:
     """Adds the parts, CHUNK at a time, to those before."""
     chunk = min(parts.limit, CHUNK)
     if parts.limit == chunk:  # no loop: every load may start before any is waited for
-        return _merge_chunk(parts, range(chunk), state)
+        return _merge_chunk(parts, layout, range(chunk), state)
 
     def step(index, state):
-        return _merge_chunk(parts, [index * chunk + i for i in range(chunk)], state)
+        return _merge_chunk(parts, layout, [index * chunk + i for i in range(chunk)], state)
 
     return lax.fori_loop(0, ceil_div(parts.count, chunk), step, state)
 
 
-def _merge_chunk(parts: Parts, indices, state: State) -> State:
+def _merge_chunk(parts: Parts, layout, indices, state: State) -> State:
     # Beyond the last part that was written it is read again, with no weight: what lies there may be NaN.
     last = jnp.maximum(parts.count - 1, 0)
     found = [parts.part(jnp.minimum(i, last)) for i in indices]
-    layout = plgpu.Layout.WGMMA.reduce(1)
     values = [plgpu.load(ref, layout=layout, optimized=False) for _, ref in found]
     logs = [jnp.where(i < parts.count, log, FLOOR) for i, (log, _) in zip(indices, found, strict=True)]
     maximum = functools.reduce(jnp.maximum, logs, state.maximum)
