@@ -177,7 +177,8 @@ def main(arguments: list[str] | None = None) -> int:
     devices = options.devices or [count for count in (1, 2, 4, 8) if count <= jax.device_count()]
     if max(devices) > jax.device_count():
         report.refuse(f"--devices {max(devices)}: there are {jax.device_count()}")
-    wanted = [Case(d, t, b) for d in devices for t in options.lengths for b in (False, True)]
+    most_first = sorted(devices, reverse=True)  # what one device needs for all tokens comes last
+    wanted = [Case(d, t, b) for d in most_first for t in options.lengths for b in (False, True)]
     cases = list(dict.fromkeys([case.alone for case in wanted] + wanted))
     with at_most(CASE_SECONDS, "comparing with one device"):
         errors = {d: or_reason(error_on, d, heads, min(8192, *options.lengths)) for d in devices}
