@@ -24,13 +24,14 @@ from pallas_kernels.flash_attention.forward_tile import (
     Softmax,
     Steps,
     Tile,
+    Turn,
     add_sink,
     attend_ahead,
+    attend_behind,
     attend_first,
     attend_last,
     attend_tile,
     skip_tile,
-    take_turn,
 )
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.spec import AttentionInputs
@@ -115,7 +116,7 @@ class Barriers(NamedTuple):
 
     q_loaded: Any
     q_free: Any  # its queries were used, and the output that took their place was stored
-    turn: Any  # whose turn the tensor cores are, or None
+    turn: Any  # one for each of two warpgroups: its turn on the tensor cores has come; or None
 
 
 class Work(NamedTuple):
@@ -143,7 +144,7 @@ def launch(plan: ForwardPlan, inputs: AttentionInputs, query, key, value):
         out=None if plan.head_dim == plan.value_dim else swizzled_smem(out_shape, plan.dtype),
         lse=plgpu.SMEM((num_buffers, config.tile_q), jnp.float32),
     )
-    turn = plgpu.Barrier(num_arrivals=2) if config.ping_pong else None
+    turn = plgpu.Barrier(num_barriers=2) if config.ping_pong else None
     per_buffer = plgpu.Barrier(num_barriers=num_buffers)
     batch, rows, heads, _ = query.shape
     table = plan.schedule.table()
@@ -278,8 +279,10 @@ def attend_items(
 ):
     """Attends to its rows of each item of the thread block."""
     num_items = items[lax.axis_index("block"), 0]
+    turn_of = None
     if plan.config.ping_pong:
-        pl.when(warpgroup == 1)(functools.partial(take_turn, barriers.turn))
+        turn_of = Turn(barriers.turn.at[warpgroup], barriers.turn.at[1 - warpgroup])
+        pl.when(warpgroup == 1)(turn_of.wait)
 
     def attend_item(turn, position):
         work = _find_work(plan, items, turn, extras)
@@ -293,7 +296,7 @@ def attend_items(
         first_row = work.first_row + warpgroup * plan.config.tile_q
         lengths = work.q_length, work.kv_length
         rows = Rows(work.batch, work.head, first_row, *lengths, extras, buffers.q.at[buffer], position)
-        acc, softmax = attend_rows(plan, work.tiles, rows, ring, barriers.turn, release)
+        acc, softmax = attend_rows(plan, work.tiles, rows, ring, turn_of, release)
         out_smem = (buffers.q if buffers.out is None else buffers.out).at[buffer]
         lse_smem = buffers.lse.at[buffer]
         finish_rows(plan, rows, acc, softmax, out_smem, lse_smem)
@@ -309,8 +312,8 @@ def attend_items(
         return position + work.tiles.stop - work.tiles.start
 
     lax.fori_loop(0, num_items, attend_item, jnp.int32(0))
-    if plan.config.ping_pong:
-        pl.when(warpgroup == 0)(functools.partial(take_turn, barriers.turn))
+    if turn_of is not None:
+        pl.when(warpgroup == 0)(turn_of.give)
     if plan.config.q_stages > 1:
         _release_buffer(plan, barriers, num_items - 1, warpgroup)
     plgpu.wait_smem_to_gmem(0)
@@ -339,7 +342,11 @@ def attend_rows(plan: ForwardPlan, tiles: KvTiles, rows: Rows, ring: KeyValueRin
     softmax = Softmax(row_full(config.tile_q, FLOOR), row_full(config.tile_q, 0.0))
     if turn is not None:
         # An item without tiles takes its turn: the other warpgroup waits for it to give back its queries.
-        pl.when(tiles.start == tiles.stop)(functools.partial(take_turn, turn))
+        @pl.when(tiles.start == tiles.stop)
+        def _():
+            turn.give()
+            turn.wait()
+
     if plan.has_idle_tiles:
         lax.fori_loop(0, steps.start, skip, None)
     attend = _attend_overlapped if config.overlap else _attend_in_order
@@ -370,7 +377,7 @@ def _attend_overlapped(plan: ForwardPlan, steps: Steps, tile: Tile, acc, softmax
     weights16 = register_zeros((plan.config.tile_q, plan.config.tile_kv)).astype(plan.dtype)
     first = functools.partial(attend_first, tile, masked=plan.has_masked_end or plan.has_masked_first)
     attend = functools.partial(attend_ahead, tile)
-    masked = functools.partial(attend, masked=True)
+    masked = functools.partial(attend_ahead if plan.value_dim <= 128 else attend_behind, tile, masked=True)
     softmax, weights16 = lax.fori_loop(steps.start, second, first, (softmax, weights16))
     release()
     carry = (acc, softmax, weights16)

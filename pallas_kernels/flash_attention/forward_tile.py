@@ -100,6 +100,21 @@ class KeyValueRing(NamedTuple):
         lax.fori_loop(jnp.maximum(0, stop - self.k.shape[0]), stop, drain, None)
 
 
+class Turn(NamedTuple):
+    """Of two warpgroups, whose time on the tensor cores it is: one queues P V of a tile, Q K^T of the next,
+    and the other does while the first one's softmax runs.
+    """
+
+    ours: Any  # barriers
+    theirs: Any
+
+    def wait(self):
+        plgpu.barrier_wait(self.ours)
+
+    def give(self):
+        plgpu.barrier_arrive(self.theirs)
+
+
 class Tile(NamedTuple):
     """What a warpgroup needs to attend to any tile of an item."""
 
@@ -107,7 +122,7 @@ class Tile(NamedTuple):
     ring: KeyValueRing
     rows: Rows
     last: Any  # the item's last KV tile
-    turn: Any
+    turn: Turn | None
 
     def slot(self, step):
         return self.ring.slot(self.rows.position + step)
@@ -121,23 +136,17 @@ class Tile(NamedTuple):
         return TilePlace(*row, first_key, rows.q_length, rows.kv_length, shape, elements=elements)
 
 
-def take_turn(turn):
-    """Meets the other warpgroup: what was one's time on the tensor cores is now the other's."""
-    plgpu.barrier_arrive(turn)
-    plgpu.barrier_wait(turn)
-
-
 def skip_tile(ring: KeyValueRing, rows: Rows, turn, step, _):
     """Releases a tile that other warpgroups of the block use and this one does not."""
     slot = ring.slot(rows.position + step)
     plgpu.barrier_wait(ring.k_loaded.at[slot])
     plgpu.barrier_arrive(ring.k_consumed.at[slot])
     if turn is not None:
-        take_turn(turn)
+        turn.give()
     plgpu.barrier_wait(ring.v_loaded.at[slot])
-    plgpu.barrier_arrive(ring.v_consumed.at[slot])
     if turn is not None:
-        take_turn(turn)
+        turn.wait()
+    plgpu.barrier_arrive(ring.v_consumed.at[slot])
 
 
 def attend_tile(tile: Tile, step, carry, masked=False):
@@ -153,11 +162,9 @@ def attend_tile(tile: Tile, step, carry, masked=False):
     if plan.value_dim <= 128:
         softmax = softmax.add(weights)
         acc, softmax, weights16 = lax.optimization_barrier((acc, softmax, weights16))
-    if tile.turn is not None:
-        plgpu.barrier_arrive(tile.turn)
     plgpu.barrier_wait(tile.ring.v_loaded.at[slot])
     if tile.turn is not None:
-        plgpu.barrier_wait(tile.turn)
+        tile.turn.wait()
     if plan.value_dim > 128:
         softmax = softmax.add(weights)
     return multiply_values(tile, slot, weights16, acc), softmax
@@ -172,7 +179,7 @@ def attend_first(tile: Tile, step, carry, masked=False):
     weights, _, softmax = softmax_update(softmax, logits, scale)
     plgpu.barrier_wait(tile.ring.v_loaded.at[slot])
     if tile.turn is not None:
-        take_turn(tile.turn)
+        tile.turn.wait()
     return softmax.add(weights), drop_weights(tile, step, weights).astype(tile.plan.dtype)
 
 
@@ -192,7 +199,7 @@ def attend_ahead(tile: Tile, step, carry, masked=False):
         plgpu.wgmma(logits_ref, tile.rows.q_smem, ring.k.at[slot].transpose((1, 0)))
         plgpu.wgmma(acc_ref, weights16, ring.v.at[before])
         if turn is not None:
-            take_turn(turn)
+            turn.give()
         logits = plgpu.wgmma_accumulator_load(logits_ref, wait_n=1)
         plgpu.barrier_arrive(ring.k_consumed.at[slot])
         logits, scale = modify_logits(tile, step, logits, masked)
@@ -207,8 +214,19 @@ def attend_ahead(tile: Tile, step, carry, masked=False):
     )
     plgpu.barrier_arrive(ring.v_consumed.at[before])
     if turn is not None:
-        take_turn(turn)
+        turn.wait()
     return acc * broadcast_rows(decay, plan.value_dim), softmax, weights.astype(plan.dtype)
+
+
+def attend_behind(tile: Tile, step, carry, masked=False):
+    """As attend_ahead, one after the other: what a mask needs in registers beside 64 x 256 accumulators."""
+    acc, softmax, weights16 = carry
+    acc = multiply_values(tile, tile.slot(step - 1), weights16, acc)
+    before = softmax.max
+    softmax, weights16 = attend_first(tile, step, (softmax, weights16), masked)
+    # Of the maximum alone: a tile's decay is what it raised it by.
+    decay = jnp.exp2(before - softmax.max)
+    return acc * broadcast_rows(decay, tile.plan.value_dim), softmax, weights16
 
 
 def attend_last(tile: Tile, weights16, step, acc):
@@ -223,7 +241,7 @@ def multiply_keys(tile: Tile, slot):
     def multiply(acc):
         plgpu.wgmma(acc, tile.rows.q_smem, tile.ring.k.at[slot].transpose((1, 0)))
         if tile.turn is not None:
-            take_turn(tile.turn)  # our matmul is queued: the other warpgroup may queue its own
+            tile.turn.give()
         return acc[...]
 
     logits = pl.run_scoped(multiply, _logits_type(tile.plan))

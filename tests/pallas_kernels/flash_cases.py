@@ -191,6 +191,10 @@ FORWARD_CASES: dict[str, dict[str, Any]] = {
     "overlap, lengths": dict(RAGGED, poison=True, config=dataclasses.replace(AHEAD, q_stages=2)),
     "overlap, window": {"t": 260, "s": 260, "local_window_size": (40, 20), "config": AHEAD},
     "overlap, in turns": {"n": 2, "is_causal": True, "config": dataclasses.replace(AHEAD, ping_pong=True)},
+    "overlap, head dim 256, a tail and a diagonal": {
+        **{"t": 130, "s": 190, "h": 256, "is_causal": True, "causal_alignment": "bottom_right"},
+        "config": dataclasses.replace(AHEAD, ping_pong=True),
+    },
     "in turns, queries in one buffer": {"n": 2, "config": dataclasses.replace(SMALL, q_stages=1)},
     "head dim 96": {"t": 70, "s": 70, "h": 96, "is_causal": True},
     # One block has two items to attend and three without a key: nobody may wait for a turn in between.
