@@ -23,12 +23,12 @@ __all__ = [
     "REDUCTION_SIZE",
     "SMEM_BYTES",
     "TMA_ALIGNMENT",
-    "add_to_counter",
     "broadcast_columns",
     "broadcast_rows",
     "ceil_div",
     "deinterleave",
     "div",
+    "draw",
     "load_codes_transposed",
     "load_columns",
     "load_rows",
@@ -294,18 +294,27 @@ def ceil_div(x: Any, y: int) -> jax.Array:
     return div(x + (y - 1), y)
 
 
-def add_to_counter(counter: Any, target: Any, offset: int) -> None:
-    """target[0] = offset + counter[0]++ in Mosaic's own terms, for the body of plgpu.inline_mgpu: counter is
-    i32[1] in global memory and target i32[1] in shared memory. The whole warpgroup calls it.
+def draw(counter: Any, target: Any, offset: int, previous: Any) -> None:
+    """target[0] = offset + counter[0]++, whichever thread block asks: counter is i32[1] in global memory,
+    target i32[1] in shared memory. The whole warpgroup calls it.
+
+    previous: what this block drew before, of which a counter that all blocks drew from in turn would make
+    previous + offset.
     """
-    i32 = ir.IntegerType.get_signless(32)
-    zero = arith.constant(ir.IndexType.get(), 0)
-    with mgpu_utils.single_thread(scope=mgpu_utils.ThreadSubset.WARPGROUP):
-        drawn = mgpu_utils.inline_ptx(
-            "atom.add.relaxed.gpu.global.s32 $0, [$1], 1;",
-            mgpu_utils.memref_ptr(counter),
-            result_types=i32,
-            has_side_effects=True,
-        )
-        memref.store(arith.addi(drawn, arith.constant(i32, offset)), target, [zero])
-    mgpu_utils.warpgroup_barrier()
+    del previous
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+    def fetch_add(_, counter_ref, target_ref):
+        i32 = ir.IntegerType.get_signless(32)
+        zero = arith.constant(ir.IndexType.get(), 0)
+        with mgpu_utils.single_thread(scope=mgpu_utils.ThreadSubset.WARPGROUP):
+            drawn = mgpu_utils.inline_ptx(
+                "atom.add.relaxed.gpu.global.s32 $0, [$1], 1;",
+                mgpu_utils.memref_ptr(counter_ref),
+                result_types=i32,
+                has_side_effects=True,
+            )
+            memref.store(arith.addi(drawn, arith.constant(i32, offset)), target_ref, [zero])
+        mgpu_utils.warpgroup_barrier()
+
+    fetch_add(counter, target)

@@ -8,7 +8,6 @@ What happens to one tile is in forward_tile.py.
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +16,7 @@ from jax import lax
 
 from pallas_kernels.device import num_multiprocessors
 from pallas_kernels.flash_attention.extras import Extras, Footprint, prepare
+from pallas_kernels.flash_attention.forward_plan import ForwardPlan
 from pallas_kernels.flash_attention.forward_tile import (
     FLOOR,
     KeyValueRing,
@@ -33,9 +33,9 @@ from pallas_kernels.flash_attention.forward_tile import (
     attend_tile,
     skip_tile,
 )
-from pallas_kernels.flash_attention.plan import AttentionPlan
+from pallas_kernels.flash_attention.items import Items, Tickets
 from pallas_kernels.flash_attention.spec import AttentionInputs
-from pallas_kernels.flash_attention.tiles import KvTiles, Schedule, TileOrder, kv_tiles
+from pallas_kernels.flash_attention.tiles import KvTiles, kv_tiles
 from pallas_kernels.mosaic import (
     LOG2_E,
     broadcast_rows,
@@ -47,60 +47,6 @@ from pallas_kernels.mosaic import (
     specialize,
     swizzled_smem,
 )
-
-ITEM_COST = 1  # of what an item costs beside its KV tiles, in their time
-
-
-class ForwardPlan(AttentionPlan):
-    """AttentionPlan, and what follows from the forward kernel's tiles."""
-
-    @property
-    def block_rows(self) -> int:
-        return self.config.tile_q * self.config.warpgroups
-
-    @property
-    def num_row_tiles(self) -> int:
-        return math.ceil(self.num_queries / self.block_rows)
-
-    @property
-    def has_masked_end(self) -> bool:
-        """Whether the last KV tiles of some rows need a mask."""
-        return self.has_masked_tail or self.has_kv_lengths or self.num_keys % self.config.tile_kv > 0
-
-    @property
-    def has_masked_first(self) -> bool:
-        """Whether the first KV tiles may: a list holds its partial tiles first."""
-        return self.has_masked_start or self.has_block_mask
-
-    @property
-    def has_idle_tiles(self) -> bool:
-        """Whether a warpgroup may see fewer KV tiles than its thread block."""
-        ragged = self.has_q_lengths or self.num_queries % self.block_rows > 0
-        return ragged or self.has_segments or self.reach != (None, None)
-
-    @property
-    def order(self) -> TileOrder:
-        return TileOrder.plan(
-            num_tiles=self.num_row_tiles,
-            num_heads=self.batch * self.num_heads,
-            heads_per_kv=self.group,
-            kv_bytes=self.num_keys * self.token_bytes,
-        )
-
-    @property
-    def schedule(self) -> Schedule:
-        costs = None
-        if not (self.has_segments or self.has_block_mask):  # what these leave of an item is not known here
-            costs = tuple(ITEM_COST + self.num_kv_tiles(tile) for tile in range(self.order.num_tiles))
-        return Schedule(self.order, num_multiprocessors(), costs)
-
-    def num_kv_tiles(self, row_tile: int) -> int:
-        """How many KV tiles the rows of a block see, where no lengths are given."""
-        left, right = self.reach
-        first = row_tile * self.block_rows + (self.num_keys - self.num_queries if self.bottom_right else 0)
-        stop = self.num_keys if right is None else min(first + self.block_rows + right, self.num_keys)
-        start = 0 if left is None else max(first - left, 0)
-        return max(0, math.ceil(stop / self.config.tile_kv) - start // self.config.tile_kv)
 
 
 class Buffers(NamedTuple):
@@ -147,29 +93,53 @@ def launch(plan: ForwardPlan, inputs: AttentionInputs, query, key, value):
     turn = plgpu.Barrier(num_barriers=2) if config.ping_pong else None
     per_buffer = plgpu.Barrier(num_barriers=num_buffers)
     batch, rows, heads, _ = query.shape
-    table = plan.schedule.table()
-    # Its own jit holds the table: a custom partitioning takes no function with constants.
-    items = jax.jit(lambda: jnp.asarray(table))()
+    num_blocks = min(plan.order.num_blocks, num_multiprocessors())
+    tickets = Tickets.types(config.warpgroups) if plan.draws_items else None
     extras = prepare(plan, inputs, Footprint(config.tile_q, config.tile_kv, config.warpgroups))
-    return plgpu.kernel(
-        functools.partial(_forward_body, plan),
-        out_type=(
-            jax.ShapeDtypeStruct((batch, rows, heads, plan.value_dim), plan.dtype),
-            jax.ShapeDtypeStruct((batch, heads, plan.num_row_tiles * plan.block_rows), jnp.float32),
-        ),
-        grid=(len(table),),
+    out_type = (
+        jax.ShapeDtypeStruct((batch, rows, heads, plan.value_dim), plan.dtype),
+        jax.ShapeDtypeStruct((batch, heads, plan.num_row_tiles * plan.block_rows), jnp.float32),
+    )
+    kernel = plgpu.kernel(
+        functools.partial(_forward_body, plan, num_blocks),
+        out_type=out_type,
+        grid=(num_blocks,),
         grid_names=("block",),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
-        scratch_types=(buffers, Barriers(per_buffer, per_buffer, turn), KeyValueRing.types(plan)),
+        scratch_types=(buffers, Barriers(per_buffer, per_buffer, turn), KeyValueRing.types(plan), tickets),
         # Rows are reduced within four lanes, and need no shared memory.
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         kernel_name="flash_attention_forward",
-    )(query, key, value, items, extras)
+    )
+    call = functools.partial(kernel, query, key, value, extras)
+    return _draw_items(call, out_type) if plan.draws_items else call(_deal_items(plan))
 
 
-def _forward_body(plan: ForwardPlan, q, k, v, items, extras, out, lse, buffers, barriers, ring):
+def _deal_items(plan: ForwardPlan) -> jax.Array:
+    table = plan.schedule.table()
+    # Its own jit holds the table: a custom partitioning takes no function with constants.
+    return jax.jit(lambda: jnp.asarray(table))()
+
+
+def _draw_items(call, out_type):
+    """call(counter), of which thread blocks draw."""
+
+    def run(refs):
+        counter, *results = refs
+        for ref, result in zip(results, call(counter), strict=True):
+            ref[...] = result
+
+    # Not jax.new_ref: custom partitioning takes no function that makes one.
+    zeros = jnp.zeros(1, jnp.int32), *(jnp.zeros(x.shape, x.dtype) for x in out_type)
+    return tuple(pl.run_state(run)(zeros)[1:])
+
+
+def _forward_body(
+    plan: ForwardPlan, num_blocks, q, k, v, extras, table, out, lse, buffers, barriers, ring, tickets
+):
     warpgroup = lax.axis_index("warpgroup")
+    items = Items(plan.order.num_blocks, num_blocks, table, tickets)
     specialize(
         plan.config.warpgroups,
         warpgroup,
@@ -178,8 +148,8 @@ def _forward_body(plan: ForwardPlan, q, k, v, items, extras, out, lse, buffers, 
     )
 
 
-def _find_work(plan: ForwardPlan, items, turn, extras: Extras) -> Work:
-    tile, batch_head = plan.order.locate(items[lax.axis_index("block"), 1 + turn])
+def _find_work(plan: ForwardPlan, item, extras: Extras) -> Work:
+    tile, batch_head = plan.order.locate(item)
     batch, head = plan.split_heads(batch_head, plan.num_heads)
     q_length, kv_length = plan.lengths_of(batch, extras)
     if plan.has_masked_end:  # a mask known to be the same for every item would be kept in registers
@@ -204,7 +174,7 @@ def _tiles_of_rows(
 
 def load_items(
     plan: ForwardPlan,
-    items,
+    items: Items,
     extras: Extras,
     q,
     k,
@@ -215,7 +185,6 @@ def load_items(
 ):
     """Keeps q_stages items' queries and `stages` K and V tiles in flight."""
     config = plan.config
-    num_items = items[lax.axis_index("block"), 0]
 
     def load_queries(work, turn):
         for warpgroup in range(config.warpgroups):
@@ -227,8 +196,8 @@ def load_items(
                 q.at[work.batch, rows, work.head], buffers.q.at[buffer], barriers.q_loaded.at[buffer]
             )
 
-    def load_item(turn, position):
-        work = _find_work(plan, items, turn, extras)
+    def load_item(turn, item, position):
+        work = _find_work(plan, item, extras)
         count = work.tiles.stop - work.tiles.start
 
         def source(gmem, step):
@@ -248,7 +217,7 @@ def load_items(
         lax.fori_loop(0, count, load_tile, None)
         return position + count
 
-    stop = lax.fori_loop(0, num_items, load_item, jnp.int32(0))
+    num_items, stop = items.visit_loading(load_item, jnp.int32(0))
     ring.drain(stop)
 
     def drain_queries(turn, _):
@@ -269,7 +238,7 @@ def _buffer_of(plan: ForwardPlan, turn, warpgroup):
 def attend_items(
     plan: ForwardPlan,
     warpgroup,
-    items,
+    items: Items,
     extras: Extras,
     out,
     lse,
@@ -278,14 +247,13 @@ def attend_items(
     ring: KeyValueRing,
 ):
     """Attends to its rows of each item of the thread block."""
-    num_items = items[lax.axis_index("block"), 0]
     turn_of = None
     if plan.config.ping_pong:
         turn_of = Turn(barriers.turn.at[warpgroup], barriers.turn.at[1 - warpgroup])
         pl.when(warpgroup == 1)(turn_of.wait)
 
-    def attend_item(turn, position):
-        work = _find_work(plan, items, turn, extras)
+    def attend_item(turn, item, position):
+        work = _find_work(plan, item, extras)
         buffer = _buffer_of(plan, turn, warpgroup)
         plgpu.barrier_wait(barriers.q_loaded.at[buffer])
 
@@ -302,7 +270,7 @@ def attend_items(
         finish_rows(plan, rows, acc, softmax, out_smem, lse_smem)
         # Found again: where the item stands would take registers from the tiles.
         if plan.config.warpgroups > 2:
-            work = _find_work(plan, items, lax.optimization_barrier(turn), extras)
+            work = _find_work(plan, items.again(turn, item), extras)
         to = pl.ds(work.first_row + warpgroup * plan.config.tile_q, plan.config.tile_q)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_smem, out.at[work.batch, to, work.head])
@@ -311,7 +279,7 @@ def attend_items(
             _release_buffer(plan, barriers, turn, warpgroup)
         return position + work.tiles.stop - work.tiles.start
 
-    lax.fori_loop(0, num_items, attend_item, jnp.int32(0))
+    num_items, _ = items.visit(attend_item, jnp.int32(0))
     if turn_of is not None:
         pl.when(warpgroup == 0)(turn_of.give)
     if plan.config.q_stages > 1:

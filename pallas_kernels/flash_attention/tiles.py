@@ -104,47 +104,28 @@ class TileOrder:
 class Schedule:
     """Which items of an order each thread block works on, in turn.
 
-    costs: of each tile of a head. Then there is a block a multiprocessor, its items dealt beforehand as a
-    queue would deal them: each to the block that is free first. A fixed pattern (every 132nd item) leaves
-    multiprocessors idle for up to 40% of the time where a block has few items.
-
-    None where the costs are not known beforehand: more blocks, which the hardware deals out, of ever fewer
-    items. A block of one item costs 8.5 us beside its tiles (H200, H = 128, block masks), as much as five.
+    There is a block a multiprocessor, its items dealt beforehand as a queue would deal them: each to the
+    block that is free first. A fixed pattern (every 132nd item) leaves multiprocessors idle for up to 40% of
+    the time where a block has few items.
     """
 
     order: TileOrder
     num_multiprocessors: int
-    costs: tuple[int, ...] | None
+    costs: tuple[int, ...]  # of each tile of a head
 
     def table(self) -> np.ndarray:
         """i32[blocks, 1 + most items a block has]: how many items a block has, and which."""
-        blocks = self._lots() if self.costs is None else self._queues(self.costs)
+        blocks = self._queues()
         table = np.zeros((len(blocks), 1 + max(map(len, blocks))), np.int32)
         for row, items in zip(table, blocks, strict=True):
             row[: 1 + len(items)] = len(items), *items
         return table
 
-    def _queues(self, costs: tuple[int, ...]) -> list[list[int]]:
+    def _queues(self) -> list[list[int]]:
         blocks: list[list[int]] = [[] for _ in range(min(self.order.num_blocks, self.num_multiprocessors))]
         free = [(0, block) for block in range(len(blocks))]
         for item in range(self.order.num_blocks):
             time, block = free[0]
             blocks[block].append(item)
-            heapq.heapreplace(free, (time + costs[self.order.tile_of(item)], block))
-        return blocks
-
-    def _lots(self) -> list[list[int]]:
-        """Waves of a block a multiprocessor, each of half of what is left (guided self-scheduling). A lot's
-        items lie far apart, so that lots cost about the same: packed documents (T = 8192, H = 128, causal)
-        take 320 us, with neighbours in a lot 405, with one item a block 356; a quarter of all tiles 471, 478
-        and 509.
-        """
-        blocks: list[list[int]] = []
-        first = 0
-        while left := self.order.num_blocks - first:
-            size = -(-left // (2 * self.num_multiprocessors))
-            count = min(self.num_multiprocessors, left // size)
-            stop = first + count * size
-            blocks += [list(range(lot, stop, count)) for lot in range(first, first + count)]
-            first = stop
+            heapq.heapreplace(free, (time + self.costs[self.order.tile_of(item)], block))
         return blocks

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import add_to_counter, ceil_div, div, pl, plgpu
+from pallas_kernels.mosaic import ceil_div, div, draw, pl, plgpu
 from pallas_kernels.paged_attention.decode_plan import BUFFERS, ROW_BLOCK, Plan, Tickets
 
 
@@ -81,19 +81,9 @@ def _next_index(plan: Plan, schedule: Schedule, index, units):
     def _():
         plgpu.barrier_wait(empty.at[slot])
 
-    draw(plan, schedule.counter, indices.at[pl.ds(slot, 1)], index)
+    draw(schedule.counter, indices.at[pl.ds(slot, 1)], plan.num_programs, index)
     plgpu.barrier_arrive(full.at[slot])
     return indices[slot]
-
-
-def draw(plan: Plan, counter, target, _):
-    """target[0] = num_programs + counter[0]++, for all programs at once."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
-    def fetch_add(_, counter_ref, target_ref):
-        add_to_counter(counter_ref, target_ref, plan.num_programs)
-
-    fetch_add(counter, target)
 
 
 def drain(barriers, size: int, total):

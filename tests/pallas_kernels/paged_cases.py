@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import PagedConfig, contiguous_attention, paged_attention
-from pallas_kernels.paged_attention import decode_plan, units
+from pallas_kernels.paged_attention import decode_plan
 from tests.pallas_kernels.interpreter import interpreted
 from tests.pallas_kernels.paged_inputs import cast, contiguous, make_case, quantize
 from tests.pallas_kernels.tables import CompileCase
@@ -46,21 +46,12 @@ def check_decode(
         arguments |= {"k_scale": jnp.asarray(quantized.k_scale), "v_scale": jnp.asarray(quantized.v_scale)}
     arrays = [jnp.asarray(x) for x in arrays]
     expected, expected_lse = attend(*arrays, implementation="reference", **arguments)
-    # Few programs, so that each takes several units and none is left out; no atomics in the interpreter.
-    with (
-        mock.patch.object(decode_plan, "NUM_PROGRAMS", programs),
-        mock.patch.object(units, "draw", draw_in_turn),
-        interpreted(),
-    ):
+    # Few programs, so that each takes several units and none is left out.
+    with mock.patch.object(decode_plan, "NUM_PROGRAMS", programs), interpreted():
         out, lse = jax.block_until_ready(attend(*arrays, implementation="sm90", config=config, **arguments))
     is_quantized = "k_scale" in arguments  # which is multiplied in bf16
     compare(out, expected, RMS_ERROR["bfloat16" if is_quantized else jnp.dtype(dtype).name])
     np.testing.assert_allclose(lse, expected_lse, atol=4e-3)
-
-
-def draw_in_turn(plan, counter, target, index):
-    """What `draw` does where every program is as fast as the others."""
-    target[...] = jnp.full((1,), index + plan.num_programs, jnp.int32)
 
 
 def compare(actual, expected, tolerance):

@@ -1,0 +1,64 @@
+"""What the forward kernel's tiles make of a launch."""
+
+import math
+
+from pallas_kernels.device import num_multiprocessors
+from pallas_kernels.flash_attention.plan import AttentionPlan
+from pallas_kernels.flash_attention.tiles import Schedule, TileOrder
+
+ITEM_COST = 1  # of what an item costs beside its KV tiles, in their time
+
+
+class ForwardPlan(AttentionPlan):
+    """AttentionPlan, and what follows from the forward kernel's tiles."""
+
+    @property
+    def block_rows(self) -> int:
+        return self.config.tile_q * self.config.warpgroups
+
+    @property
+    def num_row_tiles(self) -> int:
+        return math.ceil(self.num_queries / self.block_rows)
+
+    @property
+    def has_masked_end(self) -> bool:
+        """Whether the last KV tiles of some rows need a mask."""
+        return self.has_masked_tail or self.has_kv_lengths or self.num_keys % self.config.tile_kv > 0
+
+    @property
+    def has_masked_first(self) -> bool:
+        """Whether the first KV tiles may: a list holds its partial tiles first."""
+        return self.has_masked_start or self.has_block_mask
+
+    @property
+    def has_idle_tiles(self) -> bool:
+        """Whether a warpgroup may see fewer KV tiles than its thread block."""
+        ragged = self.has_q_lengths or self.num_queries % self.block_rows > 0
+        return ragged or self.has_segments or self.reach != (None, None)
+
+    @property
+    def order(self) -> TileOrder:
+        return TileOrder.plan(
+            num_tiles=self.num_row_tiles,
+            num_heads=self.batch * self.num_heads,
+            heads_per_kv=self.group,
+            kv_bytes=self.num_keys * self.token_bytes,
+        )
+
+    @property
+    def draws_items(self) -> bool:
+        """Whether how much of each item is left is not known before the kernel runs."""
+        return self.has_segments or self.has_block_mask or self.has_q_lengths or self.has_kv_lengths
+
+    @property
+    def schedule(self) -> Schedule:
+        costs = tuple(ITEM_COST + self.num_kv_tiles(tile) for tile in range(self.order.num_tiles))
+        return Schedule(self.order, num_multiprocessors(), costs)
+
+    def num_kv_tiles(self, row_tile: int) -> int:
+        """How many KV tiles the rows of a block see, where no lengths are given."""
+        left, right = self.reach
+        first = row_tile * self.block_rows + (self.num_keys - self.num_queries if self.bottom_right else 0)
+        stop = self.num_keys if right is None else min(first + self.block_rows + right, self.num_keys)
+        start = 0 if left is None else max(first - left, 0)
+        return max(0, math.ceil(stop / self.config.tile_kv) - start // self.config.tile_kv)
