@@ -7,12 +7,18 @@ from jax import lax
 
 from pallas_kernels.flash_attention.extras import Extras
 from pallas_kernels.flash_attention.plan import AttentionPlan
+from pallas_kernels.flash_attention.scores import TilePlace
 from pallas_kernels.flash_attention.tiles import KvTiles, TileOrder, kv_tiles
 from pallas_kernels.mosaic import div, pl, plgpu, swizzled_smem, traced
 
 WARPGROUPS = 2  # that compute
 HALF = 64  # keys of each: the rows of a wgmma
-BLOCK_KEYS = WARPGROUPS * HALF
+PART = 64  # queries that are in registers at a time
+
+
+def block_keys(plan: AttentionPlan) -> int:
+    """Keys that a thread block owns: of more, the sums of dK and dV would not fit the registers."""
+    return HALF if plan.head_dim > 128 else WARPGROUPS * HALF
 
 
 class Buffers(NamedTuple):
@@ -83,7 +89,7 @@ class Block(NamedTuple):
     def locate(cls, plan: AttentionPlan, order: TileOrder, block, extras: Extras) -> "Block":
         tile, batch_head = order.locate(block)
         batch, kv_head = plan.split_heads(batch_head, plan.num_kv_heads)
-        (q_length, kv_length), first_key = plan.lengths_of(batch, extras), tile * BLOCK_KEYS
+        (q_length, kv_length), first_key = plan.lengths_of(batch, extras), tile * block_keys(plan)
         tiles = _tiles(plan, extras, batch, kv_head, first_key, q_length, kv_length)
         indices = KvTiles(*(bound * plan.group for bound in tiles))
         batch, kv_head, first_key, q_length, kv_length, indices = traced(
@@ -102,6 +108,25 @@ class Block(NamedTuple):
         head, place = self._split(plan, index)
         return self.extras.elements_at(place, self.batch, head, first_key, (HALF, plan.fused.tile_q))
 
+    def place_at(self, plan: AttentionPlan, index, first_key, masked: bool, part: int = 0) -> TilePlace:
+        """Of HALF keys from first_key on, and a part of an index's queries."""
+        head, first_query = self.row_at(plan, index)
+        elements = self.elements_at(plan, index, first_key) if masked else None
+        if elements is not None:
+            elements = elements.at[:, pl.ds(part * PART, PART)]
+        return TilePlace(
+            self.batch,
+            head,
+            first_query + part * PART,
+            first_key,
+            self.q_length,
+            self.kv_length,
+            (HALF, PART),
+            keys_first=True,
+            hides_tail=plan.has_ragged_keys,
+            elements=elements,
+        )
+
     def _split(self, plan: AttentionPlan, index):
         """(head, place of a tile of queries) of an index."""
         if plan.group == 1:
@@ -119,15 +144,14 @@ def part_of_dq(plan: AttentionPlan) -> tuple[int, int]:
 def _tiles(plan: AttentionPlan, extras: Extras, batch, kv_head, first_key, q_length, kv_length) -> KvTiles:
     """The tiles of queries that see the block's keys. Queries past the end are zeros and need no mask."""
     (left, right), offset, tile_q = plan.reach, -plan.offset(q_length, kv_length), plan.fused.tile_q
-    tiles = kv_tiles(
-        first_key, BLOCK_KEYS, offset, kv_length, q_length, (right, left), tile_q, mask_end=False
-    )
+    keys = block_keys(plan)
+    tiles = kv_tiles(first_key, keys, offset, kv_length, q_length, (right, left), tile_q, mask_end=False)
     head = kv_head * plan.group  # a block mask for each query head comes without groups
-    tiles = extras.visits(tiles, batch, head, first_key, HALF, tile_q, WARPGROUPS)
+    tiles = extras.visits(tiles, batch, head, first_key, HALF, tile_q, keys // HALF)
     if not plan.has_ragged_keys:
         return tiles
     # Keys past the end have weights too, which would reach dQ: a block that has some masks every tile.
-    full_stop = jnp.where(first_key + BLOCK_KEYS > kv_length, tiles.full_start, tiles.full_stop)
+    full_stop = jnp.where(first_key + keys > kv_length, tiles.full_start, tiles.full_stop)
     return tiles._replace(full_stop=full_stop)
 
 

@@ -16,13 +16,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.flash_attention import backward_fused_wide
 from pallas_kernels.flash_attention.backward_fused_block import (
-    BLOCK_KEYS,
     HALF,
     WARPGROUPS,
     Barriers,
     Block,
     Buffers,
+    block_keys,
     load,
 )
 from pallas_kernels.flash_attention.backward_fused_tile import Step, finish, take_tile
@@ -36,11 +37,12 @@ from pallas_kernels.mosaic import pl, plgpu, register_zeros, specialize
 def serves(plan: AttentionPlan, inputs: AttentionInputs) -> bool:
     """Whether the config asks for this kernel, and its tiles and registers suit the call."""
     fused = plan.config.fused
-    if fused is None or not plan.head_dim == plan.value_dim == (64 if fused.tile_q == 128 else 128):
+    head_dims = (64,) if fused and fused.tile_q == 128 else (128, 192, 256)
+    if fused is None or plan.head_dim != plan.value_dim or plan.head_dim not in head_dims:
         return False
     if inputs.block_mask is not None:
         tile_q, tile_kv = inputs.block_mask.tile
-        if tile_q % fused.tile_q or tile_kv % BLOCK_KEYS:
+        if tile_q % fused.tile_q or tile_kv % block_keys(plan):
             return False
     return not _spills(plan, inputs)
 
@@ -48,6 +50,8 @@ def serves(plan: AttentionPlan, inputs: AttentionInputs) -> bool:
 def _spills(plan: AttentionPlan, inputs: AttentionInputs) -> bool:
     """Whether a call takes more registers than there are; beside, the bytes the assembler spilled."""
     has_slopes, has_dropout = inputs.alibi_slopes is not None, plan.dropout_rate > 0
+    if plan.head_dim > 128:
+        return False
     if plan.head_dim == 64:
         return has_slopes and has_dropout  # 16
     has_ids = plan.has_segments or plan.has_block_mask
@@ -67,22 +71,26 @@ def launch(plan: AttentionPlan, inputs: AttentionInputs, query, key, value, out_
     """dQ [B, T, N, H], dK [B, S, K, H], dV [B, S, K, Hv] in the inputs' dtype; arguments as the
     deterministic kernels have them, with lse2 and delta padded to statistics_multiple.
     """
-    extras = prepare(plan, inputs, Footprint(HALF, plan.fused.tile_q, WARPGROUPS, owns_queries=False))
+    keys = block_keys(plan)
+    extras = prepare(plan, inputs, Footprint(HALF, plan.fused.tile_q, keys // HALF, owns_queries=False))
     order = TileOrder.plan(
-        num_tiles=math.ceil(plan.num_keys / BLOCK_KEYS),
+        num_tiles=math.ceil(plan.num_keys / keys),
         num_heads=plan.batch * plan.num_kv_heads,
         heads_per_kv=1,
         kv_bytes=plan.num_queries * plan.group * (plan.token_bytes + 4 * plan.head_dim),
         heavy_last=False,
     )
+    body, scratch = _body, (Buffers.types(plan), Barriers.types(plan))
+    if plan.head_dim > 128:
+        body, scratch = backward_fused_wide.body, backward_fused_wide.scratch(plan)
     kernel = plgpu.kernel(
-        functools.partial(_body, plan, order),
+        functools.partial(body, plan, order),
         out_type=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key, value)),
         grid=(order.num_blocks,),
         grid_names=("block",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
-        scratch_types=(Buffers.types(plan), Barriers.types(plan)),
+        scratch_types=scratch,
         # Barriers around every store would cost a fifth of the causal speed; nothing is read back.
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         kernel_name="flash_attention_backward",

@@ -7,6 +7,7 @@ from jax import lax
 
 from pallas_kernels.flash_attention.backward_fused_block import (
     HALF,
+    PART,
     WARPGROUPS,
     Barriers,
     Block,
@@ -15,10 +16,8 @@ from pallas_kernels.flash_attention.backward_fused_block import (
     slot_of,
 )
 from pallas_kernels.flash_attention.plan import AttentionPlan
-from pallas_kernels.flash_attention.scores import TilePlace, Weights, logit_gradients, weigh
+from pallas_kernels.flash_attention.scores import Weights, logit_gradients, weigh
 from pallas_kernels.mosaic import broadcast_columns, opaque, pl, plgpu
-
-PART = 64  # queries that are in registers at a time
 
 
 class Step(NamedTuple):
@@ -55,7 +54,7 @@ def take_tile(step: Step, sums, index, _, masked=False, is_first=False):
         add_dk()
         _publish(step, index, d_logits)
     else:
-        plgpu.barrier_wait(barriers.d_logits_written.at[_turn(index - 1)])
+        plgpu.barrier_wait(barriers.d_logits_written.at[turn_of(index - 1)])
 
         def multiply(acc):
             _multiply_dq(step, acc, index - 1)
@@ -73,7 +72,7 @@ def take_tile(step: Step, sums, index, _, masked=False, is_first=False):
 
 def finish(step: Step, index, _):
     """What the last tile left open."""
-    plgpu.barrier_wait(step.barriers.d_logits_written.at[_turn(index)])
+    plgpu.barrier_wait(step.barriers.d_logits_written.at[turn_of(index)])
 
     def multiply(acc):
         _multiply_dq(step, acc, index)
@@ -91,17 +90,18 @@ def _differentiate_logits(step: Step, sum_dv, index, part: int, masked: bool):
     plan, buffers, extras = step.plan, step.buffers, step.block.extras
     slot, rows = slot_of(plan, index), _part(part)
     queries, d_outs = buffers.q.at[slot, rows], buffers.d_out.at[slot, rows]
-    place = _place(step, index, part, masked)
+    first_key = step.block.first_key + step.warpgroup * HALF
+    place = step.block.place_at(plan, index, first_key, masked, part)
 
     def differentiate(logits_acc, d_weights_acc):
         plgpu.wgmma(logits_acc, buffers.k.at[step.warpgroup], queries.transpose((1, 0)))
         plgpu.wgmma(d_weights_acc, buffers.v.at[step.warpgroup], d_outs.transpose((1, 0)))
-        lse2 = _by_column(buffers.lse.at[slot, rows])
+        lse2 = by_column(buffers.lse.at[slot, rows])
         logits = plgpu.wgmma_accumulator_load(logits_acc, wait_n=1)
         weights = weigh(plan, extras, place, logits, lse2, masked, rounds_slope=True)
-        weights = _rounded(plan, weights)
+        weights = rounded(plan, weights)
         plgpu.wgmma(sum_dv, weights.kept, d_outs)
-        delta = _by_column(buffers.delta.at[slot, rows])
+        delta = by_column(buffers.delta.at[slot, rows])
         d_weights = plgpu.wgmma_accumulator_load(d_weights_acc, wait_n=1)
         weights = weights._replace(slopes=weights.slopes.astype(jnp.float32))
         return logit_gradients(plan, weights, d_weights, delta).astype(plan.dtype)
@@ -110,28 +110,7 @@ def _differentiate_logits(step: Step, sum_dv, index, part: int, masked: bool):
     return pl.run_scoped(differentiate, acc_type, acc_type)
 
 
-def _place(step: Step, index, part: int, masked: bool) -> TilePlace:
-    plan, block = step.plan, step.block
-    first_key = block.first_key + step.warpgroup * HALF
-    head, first_query = block.row_at(plan, index)
-    elements = block.elements_at(plan, index, first_key) if masked else None
-    if elements is not None:
-        elements = elements.at[:, _part(part)]
-    return TilePlace(
-        block.batch,
-        head,
-        first_query + part * PART,
-        first_key,
-        block.q_length,
-        block.kv_length,
-        (HALF, PART),
-        keys_first=True,
-        hides_tail=plan.has_ragged_keys,
-        elements=elements,
-    )
-
-
-def _rounded(plan: AttentionPlan, weights: Weights) -> Weights:
+def rounded(plan: AttentionPlan, weights: Weights) -> Weights:
     """In 16 bits: half the registers while dP is on its way."""
     kept = lax.optimization_barrier(weights.kept.astype(plan.dtype))
     if weights.slopes is weights.kept:
@@ -143,18 +122,18 @@ def _part(part: int):
     return pl.ds(part * PART, PART)
 
 
-def _by_column(statistic):
+def by_column(statistic):
     return broadcast_columns(plgpu.load(statistic, layout=plgpu.Layout.WGMMA.reduce(0)), HALF)
 
 
-def _turn(index):
+def turn_of(index):
     """Which of the two buffers of dS an index uses."""
     return lax.rem(index, jnp.int32(2))
 
 
 def _publish(step: Step, index, d_logits):
     """Shows dS of our keys to the other warpgroup."""
-    turn = _turn(index)
+    turn = turn_of(index)
     for part, values in enumerate(d_logits):
         step.buffers.d_logits.at[turn, step.warpgroup, :, _part(part)][...] = values
     plgpu.commit_smem()
@@ -164,7 +143,7 @@ def _publish(step: Step, index, d_logits):
 def _multiply_dq(step: Step, acc, index):
     """acc += dS K, our part of the tile's rows or columns."""
     plan, buffers = step.plan, step.buffers
-    turn = _turn(index)
+    turn = turn_of(index)
     rows, columns = part_of_dq(plan)
     for half in range(WARPGROUPS):
         half = opaque(half)

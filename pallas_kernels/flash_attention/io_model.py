@@ -16,7 +16,7 @@ import numpy as np
 
 from pallas_kernels import checks
 from pallas_kernels.flash_attention import sm90
-from pallas_kernels.flash_attention.backward_fused_sm90 import BLOCK_KEYS
+from pallas_kernels.flash_attention.backward_fused_block import block_keys
 from pallas_kernels.flash_attention.config import FlashConfig
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.spec import AttentionInputs, AttentionSpec
@@ -121,7 +121,7 @@ def _fused_backward(plan: AttentionPlan) -> Traffic:
     """Owns rows of K and V, streams what _dkv streams; adds fp32 rows of dQ for each tile that passes by, to
     zeros that are read from memory once.
     """
-    block, tile = BLOCK_KEYS, plan.fused.tile_q
+    block, tile = block_keys(plan), plan.fused.tile_q
     d_query = plan.batch * plan.num_heads * plan.head_dim * FP32_BYTES  # of one row of every head
     return Traffic(
         l2_to_sm=_kv_bytes(plan) + _streamed_queries(plan, block, tile),

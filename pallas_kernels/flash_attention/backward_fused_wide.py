@@ -1,0 +1,127 @@
+"""The fused backward kernel's thread block where heads are wide: 129 to 256 elements, and 64 keys a block.
+
+The sums of dK and dV take half of the registers each, so the compute warpgroups part by matrices instead of
+by keys. One computes weights and sums dV, the other their gradients and sums dK; each multiplies half of dQ's
+columns, of the tile before, while it waits for logits or dP. Weights go from the one to the other in 16 bits,
+dS to both through shared memory.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.flash_attention.backward_fused_block import HALF, WARPGROUPS, Block, slot_of
+from pallas_kernels.flash_attention.backward_fused_wide_tile import (
+    Barriers,
+    Buffers,
+    Step,
+    add_dq,
+    take_gradients,
+    take_weights,
+)
+from pallas_kernels.flash_attention.plan import AttentionPlan
+from pallas_kernels.flash_attention.tiles import TileOrder
+from pallas_kernels.mosaic import pl, plgpu, register_zeros, specialize
+
+
+def scratch(plan: AttentionPlan) -> tuple[Buffers, Barriers]:
+    return Buffers.types(plan), Barriers.types(plan)
+
+
+def body(plan: AttentionPlan, order: TileOrder, *refs):
+    q, k, v, d_out, lse2, delta, d_q, extras, d_k, d_v, buffers, barriers = refs
+    warpgroup = lax.axis_index("warpgroup")
+    block = Block.locate(plan, order, lax.axis_index("block"), extras)
+    step = Step(plan, block, d_q, buffers, barriers)
+
+    def compute():
+        pl.when(warpgroup == 0)(lambda: _sum_dv(step._replace(role=0), d_v))
+        pl.when(warpgroup == 1)(lambda: _sum_dk(step._replace(role=1), d_k))
+
+    load = lambda: _load(step, (q, k, v, d_out, lse2, delta))
+    specialize(WARPGROUPS, warpgroup, compute=compute, load=load)
+
+
+def _sum_dv(step: Step, d_v):
+    plan, (start, full_start, full_stop, stop) = step.plan, step.block.indices
+    masked_start = plan.has_masked_tail or plan.has_block_mask  # the earliest queries see the last keys
+    masked_stop = plan.has_masked_start or plan.has_ragged_keys
+    second = jnp.minimum(start + 1, stop)
+    full_start, full_stop = jnp.maximum(full_start, second), jnp.maximum(full_stop, second)
+
+    def attend(sum_dv):
+        take = functools.partial(take_weights, step, sum_dv)
+        masked = functools.partial(take, masked=True)
+        first = functools.partial(take, masked=masked_start or masked_stop, is_first=True)
+        lax.fori_loop(start, second, first, None)
+        if masked_start:
+            lax.fori_loop(second, full_start, masked, None)
+        lax.fori_loop(full_start if masked_start else second, full_stop, take, None)
+        if masked_stop:
+            lax.fori_loop(full_stop, stop, masked, None)
+        lax.fori_loop(jnp.maximum(start, stop - 1), stop, functools.partial(add_dq, step), None)
+
+    _store(step, attend, 1 / (1 - plan.dropout_rate), step.buffers.keys.at[1], d_v)
+
+
+def _sum_dk(step: Step, d_k):
+    start, _, _, stop = step.block.indices
+    second = jnp.minimum(start + 1, stop)
+
+    def attend(sum_dk):
+        take = functools.partial(take_gradients, step, sum_dk)
+        lax.fori_loop(start, second, functools.partial(take, is_first=True), None)
+        lax.fori_loop(second, stop, take, None)
+        lax.fori_loop(jnp.maximum(start, stop - 1), stop, functools.partial(add_dq, step), None)
+
+    _store(step, attend, step.plan.scale, step.buffers.keys.at[0], d_k)
+
+
+def _store(step: Step, attend, scale: float, staging, output):
+    """Sums over the block's queries, and stores the sum through the memory of the keys or values."""
+    plan, block, _, buffers, barriers, _ = step
+    for loaded in (barriers.k_loaded, barriers.v_loaded):
+        plgpu.barrier_wait(loaded)
+    total = pl.run_state(attend)(plgpu.ACC.init(register_zeros((HALF, plan.head_dim))))
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    plgpu.barrier_arrive(barriers.finished)  # no one reads the keys any more
+    plgpu.barrier_wait(barriers.finished)
+    staging[...] = (total * scale).astype(plan.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(staging, output.at[block.batch, pl.ds(block.first_key, HALF), block.kv_head])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _load(step: Step, sources):
+    """What the loading warpgroup does."""
+    plan, block, _, buffers, barriers, _ = step
+    q, k, v, d_out, lse2, delta = sources
+    stages, (start, _, _, stop) = plan.fused.stages, block.indices
+    by_key = block.batch, pl.ds(block.first_key, HALF), block.kv_head
+    plgpu.copy_gmem_to_smem(k.at[by_key], buffers.keys.at[0], barriers.k_loaded)
+    plgpu.copy_gmem_to_smem(v.at[by_key], buffers.keys.at[1], barriers.v_loaded)
+
+    def wait_q(index, _=None):
+        plgpu.barrier_wait(barriers.q_consumed.at[slot_of(plan, index)])
+
+    def wait_d_out(index, _=None):
+        plgpu.barrier_wait(barriers.d_out_consumed)
+
+    def load_tile(index, _):
+        slot = slot_of(plan, index)
+        head, first_row = block.row_at(plan, index)
+        rows = pl.ds(first_row, plan.fused.tile_q)
+        by_row, by_head = (block.batch, rows, head), (block.batch, head, rows)
+        pl.when(index - start >= stages)(lambda: wait_q(index))
+        plgpu.copy_gmem_to_smem(q.at[by_row], buffers.q.at[slot], barriers.q_loaded.at[slot])
+        plgpu.copy_gmem_to_smem(lse2.at[by_head], buffers.lse.at[slot], barriers.q_loaded.at[slot])
+        pl.when(index > start)(lambda: wait_d_out(index))
+        plgpu.copy_gmem_to_smem(d_out.at[by_row], buffers.d_out.at[0], barriers.d_out_loaded)
+        plgpu.copy_gmem_to_smem(delta.at[by_head], buffers.delta, barriers.d_out_loaded)
+
+    lax.fori_loop(start, stop, load_tile, None)
+    # Every arrival is seen before the block ends.
+    lax.fori_loop(jnp.maximum(start, stop - stages), stop, wait_q, None)
+    lax.fori_loop(jnp.maximum(start, stop - 1), stop, wait_d_out, None)
