@@ -50,8 +50,8 @@ def serves(plan: AttentionPlan, inputs: AttentionInputs) -> bool:
 def _spills(plan: AttentionPlan, inputs: AttentionInputs) -> bool:
     """Whether a call takes more registers than there are; beside, the bytes the assembler spilled."""
     has_slopes, has_dropout = inputs.alibi_slopes is not None, plan.dropout_rate > 0
-    if plan.head_dim > 128:
-        return False
+    if plan.head_dim > 128:  # 16, with slopes and a soft cap too
+        return plan.has_block_mask and plan.has_segments and has_dropout
     if plan.head_dim == 64:
         return has_slopes and has_dropout  # 16
     has_ids = plan.has_segments or plan.has_block_mask

@@ -149,8 +149,8 @@ def add_dq(step: Step, index, _):
 
 def _has_more(plan: AttentionPlan, extras: Extras) -> bool:
     """Whether weights take the registers in which dQ would be multiplied meanwhile."""
-    has_products = extras.bias is not None or extras.alibi_slopes is not None
-    return has_products or plan.logits_soft_cap is not None or plan.dropout_rate > 0
+    has_terms = extras.bias is not None or extras.alibi_slopes is not None
+    return has_terms or plan.logits_soft_cap is not None or plan.dropout_rate > 0
 
 
 def _beside_dq(step: Step, index, is_alone: bool, work):
@@ -179,10 +179,10 @@ def _end_tile(step: Step, index, d_q_acc, consumed):
     first, *second = _columns(step)
     d_q = plgpu.wgmma_accumulator_load(d_q_acc, wait_n=1)
 
-    _add_dq(step, index - 1, first, d_q)
 
     def add_both(acc):
         _multiply_dq(step, acc, index - 1, second[0])
+        _add_dq(step, index - 1, first, d_q)
         plgpu.wgmma_wait(1)
         plgpu.barrier_arrive(consumed)
         _add_dq(step, index - 1, second[0], acc[...])
@@ -190,6 +190,7 @@ def _end_tile(step: Step, index, d_q_acc, consumed):
     if second:
         pl.run_scoped(add_both, _dq_acc(step))
         return
+    _add_dq(step, index - 1, first, d_q)
     plgpu.wgmma_wait(0)
     plgpu.barrier_arrive(consumed)
 

@@ -38,10 +38,12 @@ class GradientConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FusedConfig:
-    """Tiles of the fused backward kernel: a thread block owns 128 keys and streams tile_q queries at a time.
+    """Tiles of the fused backward kernel: a thread block owns 128 keys, or 64 of wide heads, and streams
+    tile_q queries at a time.
 
-    tile_q is 64 at H = 128, and 128 at H = 64, where half of dQ's columns would be too few for a warpgroup;
-    other head dims take the two kernels, and so does what backward_fused_sm90.serves refuses.
+    tile_q is 64 at H = 128, 192 and 256, and 128 at H = 64, where half of dQ's columns would be too few for a
+    warpgroup; what backward_fused_sm90.serves refuses takes the two kernels. stages: of queries and output
+    cotangents; of queries alone, and one of the others, where heads are wide.
     """
 
     tile_q: int = 64
@@ -103,6 +105,8 @@ def default_fused(
         return None
     if head_dim <= 64:
         return FusedConfig(tile_q=128)
+    if head_dim > 128:
+        return FusedConfig(tile_q=64)
     if {"lengths", "window"} & set(features):
         return None
     is_rich = bool({"slopes", "soft_cap", "block_mask"} & set(features))

@@ -339,7 +339,7 @@ COMPILE = (
         f"flash_attention:backward fused H={h} {name}": unbounded(
             backward_case(shapes(h=h, k=k), config=fused_config(h), is_causal=causal)
         )
-        for h in (64, 128)
+        for h in (64, 128, 256)
         for name, k, causal in (("full", 4, False), ("causal, grouped heads", 1, True))
     }
     | {

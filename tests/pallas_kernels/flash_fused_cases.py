@@ -1,5 +1,6 @@
 """Rows of tables.py for flash_attention's fused backward kernel; those compiled hold that kernel alone."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -7,9 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.flash_attention import backward_fused_sm90, sm90
+from pallas_kernels.flash_attention.config import FusedConfig
 from pallas_kernels.flash_attention.spec import AttentionInputs, AttentionSpec
 from tests.pallas_kernels.flash_cases import (
     BACKWARD_CASES,
+    DROPOUT,
     LENGTHS,
     SLOPES,
     SMALL,
@@ -40,6 +43,11 @@ def fused_feature_cases(t=1024, n=4, batch=2):
         "slopes, lengths": (128, 4, slopes | lengths, causal),
         "block mask, grouped heads": (128, 1, blocks, {}),
         "block mask, dropout": (64, 4, blocks | seed, {"dropout_rate": 0.1}),
+        "wide, causal, window": (192, 4, {}, causal | window),
+        "wide, dropout": (256, 4, seed, causal | {"dropout_rate": 0.1}),
+        "wide, slopes": (256, 4, slopes, causal),
+        "wide, all at once": (256, 4, ids | lengths | slopes | seed, causal | window | {"dropout_rate": 0.1}),
+        "wide, block mask, segments": (256, 1, blocks | ids | lengths, causal),
     }
     return {
         f"flash_attention:backward fused H={h} {name}": fused_case(shapes(t, t, n, k, h, batch), *more)
@@ -81,6 +89,29 @@ CASES: dict[str, dict[str, Any]] = {
         **{"causal_alignment": "bottom_right", "local_window_size": (50, None), "sinks": jnp.zeros(2)},
         **{"kv_lengths": jnp.array([120]), **SLOPES, **bias_of(1, 1, 1, 140)},
         **{"config": fused_config(64, SMALL)},
+    },
+    "fused, head dim 256, grouped heads, causal bottom right": {
+        **{"h": 256, "t": 130, "s": 150, "n": 2, "k": 1, "is_causal": True},
+        **{"causal_alignment": "bottom_right", "config": fused_config(256, SMALL)},
+    },
+    "fused, head dim 256, lengths": {
+        **BACKWARD_CASES["lengths"],
+        **{"h": 256, "config": fused_config(256, SMALL)},
+    },
+    "fused, head dim 256, block mask, causal, dropout": {
+        **BACKWARD_CASES["block mask, causal"],
+        **{"h": 256, "config": fused_config(256, SMALL)},
+    },
+    "fused, head dim 192, one stage, fp16, window": {
+        **{"h": 192, "t": 200, "s": 100, "dtype": jnp.float16, "local_window_size": (40, 20)},
+        "config": dataclasses.replace(SMALL, fused=FusedConfig(stages=1)),
+    },
+    "fused, head dim 256, all at once": {
+        **{"batch": 2, "t": 100, "s": 130, "n": 2, "k": 1, "h": 256, "is_causal": True, "poison": True},
+        **{"q_segment_ids": jnp.arange(100)[None] // jnp.array([[60], [200]])},
+        **{"kv_segment_ids": jnp.arange(130)[None] // jnp.array([[60], [200]])},
+        **{"kv_lengths": jnp.array([130, 80]), "logits_soft_cap": 5.0, "sinks": jnp.array([0.0, 1.0])},
+        **{**DROPOUT, **SLOPES, **bias_of(2, 1, 100, 130), "config": fused_config(256, SMALL)},
     },
 }
 

@@ -73,8 +73,8 @@ def draw(seed, longest=800, max_batch=3):
         arguments["block_mask"] = random_tiles(rng, t, s, batch, n if group == 1 else 1)
     if has():
         arguments["sinks"] = jnp.asarray(rng.normal(size=n), jnp.float32)
-    if has(0.4) and h == shape["hv"] <= 128:
-        arguments["config"] = fused_config(h + -h % 64, IN_BLOCKS)
+    if has(0.4) and h == shape["hv"]:
+        arguments["config"] = fused_config(h + -h % 64, IN_BLOCKS if h <= 128 else None)
     return shape, arguments
 
 

@@ -86,6 +86,14 @@ def test_fused_backward_by_hand():
     assert deterministic.sm_to_l2 < fused.sm_to_l2
 
 
+def test_fused_backward_of_wide_heads_owns_half_as_many_keys():
+    config = FlashConfig(fused=FusedConfig(tile_q=64))
+    narrow, wide = (io_bytes(*arrays(t=256, h=h), config=config).backward for h in (128, 256))
+    sums, results = 2 * 256 * 4, 2 * 2 * 256 * 2  # bytes for each element of a head: of dQ, of dK and dV
+    assert narrow.sm_to_l2 == 128 * (results + 2 * sums)
+    assert wide.sm_to_l2 == 256 * (results + 4 * sums)
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_backward_reads_at_least_every_operand(deterministic):
     query, key = arrays(batch=2, n=4, k=2)
