@@ -1,5 +1,6 @@
 """What a thread block of the fused backward kernel holds in shared memory, where it stands, and its loads."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -133,6 +134,24 @@ class Block(NamedTuple):
             return self.kv_head, index
         head = self.kv_head * plan.group + lax.rem(index, jnp.int32(plan.group))
         return head, div(index, plan.group)
+
+
+def visit_queries(plan: AttentionPlan, block: Block, take, finish) -> None:
+    """The loops over the block's queries: take(index, _), masked where it is needed; finish(the last)."""
+    start, full_start, full_stop, stop = block.indices
+    masked_start = plan.has_masked_tail or plan.has_block_mask  # the earliest queries see the last keys
+    masked_stop = plan.has_masked_start or plan.has_ragged_keys
+    second = jnp.minimum(start + 1, stop)
+    full_start, full_stop = jnp.maximum(full_start, second), jnp.maximum(full_stop, second)
+    masked = functools.partial(take, masked=True)
+    first = functools.partial(take, masked=masked_start or masked_stop, is_first=True)
+    lax.fori_loop(start, second, first, None)
+    if masked_start:
+        lax.fori_loop(second, full_start, masked, None)
+    lax.fori_loop(full_start if masked_start else second, full_stop, take, None)
+    if masked_stop:
+        lax.fori_loop(full_stop, stop, masked, None)
+    lax.fori_loop(jnp.maximum(start, stop - 1), stop, finish, None)
 
 
 def part_of_dq(plan: AttentionPlan) -> tuple[int, int]:

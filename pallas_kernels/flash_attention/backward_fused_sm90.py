@@ -25,6 +25,7 @@ from pallas_kernels.flash_attention.backward_fused_block import (
     Buffers,
     block_keys,
     load,
+    visit_queries,
 )
 from pallas_kernels.flash_attention.backward_fused_tile import Step, finish, take_tile
 from pallas_kernels.flash_attention.extras import Footprint, prepare
@@ -141,19 +142,5 @@ def _compute(step: Step, d_k, d_v):
 
 
 def _attend(step: Step, sums):
-    """The loops over the block's queries, with masks where they are needed."""
-    plan, (start, full_start, full_stop, stop) = step.plan, step.block.indices
-    masked_start = plan.has_masked_tail or plan.has_block_mask  # the earliest queries see the last keys
-    masked_stop = plan.has_masked_start or plan.has_ragged_keys
-    second = jnp.minimum(start + 1, stop)
-    full_start, full_stop = jnp.maximum(full_start, second), jnp.maximum(full_stop, second)
     take = functools.partial(take_tile, step, sums)
-    masked = functools.partial(take, masked=True)
-    first = functools.partial(take, masked=masked_start or masked_stop, is_first=True)
-    lax.fori_loop(start, second, first, None)
-    if masked_start:
-        lax.fori_loop(second, full_start, masked, None)
-    lax.fori_loop(full_start if masked_start else second, full_stop, take, None)
-    if masked_stop:
-        lax.fori_loop(full_stop, stop, masked, None)
-    lax.fori_loop(jnp.maximum(start, stop - 1), stop, functools.partial(finish, step), None)
+    visit_queries(step.plan, step.block, take, functools.partial(finish, step))

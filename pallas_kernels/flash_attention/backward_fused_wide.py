@@ -7,16 +7,23 @@ dS to both through shared memory.
 """
 
 import functools
-from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.flash_attention.backward_fused_block import HALF, WARPGROUPS, Block, slot_of
+from pallas_kernels.flash_attention.backward_fused_block import (
+    HALF,
+    WARPGROUPS,
+    Block,
+    slot_of,
+    visit_queries,
+)
 from pallas_kernels.flash_attention.backward_fused_wide_tile import (
     Barriers,
     Buffers,
+    K,
     Step,
+    V,
     add_dq,
     take_gradients,
     take_weights,
@@ -45,43 +52,29 @@ def body(plan: AttentionPlan, order: TileOrder, *refs):
 
 
 def _sum_dv(step: Step, d_v):
-    plan, (start, full_start, full_stop, stop) = step.plan, step.block.indices
-    masked_start = plan.has_masked_tail or plan.has_block_mask  # the earliest queries see the last keys
-    masked_stop = plan.has_masked_start or plan.has_ragged_keys
-    second = jnp.minimum(start + 1, stop)
-    full_start, full_stop = jnp.maximum(full_start, second), jnp.maximum(full_stop, second)
-
     def attend(sum_dv):
         take = functools.partial(take_weights, step, sum_dv)
-        masked = functools.partial(take, masked=True)
-        first = functools.partial(take, masked=masked_start or masked_stop, is_first=True)
-        lax.fori_loop(start, second, first, None)
-        if masked_start:
-            lax.fori_loop(second, full_start, masked, None)
-        lax.fori_loop(full_start if masked_start else second, full_stop, take, None)
-        if masked_stop:
-            lax.fori_loop(full_stop, stop, masked, None)
-        lax.fori_loop(jnp.maximum(start, stop - 1), stop, functools.partial(add_dq, step), None)
+        visit_queries(step.plan, step.block, take, functools.partial(add_dq, step))
 
-    _store(step, attend, 1 / (1 - plan.dropout_rate), step.buffers.keys.at[1], d_v)
+    _store(step, attend, 1 / (1 - step.plan.dropout_rate), step.buffers.keys.at[V], d_v)
 
 
 def _sum_dk(step: Step, d_k):
     start, _, _, stop = step.block.indices
     second = jnp.minimum(start + 1, stop)
 
-    def attend(sum_dk):
+    def attend(sum_dk):  # what is masked has no weight, of which the other warpgroup takes care
         take = functools.partial(take_gradients, step, sum_dk)
         lax.fori_loop(start, second, functools.partial(take, is_first=True), None)
         lax.fori_loop(second, stop, take, None)
         lax.fori_loop(jnp.maximum(start, stop - 1), stop, functools.partial(add_dq, step), None)
 
-    _store(step, attend, step.plan.scale, step.buffers.keys.at[0], d_k)
+    _store(step, attend, step.plan.scale, step.buffers.keys.at[K], d_k)
 
 
 def _store(step: Step, attend, scale: float, staging, output):
     """Sums over the block's queries, and stores the sum through the memory of the keys or values."""
-    plan, block, _, buffers, barriers, _ = step
+    plan, block, _, _, barriers, _ = step
     for loaded in (barriers.k_loaded, barriers.v_loaded):
         plgpu.barrier_wait(loaded)
     total = pl.run_state(attend)(plgpu.ACC.init(register_zeros((HALF, plan.head_dim))))
@@ -100,8 +93,8 @@ def _load(step: Step, sources):
     q, k, v, d_out, lse2, delta = sources
     stages, (start, _, _, stop) = plan.fused.stages, block.indices
     by_key = block.batch, pl.ds(block.first_key, HALF), block.kv_head
-    plgpu.copy_gmem_to_smem(k.at[by_key], buffers.keys.at[0], barriers.k_loaded)
-    plgpu.copy_gmem_to_smem(v.at[by_key], buffers.keys.at[1], barriers.v_loaded)
+    plgpu.copy_gmem_to_smem(k.at[by_key], buffers.keys.at[K], barriers.k_loaded)
+    plgpu.copy_gmem_to_smem(v.at[by_key], buffers.keys.at[V], barriers.v_loaded)
 
     def wait_q(index, _=None):
         plgpu.barrier_wait(barriers.q_consumed.at[slot_of(plan, index)])

@@ -11,6 +11,7 @@ from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.scores import Weights, logit_gradients, weigh
 from pallas_kernels.mosaic import opaque, pl, plgpu, swizzled_smem
 
+K, V = 0, 1
 COLUMNS = 64  # of dQ that a warpgroup multiplies at a time
 
 
@@ -39,6 +40,15 @@ class Buffers(NamedTuple):
             d_logits=swizzled_smem((2, HALF, tile_q), dtype),
             d_q=swizzled_smem((WARPGROUPS, tile_q, COLUMNS), jnp.float32),
         )
+
+    def own(self, which: int):
+        """Keys or values. Addresses are computed where they are used, instead of once, in registers that live
+        through the loops.
+        """
+        return self.keys.at[opaque(which)]
+
+    def d_outs(self):
+        return self.d_out.at[opaque(0)]
 
 
 class Barriers(NamedTuple):
@@ -90,11 +100,11 @@ def take_weights(step: Step, sum_dv, index, _, masked=False, is_first=False):
         plgpu.barrier_arrive(barriers.weights_written)
         plgpu.barrier_arrive(barriers.q_consumed.at[slot])
         plgpu.barrier_wait(barriers.d_out_loaded)
-        plgpu.wgmma(sum_dv, weights.kept, buffers.d_out.at[opaque(0)])
+        plgpu.wgmma(sum_dv, weights.kept, buffers.d_outs())
         _end_tile(step, index, d_q_acc, barriers.d_out_consumed)
 
     def take(logits_acc):
-        plgpu.wgmma(logits_acc, buffers.keys.at[opaque(0)], buffers.q.at[slot].transpose((1, 0)))
+        plgpu.wgmma(logits_acc, buffers.own(K), buffers.q.at[slot].transpose((1, 0)))
         if is_crowded and not is_first:
             add_dq(step, index - 1, None)
         elif not is_first:
@@ -127,7 +137,7 @@ def take_gradients(step: Step, sum_dk, index, _, is_first=False):
         _end_tile(step, index, d_q_acc, barriers.q_consumed.at[slot])
 
     def take(d_weights_acc):
-        plgpu.wgmma(d_weights_acc, buffers.keys.at[opaque(1)], buffers.d_out.at[opaque(0)].transpose((1, 0)))
+        plgpu.wgmma(d_weights_acc, buffers.own(V), buffers.d_outs().transpose((1, 0)))
         _beside_dq(step, index, is_first, lambda d_q_acc: sum_gradients(d_weights_acc, d_q_acc))
 
     plgpu.barrier_wait(barriers.d_out_loaded)
@@ -179,7 +189,6 @@ def _end_tile(step: Step, index, d_q_acc, consumed):
     first, *second = _columns(step)
     d_q = plgpu.wgmma_accumulator_load(d_q_acc, wait_n=1)
 
-
     def add_both(acc):
         _multiply_dq(step, acc, index - 1, second[0])
         _add_dq(step, index - 1, first, d_q)
@@ -203,7 +212,7 @@ def _columns(step: Step) -> range:
 def _multiply_dq(step: Step, acc, index, columns: int):
     """acc += dS K, for COLUMNS columns."""
     d_logits = step.buffers.d_logits.at[turn_of(index)]
-    plgpu.wgmma(acc, d_logits.transpose((1, 0)), step.buffers.keys.at[opaque(0)].at[:, pl.ds(columns, COLUMNS)])
+    plgpu.wgmma(acc, d_logits.transpose((1, 0)), step.buffers.own(K).at[:, pl.ds(columns, COLUMNS)])
 
 
 def _dq_acc(step: Step):
