@@ -51,16 +51,17 @@ def serves(plan: AttentionPlan, inputs: AttentionInputs) -> bool:
 def _spills(plan: AttentionPlan, inputs: AttentionInputs) -> bool:
     """Whether a call takes more registers than there are; beside, the bytes the assembler spilled."""
     has_slopes, has_dropout = inputs.alibi_slopes is not None, plan.dropout_rate > 0
-    if plan.head_dim > 128:  # 16, with slopes and a soft cap too
-        return plan.has_block_mask and plan.has_segments and has_dropout
+    has_cap, has_bias = plan.logits_soft_cap is not None, inputs.bias is not None
+    if plan.head_dim > 128:
+        has = plan.has_segments, plan.has_block_mask, has_slopes, has_cap, has_bias, has_dropout
+        return sum(has) > 2  # 8 to 28 with three, lengths and a window
     if plan.head_dim == 64:
         return has_slopes and has_dropout  # 16
     has_ids = plan.has_segments or plan.has_block_mask
     if plan.dtype == jnp.float16 and plan.has_segments:  # 28
         return True
     # 200 with dropout; with segment ids and slopes 20, with a bias of queries and a soft cap 48, and so on.
-    features = has_ids, has_slopes, plan.logits_soft_cap is not None, inputs.bias is not None
-    return has_dropout or sum(features) > 1
+    return has_dropout or sum((has_ids, has_slopes, has_cap, has_bias)) > 1
 
 
 def statistics_multiple(plan: AttentionPlan) -> int:

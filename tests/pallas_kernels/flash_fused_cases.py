@@ -46,7 +46,7 @@ def fused_feature_cases(t=1024, n=4, batch=2):
         "wide, causal, window": (192, 4, {}, causal | window),
         "wide, dropout": (256, 4, seed, causal | {"dropout_rate": 0.1}),
         "wide, slopes": (256, 4, slopes, causal),
-        "wide, all at once": (256, 4, ids | lengths | slopes | seed, causal | window | {"dropout_rate": 0.1}),
+        "wide, segments, lengths, dropout": (256, 1, ids | lengths | seed, causal | {"dropout_rate": 0.1}),
         "wide, block mask, segments": (256, 1, blocks | ids | lengths, causal),
     }
     return {
@@ -106,12 +106,16 @@ CASES: dict[str, dict[str, Any]] = {
         **{"h": 192, "t": 200, "s": 100, "dtype": jnp.float16, "local_window_size": (40, 20)},
         "config": dataclasses.replace(SMALL, fused=FusedConfig(stages=1)),
     },
-    "fused, head dim 256, all at once": {
+    "fused, head dim 256, segments, dropout": {
         **{"batch": 2, "t": 100, "s": 130, "n": 2, "k": 1, "h": 256, "is_causal": True, "poison": True},
         **{"q_segment_ids": jnp.arange(100)[None] // jnp.array([[60], [200]])},
         **{"kv_segment_ids": jnp.arange(130)[None] // jnp.array([[60], [200]])},
-        **{"kv_lengths": jnp.array([130, 80]), "logits_soft_cap": 5.0, "sinks": jnp.array([0.0, 1.0])},
-        **{**DROPOUT, **SLOPES, **bias_of(2, 1, 100, 130), "config": fused_config(256, SMALL)},
+        **{"kv_lengths": jnp.array([130, 80]), "sinks": jnp.array([0.0, 1.0]), **DROPOUT},
+        "config": fused_config(256, SMALL),
+    },
+    "fused, head dim 256, soft cap, slopes": {
+        **{"t": 140, "s": 70, "n": 2, "k": 2, "h": 256, "is_causal": True, "logits_soft_cap": 5.0, **SLOPES},
+        "config": fused_config(256, SMALL),
     },
 }
 
