@@ -62,12 +62,12 @@ CASES |= {
 CASES |= {"value dim 256": {"t": 300, "s": 300, "h": 64, "hv": 256}}
 CASES |= {
     f"fused, H={h} {name}": {"h": h, "config": fused_config(h)} | case
-    for h in (64, 128)
+    for h in (64, 128, 256)
     for name, case in LARGE.items()
 }
 CASES |= {
-    f"fused, H={h} {name}": {"h": h, "config": fused_config(h, IN_BLOCKS)} | case
-    for h in (64, 128)
+    f"fused, H={h} {name}": {"h": h, "config": fused_config(h, IN_BLOCKS if h <= 128 else None)} | case
+    for h in (64, 128, 256)
     for name, case in FEATURES.items()
 }
 CASES |= {f"fp16 {name}": {"h": 128, "dtype": jnp.float16} | case for name, case in LARGE.items()}
