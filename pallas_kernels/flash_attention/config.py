@@ -117,6 +117,7 @@ def default_config(
     head_dim: int,
     crowded: bool = False,
     num_queries: int | None = None,
+    num_keys: int = 0,
     in_blocks: bool = False,
     busy: int = 0,
     has_lengths: bool = False,
@@ -133,13 +134,15 @@ def default_config(
     Measured on an H200 (forward, causal, T = 16384): at H = 64 three warpgroups that overlap reach 538
     TFLOP/s, without overlap 500, two 421. At H = 128 three, with no registers to overlap, reach 728, two
     that overlap 706; but a crowded kernel would spill the 160 registers a thread that three leave. At H =
-    256 two hold the accumulators, and taking turns costs 10% of the causal speed; to overlap gives 708
-    instead of 672 at T = 4,096 where all is visible, and 673 instead of 647 where a mask spills 36 bytes.
-    At H = 128 and num_queries = 1024 blocks of 192 rows leave most of a last block empty: two that
-    overlap reach 494 causal and 570 full, two that do not 467 and 587. At H = 64 and T = 1024, full, two
-    that take turns at 256 keys reach 466, three 448; at T = 2048 488 and 498. Few: thread blocks of one
-    compute warpgroup take 6.2 us where those of two take 8.6 (T = 512, N = 8, H = 64), with gradients
-    22.7 instead of 27.
+    256 two hold the accumulators, and overlap: 751, in turn 734, without overlap 703 (T = 4,096: 684, 645,
+    652). At H = 128 and num_queries = 1024 blocks of 192 rows leave most of a last block empty: two that
+    overlap reach 494 causal and 570 full, two that do not 467 and 587; of keys twice as many 630 and 588.
+    512 queries on 8,192 keys reach 665 overlapped and in turn, 621 overlapped, 649 without; on 2,048 keys
+    608, 585, 594. At H = 64 and T = 1024, full, two that take turns at 256 keys reach 466, three 448; at T =
+    2048 488 and 498. In blocks (a quarter of all tiles, T = 8,192): at H = 64 428 in turn, 386 overlapped, at
+    H = 128 605 and 608, an eighth of them 554 and 537, half 635 and 658. Few: thread blocks of one compute
+    warpgroup take 6.2 us where those of two take 8.6 (T = 512, N = 8, H = 64), with gradients 22.7 instead of
+    27.
     """
     ahead = {"q_stages": 2, "ping_pong": False}
     if few and head_dim <= 128 and not (crowded or in_blocks or has_lengths):
@@ -148,7 +151,8 @@ def default_config(
     short = has_lengths or (num_queries is not None and num_queries <= SHORT)
     if in_blocks and head_dim <= 128:
         gradient = GradientConfig(other=64 if crowded or head_dim > 64 else 128)
-        return FlashConfig(overlap=True, dq=gradient, dkv=gradient, **ahead)
+        wide = head_dim > 64
+        return FlashConfig(q_stages=2, overlap=wide, ping_pong=not wide, dq=gradient, dkv=gradient)
     if head_dim <= 64 and short and all_visible and not crowded:
         dq = GradientConfig(other=128)
         return FlashConfig(tile_kv=256, q_stages=2, dq=dq)
@@ -161,9 +165,12 @@ def default_config(
         return FlashConfig(q_stages=2)
     if head_dim <= 128 and (crowded or short):
         dq = GradientConfig() if crowded else GradientConfig(warpgroups=3)
-        return FlashConfig(overlap=crowded or not all_visible, dq=dq, **ahead)
+        many_keys = all_visible and num_keys > SHORT
+        in_turn = many_keys and not crowded and num_queries is not None and num_queries <= SHORT // 2
+        overlap = crowded or many_keys or not all_visible
+        return FlashConfig(q_stages=2, overlap=overlap, ping_pong=in_turn, dq=dq)
     if head_dim <= 128:
         return FlashConfig(warpgroups=3, dq=GradientConfig(warpgroups=3), **ahead)
     single = GradientConfig(stages=1)
     rest = {"ping_pong": False, "dq": single, "dkv": single, "dkv_passes": 2}
-    return FlashConfig(tile_kv=64, overlap=all_visible and not crowded, **rest)
+    return FlashConfig(tile_kv=64, overlap=not (crowded or in_blocks or has_lengths), **rest)

@@ -5,7 +5,9 @@ import math
 from pallas_kernels.device import num_multiprocessors
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.tiles import Schedule, TileOrder
+from pallas_kernels.mosaic import SMEM_BYTES
 
+STATISTICS_BYTES = 4096  # of shared memory: the log-sum-exp's buffers, barriers, tickets
 ITEM_COST = 1  # of what an item costs beside its KV tiles, in their time
 
 
@@ -47,8 +49,18 @@ class ForwardPlan(AttentionPlan):
 
     @property
     def draws_items(self) -> bool:
-        """Whether how much of each item is left is not known before the kernel runs."""
-        return self.has_segments or self.has_block_mask or self.has_q_lengths or self.has_kv_lengths
+        """Whether what is left of each item is not known before the kernel runs; where there is room to pass
+        on what was drawn."""
+        is_unknown = self.has_segments or self.has_block_mask or self.has_q_lengths or self.has_kv_lengths
+        return is_unknown and self.tile_bytes <= SMEM_BYTES - STATISTICS_BYTES
+
+    @property
+    def tile_bytes(self) -> int:
+        """Shared memory of queries, keys and values."""
+        config = self.config
+        queries = config.q_stages * self.block_rows * max(self.head_dim, self.value_dim)
+        keys = config.stages * config.tile_kv * (self.head_dim + self.value_dim)
+        return (queries + keys) * self.dtype.itemsize
 
     @property
     def schedule(self) -> Schedule:

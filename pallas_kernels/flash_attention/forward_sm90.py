@@ -269,7 +269,7 @@ def attend_items(
         lse_smem = buffers.lse.at[buffer]
         finish_rows(plan, rows, acc, softmax, out_smem, lse_smem)
         # Found again: where the item stands would take registers from the tiles.
-        if plan.config.warpgroups > 2:
+        if plan.config.warpgroups > 2 or plan.draws_items:
             work = _find_work(plan, items.again(turn, item), extras)
         to = pl.ds(work.first_row + warpgroup * plan.config.tile_q, plan.config.tile_q)
         plgpu.commit_smem()

@@ -56,8 +56,11 @@ class Items(NamedTuple):
         return self._visit_drawn(self._see, visit, carry)
 
     def again(self, turn, item):
-        """The item of a turn, where to keep it would take a register; what was drawn is not found again."""
-        return item if self.tickets is not None else self._dealt(lax.optimization_barrier(turn))
+        """The item of a turn, of which the compiler does not know that it has been seen before: what follows
+        from it would take registers in between."""
+        if self.tickets is not None:
+            return lax.optimization_barrier(item)
+        return self._dealt(lax.optimization_barrier(turn))
 
     def _dealt(self, turn):
         return self.table[lax.axis_index("block"), 1 + turn]

@@ -16,7 +16,7 @@ from pallas_kernels.flash_attention import (
     reference,
 )
 from pallas_kernels.flash_attention.config import FlashConfig, default_config, default_fused
-from pallas_kernels.flash_attention.forward_sm90 import ForwardPlan
+from pallas_kernels.flash_attention.forward_plan import ForwardPlan
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.spec import AttentionGradients, AttentionInputs, AttentionSpec
 from pallas_kernels.mosaic import LOG2_E
@@ -148,6 +148,7 @@ def _config(inputs: AttentionInputs, spec: AttentionSpec, head_dim: int, value_d
         max(head_dim, value_dim),
         crowded=bool(busy or features & {"slopes", "soft_cap"} or spec.reach[0] is not None),
         num_queries=num_queries,
+        num_keys=num_keys,
         in_blocks="block_mask" in features or has_bias_rows,
         busy=busy,
         has_lengths="lengths" in features,
