@@ -30,6 +30,7 @@ class Row(NamedTuple):
     dtype: str = "bfloat16"
     capacity: int = 0  # tokens a row has room for; by default the longest length
     prefix: int = 0  # leading tokens whose pages all rows share
+    layers: int = 0  # of one step, whose time is divided by them: what follows from tables is computed once
 
     @property
     def num_rows(self) -> int:
@@ -56,7 +57,7 @@ class Row(NamedTuple):
     @property
     def num_caches(self) -> int:
         """Caches to take in turn."""
-        return sets_in_turn(self.cache_bytes)
+        return self.layers or sets_in_turn(self.cache_bytes)
 
     @property
     def label(self) -> str:

@@ -5,7 +5,8 @@
 
 One query token a row. Without --heads: the decode comparison of the vAttention paper (Prabhu et al. 2024) at
 the level of kernels, batches of 1 to 32 rows of 16384 tokens in the shapes of Yi-6B, Llama-3-8B and Yi-34B;
-other shapes; rows of very uneven lengths against even ones; rows that share a prefix; quantized pages. Every
+other shapes; rows of very uneven lengths against even ones; rows that share a prefix, alone and as a layer of
+a step, whose layers share the work list (and here the queries' order); quantized pages. Every
 row's pages lie scattered over the pool. Time is kernel time by CUPTI, the median of several runs, the merging
 of splits included; caches that would fit in the L2 cache are taken in turn. Rates count the K and V of each
 row once, and the scales of quantized pages. `contiguous` is our kernel without pages: what the first page
@@ -44,6 +45,7 @@ SECTIONS: dict[str, list[Row]] = {
     ],
     "Shared prefix": [
         Row(*LLAMA, (8192 + 256,) * 64, "64 rows share 8192, own 256", prefix=8192),
+        Row(*LLAMA, (8192 + 256,) * 64, "the same, a layer of 4", prefix=8192, layers=4),
     ],
     "Quantized pages": [
         Row(*LLAMA, (length,) * batch, f"{batch} x {length}, {dtype}", dtype)
