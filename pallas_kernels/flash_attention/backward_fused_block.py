@@ -72,13 +72,12 @@ class Barriers(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Where a thread block stands.
-
-    It goes through indices of (tile of queries, head of the group), heads innermost: so the tiles that need a
-    mask lie together at the ends, and one loop goes over all heads.
+    """Where a thread block stands, and the tiles of queries that it goes through (places in a list, with a
+    block mask).
     """
 
     batch: Any
+    head: Any
     kv_head: Any
     first_key: Any
     q_length: Any
@@ -89,35 +88,34 @@ class Block(NamedTuple):
     @classmethod
     def locate(cls, plan: AttentionPlan, order: TileOrder, block, extras: Extras) -> "Block":
         tile, batch_head = order.locate(block)
-        batch, kv_head = plan.split_heads(batch_head, plan.num_kv_heads)
+        batch, head = plan.split_heads(batch_head, plan.num_heads)
         (q_length, kv_length), first_key = plan.lengths_of(batch, extras), tile * block_keys(plan)
-        tiles = _tiles(plan, extras, batch, kv_head, first_key, q_length, kv_length)
-        indices = KvTiles(*(bound * plan.group for bound in tiles))
-        batch, kv_head, first_key, q_length, kv_length, indices = traced(
-            (batch, kv_head, first_key, q_length, kv_length, indices)
+        indices = _tiles(plan, extras, batch, head, first_key, q_length, kv_length)
+        kv_head = div(head, plan.group)
+        batch, head, kv_head, first_key, q_length, kv_length, indices = traced(
+            (batch, head, kv_head, first_key, q_length, kv_length, indices)
         )
-        return cls(batch, kv_head, first_key, q_length, kv_length, indices, extras)
+        return cls(batch, head, kv_head, first_key, q_length, kv_length, indices, extras)
 
     def row_at(self, plan: AttentionPlan, index):
-        """(head, first query) of an index."""
-        head, place = self._split(plan, index)
-        tile = self.extras.tile_at(place, self.batch, head, self.first_key, plan.fused.tile_q)
-        return head, tile * plan.fused.tile_q
+        """The first query of an index."""
+        tile = self.extras.tile_at(index, self.batch, self.head, self.first_key, plan.fused.tile_q)
+        return tile * plan.fused.tile_q
 
     def elements_at(self, plan: AttentionPlan, index, first_key):
         """The element mask of a masked index, from first_key on; None without a block mask."""
-        head, place = self._split(plan, index)
-        return self.extras.elements_at(place, self.batch, head, first_key, (HALF, plan.fused.tile_q))
+        shape = HALF, plan.fused.tile_q
+        return self.extras.elements_at(index, self.batch, self.head, first_key, shape)
 
     def place_at(self, plan: AttentionPlan, index, first_key, masked: bool, part: int = 0) -> TilePlace:
         """Of HALF keys from first_key on, and a part of an index's queries."""
-        head, first_query = self.row_at(plan, index)
+        first_query = self.row_at(plan, index)
         elements = self.elements_at(plan, index, first_key) if masked else None
         if elements is not None:
             elements = elements.at[:, pl.ds(part * PART, PART)]
         return TilePlace(
             self.batch,
-            head,
+            self.head,
             first_query + part * PART,
             first_key,
             self.q_length,
@@ -127,13 +125,6 @@ class Block(NamedTuple):
             hides_tail=plan.has_ragged_keys,
             elements=elements,
         )
-
-    def _split(self, plan: AttentionPlan, index):
-        """(head, place of a tile of queries) of an index."""
-        if plan.group == 1:
-            return self.kv_head, index
-        head = self.kv_head * plan.group + lax.rem(index, jnp.int32(plan.group))
-        return head, div(index, plan.group)
 
 
 def visit_queries(plan: AttentionPlan, block: Block, take, finish) -> None:
@@ -160,12 +151,11 @@ def part_of_dq(plan: AttentionPlan) -> tuple[int, int]:
     return (HALF, plan.head_dim) if tile_q == 2 * HALF else (tile_q, plan.head_dim // 2)
 
 
-def _tiles(plan: AttentionPlan, extras: Extras, batch, kv_head, first_key, q_length, kv_length) -> KvTiles:
+def _tiles(plan: AttentionPlan, extras: Extras, batch, head, first_key, q_length, kv_length) -> KvTiles:
     """The tiles of queries that see the block's keys. Queries past the end are zeros and need no mask."""
     (left, right), offset, tile_q = plan.reach, -plan.offset(q_length, kv_length), plan.fused.tile_q
     keys = block_keys(plan)
     tiles = kv_tiles(first_key, keys, offset, kv_length, q_length, (right, left), tile_q, mask_end=False)
-    head = kv_head * plan.group  # a block mask for each query head comes without groups
     tiles = extras.visits(tiles, batch, head, first_key, HALF, tile_q, keys // HALF)
     if not plan.has_ragged_keys:
         return tiles
@@ -188,9 +178,8 @@ def load(plan: AttentionPlan, block: Block, sources, buffers: Buffers, barriers:
 
     def load_tile(index, _):
         slot = slot_of(plan, index)
-        head, first_row = block.row_at(plan, index)
-        rows = pl.ds(first_row, plan.fused.tile_q)
-        by_row, by_head = (block.batch, rows, head), (block.batch, head, rows)
+        rows = pl.ds(block.row_at(plan, index), plan.fused.tile_q)
+        by_row, by_head = (block.batch, rows, block.head), (block.batch, block.head, rows)
         pl.when(index - start >= stages)(lambda: wait_consumed(index))
         for source, target in (
             (q.at[by_row], buffers.q),

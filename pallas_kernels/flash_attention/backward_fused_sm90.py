@@ -1,9 +1,10 @@
 """FlashAttention backward on Hopper in one kernel of 5 matmuls; the order of dQ's sums is not fixed.
 
-A thread block owns a tile of keys and values, half of it each compute warpgroup, and streams the queries of
-every head of the group. dK and dV are summed in registers. dS of both halves meets in shared memory; each
-warpgroup multiplies half of dQ's tile, which the copy engine adds to fp32 sums in global memory
-(FlashAttention-3, section 3.1; FlashAttention-2, section 3.2).
+A thread block owns a tile of keys and values, half of it each compute warpgroup, and streams the queries of a
+head. dK and dV are summed in registers. dS of both halves meets in shared memory; each warpgroup multiplies
+half of dQ's tile, which the copy engine adds to fp32 sums in global memory (FlashAttention-3, section 3.1;
+FlashAttention-2, section 3.2). What the heads of a group give is summed after the kernel: a block that
+streamed them all would leave too few blocks to fill the GPU evenly.
 
     S^T = K Q^T,  P = exp(S - lse),  dP^T = V dO^T,  dS = P * (dP - delta)
     dV = P^T dO,  dK = scale dS^T Q,  dQ += scale dS K
@@ -58,7 +59,8 @@ def _spills(plan: AttentionPlan, inputs: AttentionInputs) -> bool:
     if plan.head_dim == 64:
         return has_slopes and has_dropout  # 16
     has_ids = plan.has_segments or plan.has_block_mask
-    if plan.dtype == jnp.float16 and plan.has_segments:  # 28
+    has_lengths = plan.has_q_lengths or plan.has_kv_lengths
+    if plan.has_segments and (plan.dtype == jnp.float16 or has_lengths):  # 28, 48
         return True
     # 200 with dropout; with segment ids and slopes 20, with a bias of queries and a soft cap 48, and so on.
     return has_dropout or sum((has_ids, has_slopes, has_cap, has_bias)) > 1
@@ -77,17 +79,20 @@ def launch(plan: AttentionPlan, inputs: AttentionInputs, query, key, value, out_
     extras = prepare(plan, inputs, Footprint(HALF, plan.fused.tile_q, keys // HALF, owns_queries=False))
     order = TileOrder.plan(
         num_tiles=math.ceil(plan.num_keys / keys),
-        num_heads=plan.batch * plan.num_kv_heads,
+        num_heads=plan.batch * plan.num_heads,
         heads_per_kv=1,
-        kv_bytes=plan.num_queries * plan.group * (plan.token_bytes + 4 * plan.head_dim),
+        kv_bytes=plan.num_queries * (plan.token_bytes + 4 * plan.head_dim),
         heavy_last=False,
+    )
+    of_heads = tuple(
+        jax.ShapeDtypeStruct((*x.shape[:2], plan.num_heads, x.shape[3]), x.dtype) for x in (key, value)
     )
     body, scratch = _body, (Buffers.types(plan), Barriers.types(plan))
     if plan.head_dim > 128:
         body, scratch = backward_fused_wide.body, backward_fused_wide.scratch(plan)
     kernel = plgpu.kernel(
         functools.partial(body, plan, order),
-        out_type=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key, value)),
+        out_type=of_heads,
         grid=(order.num_blocks,),
         grid_names=("block",),
         num_threads=WARPGROUPS + 1,
@@ -105,9 +110,17 @@ def launch(plan: AttentionPlan, inputs: AttentionInputs, query, key, value, out_
             ref[...] = result
 
     # Not jax.new_ref: custom partitioning takes no function that makes one.
-    zeros = jnp.zeros(query.shape, jnp.float32), jnp.zeros_like(key), jnp.zeros_like(value)
+    zeros = jnp.zeros(query.shape, jnp.float32), *(jnp.zeros(x.shape, x.dtype) for x in of_heads)
     d_query, d_key, d_value = pl.run_state(accumulate)(zeros)
-    return (d_query * plan.scale).astype(plan.dtype), d_key, d_value
+    return (d_query * plan.scale).astype(plan.dtype), _of_groups(plan, d_key), _of_groups(plan, d_value)
+
+
+def _of_groups(plan: AttentionPlan, x: jax.Array) -> jax.Array:
+    """[B, S, N, H] -> [B, S, K, H], in fp32 between."""
+    if plan.group == 1:
+        return x
+    by_group = x.reshape(*x.shape[:2], plan.num_kv_heads, plan.group, x.shape[3])
+    return by_group.sum(axis=3, dtype=jnp.float32).astype(x.dtype)
 
 
 def _body(plan: AttentionPlan, order: TileOrder, *refs):
@@ -138,7 +151,7 @@ def _compute(step: Step, d_k, d_v):
     staging[1][...] = (sum_dv * (1 / (1 - plan.dropout_rate))).astype(plan.dtype)
     plgpu.commit_smem()
     for smem, output in zip(staging, (d_k, d_v), strict=True):
-        plgpu.copy_smem_to_gmem(smem, output.at[block.batch, keys, block.kv_head])
+        plgpu.copy_smem_to_gmem(smem, output.at[block.batch, keys, block.head])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 

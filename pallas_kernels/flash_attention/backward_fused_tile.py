@@ -159,11 +159,10 @@ def _add_dq(step: Step, index):
     """Lets the copy engine add our part of dQ to the sums in global memory."""
     plan, block = step.plan, step.block
     rows, columns = part_of_dq(plan)
-    head, first_row = block.row_at(plan, index)
-    first_column = 0
+    first_row, first_column = block.row_at(plan, index), 0
     if rows < plan.fused.tile_q:
         first_row += step.warpgroup * rows
     else:
         first_column = step.warpgroup * columns
-    target = step.d_q.at[block.batch, pl.ds(first_row, rows), head, pl.ds(first_column, columns)]
+    target = step.d_q.at[block.batch, pl.ds(first_row, rows), block.head, pl.ds(first_column, columns)]
     plgpu.copy_smem_to_gmem(step.buffers.d_q.at[step.warpgroup], target, reduction_op="add")

@@ -83,7 +83,7 @@ def _store(step: Step, attend, scale: float, staging, output):
     plgpu.barrier_wait(barriers.finished)
     staging[...] = (total * scale).astype(plan.dtype)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(staging, output.at[block.batch, pl.ds(block.first_key, HALF), block.kv_head])
+    plgpu.copy_smem_to_gmem(staging, output.at[block.batch, pl.ds(block.first_key, HALF), block.head])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
@@ -104,9 +104,8 @@ def _load(step: Step, sources):
 
     def load_tile(index, _):
         slot = slot_of(plan, index)
-        head, first_row = block.row_at(plan, index)
-        rows = pl.ds(first_row, plan.fused.tile_q)
-        by_row, by_head = (block.batch, rows, head), (block.batch, head, rows)
+        rows = pl.ds(block.row_at(plan, index), plan.fused.tile_q)
+        by_row, by_head = (block.batch, rows, block.head), (block.batch, block.head, rows)
         pl.when(index - start >= stages)(lambda: wait_q(index))
         plgpu.copy_gmem_to_smem(q.at[by_row], buffers.q.at[slot], barriers.q_loaded.at[slot])
         plgpu.copy_gmem_to_smem(lse2.at[by_head], buffers.lse.at[slot], barriers.q_loaded.at[slot])

@@ -225,9 +225,8 @@ def _add_dq(step: Step, index, columns: int, d_q):
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     staging[...] = d_q
     plgpu.commit_smem()
-    head, first_row = block.row_at(plan, index)
-    rows = pl.ds(first_row, plan.fused.tile_q)
-    target = step.d_q.at[block.batch, rows, head, pl.ds(columns, COLUMNS)]
+    rows = pl.ds(block.row_at(plan, index), plan.fused.tile_q)
+    target = step.d_q.at[block.batch, rows, block.head, pl.ds(columns, COLUMNS)]
     plgpu.copy_smem_to_gmem(staging, target, reduction_op="add")
 
 

@@ -118,16 +118,16 @@ def _backward(plan: AttentionPlan) -> Traffic:
 
 
 def _fused_backward(plan: AttentionPlan) -> Traffic:
-    """Owns rows of K and V, streams what _dkv streams; adds fp32 rows of dQ for each tile that passes by, to
-    zeros that are read from memory once.
+    """Owns rows of K and V for each query head, streams what _dkv streams; adds fp32 rows of dQ for each tile
+    that passes by, to zeros that are read from memory once.
     """
     block, tile = block_keys(plan), plan.fused.tile_q
     d_query = plan.batch * plan.num_heads * plan.head_dim * FP32_BYTES  # of one row of every head
     return Traffic(
-        l2_to_sm=_kv_bytes(plan) + _streamed_queries(plan, block, tile),
-        sm_to_l2=_kv_bytes(plan) + d_query * _streamed_rows(plan, block, tile, own_keys=True),
+        l2_to_sm=plan.group * _kv_bytes(plan) + _streamed_queries(plan, block, tile),
+        sm_to_l2=plan.group * _kv_bytes(plan) + d_query * _streamed_rows(plan, block, tile, own_keys=True),
         dram_read=_kv_bytes(plan) + _q_bytes(plan, plan.num_queries) + d_query * plan.num_queries,
-        dram_write=_kv_bytes(plan) + d_query * plan.num_queries,
+        dram_write=plan.group * _kv_bytes(plan) + d_query * plan.num_queries,
     )
 
 
