@@ -59,8 +59,8 @@ def _spills(plan: AttentionPlan, inputs: AttentionInputs) -> bool:
     if plan.head_dim == 64:
         return has_slopes and has_dropout  # 16
     has_ids = plan.has_segments or plan.has_block_mask
-    has_lengths = plan.has_q_lengths or plan.has_kv_lengths
-    if plan.has_segments and (plan.dtype == jnp.float16 or has_lengths):  # 28, 48
+    is_whole = plan.reach == (None, None) and not (plan.has_q_lengths or plan.has_kv_lengths)
+    if plan.has_segments and (plan.dtype == jnp.float16 or not is_whole):  # 28, 24, 48
         return True
     # 200 with dropout; with segment ids and slopes 20, with a bias of queries and a soft cap 48, and so on.
     return has_dropout or sum((has_ids, has_slopes, has_cap, has_bias)) > 1

@@ -83,34 +83,41 @@ class FlashConfig:
 
 
 def default_fused(
-    head_dim: int, num_keys: int, is_causal: bool, is_grouped: bool, features: Collection[str]
+    head_dim: int, num_keys: int, is_causal: bool, group: int, features: Collection[str]
 ) -> FusedConfig | None:
     """The fused backward kernel where it was measured to be the faster one, else None.
 
-    features: those of the call, of bias, block_mask, dropout, lengths, segments, slopes, soft_cap, window.
+    group: query heads of a KV head. features: those of the call, of bias, block_mask, dropout, lengths,
+    segments, slopes, soft_cap, window.
 
-    It pays for sums of dQ in fp32 in global memory, and has few registers left. Its time over that of the
-    two kernels, forward included, on an H200 with 16,384 tokens:
+    It pays for sums of dQ in fp32 in global memory, and for dK and dV of every query head, and has few
+    registers left. Its time over that of the other kernels, forward included, on an H200 with 16,384 tokens:
 
     H = 64: causal 0.99 at T = 1,024 and 0.91 at 4,096, full 0.93 and 0.89, slopes 0.70, dropout 0.84, soft
-    cap 0.90, window 0.98, lengths 0.97, segments 0.98 (1.11 at T = 1,024), groups of 4 0.86, of 8 1.02.
+    cap 0.90, window 0.98, lengths 0.97, segments 0.98 (1.11 at T = 1,024), half of all tiles 0.92, an eighth
+    0.99; groups of 4 and 8 0.95 and 0.96, 1.12 at T = 1,024.
     H = 128: causal 1.06 at T = 1,024, 1.03 at 2,048, 0.99 at 4,096; full 0.98, 0.95, 0.92; T = 512 on
     S = 8,192 0.93; slopes 0.79, soft cap 0.92, block masks 0.88 (all tiles) to 0.99 (an eighth of them);
-    window, lengths and segments 1.01 to 1.02 (1.11 at T = 1,024); groups of 4 1.07, of 8 1.29.
-    Taken to be like these without a measurement: block masks at H = 64, fp16, several features at a time.
+    window, lengths and segments 1.01 to 1.02 (1.11 at T = 1,024); causal groups of 4, 8 and 16 1.02, 0.93 and
+    0.72, of 4 at T = 16,384 0.96, full 0.92; groups of 4 at T = 1,024 1.09 to 1.20.
+    H = 256: causal 0.86 at T = 1,024, 0.79 at 4,096, 0.68 at 16,384, full 0.79, 0.74, 0.69, T = 512 0.95;
+    groups of 4 and 8 0.67 and 0.53; window, dropout, slopes, soft cap, block masks 0.75 to 0.79, lengths
+    0.87, segments 0.76 (0.95 at T = 1,024). H = 192: 0.79.
+    Taken to be like these without a measurement: fp16, several features at a time.
     """
-    if num_keys < 1024 or "bias" in features or (is_grouped and head_dim > 64):
+    if num_keys < (512 if head_dim > 128 else 1024) or "bias" in features:
         return None
-    if "segments" in features and (head_dim > 64 or num_keys < 2048):
+    if head_dim > 128:
+        return FusedConfig(tile_q=64)
+    if num_keys <= 2048 and (group > 1 or "segments" in features):
         return None
     if head_dim <= 64:
         return FusedConfig(tile_q=128)
-    if head_dim > 128:
-        return FusedConfig(tile_q=64)
-    if {"lengths", "window"} & set(features):
+    if {"lengths", "segments", "window"} & set(features):
         return None
     is_rich = bool({"slopes", "soft_cap", "block_mask"} & set(features))
-    return FusedConfig(tile_q=64) if is_rich or not is_causal or num_keys > 2048 else None
+    longest = 4096 if 1 < group < 8 else 2048  # that the other kernels are faster for
+    return FusedConfig(tile_q=64) if is_rich or not is_causal or num_keys > longest else None
 
 
 def default_config(

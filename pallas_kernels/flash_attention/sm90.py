@@ -155,8 +155,8 @@ def _config(inputs: AttentionInputs, spec: AttentionSpec, head_dim: int, value_d
         few=batch * num_heads * math.ceil(num_queries / 64) <= num_multiprocessors(),
         all_visible=not (spec.is_causal or num_keys % 64 or masks),
     )
-    is_grouped = num_heads > num_kv_heads
-    fused = default_fused(max(head_dim, value_dim), num_keys, spec.is_causal, is_grouped, features)
+    group = num_heads // num_kv_heads
+    fused = default_fused(max(head_dim, value_dim), num_keys, spec.is_causal, group, features)
     config = dataclasses.replace(config, fused=fused)
     if head_dim != value_dim:  # the output cannot take the queries' place, but takes that of the next queries
         config = dataclasses.replace(config, q_stages=1)

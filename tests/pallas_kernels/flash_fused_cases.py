@@ -38,7 +38,7 @@ def fused_feature_cases(t=1024, n=4, batch=2):
     # head dim, KV heads, arrays, options
     rows: dict[str, tuple[int, int, dict[str, Any], dict[str, Any]]] = {
         "segments, full": (128, 4, ids, {}),
-        "segments, grouped heads": (128, 1, ids, causal),
+        "segments, grouped heads": (128, 1, ids, {}),
         "window, soft cap, lengths, grouped heads": (128, 1, lengths, causal | window),
         "slopes, lengths": (128, 4, slopes | lengths, causal),
         "block mask, grouped heads": (128, 1, blocks, {}),
