@@ -29,6 +29,7 @@ __all__ = [
     "deinterleave",
     "div",
     "draw",
+    "fresh_iota",
     "load_codes_transposed",
     "load_columns",
     "load_rows",
@@ -41,6 +42,7 @@ __all__ = [
     "row_iota",
     "specialize",
     "store_deinterleaved",
+    "store_rows",
     "swizzle_bytes",
     "swizzled_smem",
     "traced",
@@ -51,7 +53,7 @@ SMEM_BYTES = 232_448  # what one thread block may use on sm_90
 REDUCTION_SIZE = 512  # fp32 numbers that a reduction across warps puts into shared memory at a time
 TMA_ALIGNMENT = 128  # bytes, of a TMA copy's end in shared memory
 REGISTERS = {1: None, 2: (240, 24), 3: (160, 32)}  # of compute and loading warpgroups; they share 65,536
-WITH_CONVERT = {1: (256, 104, 144), 2: (200, 40, 72)}  # and of one that converts
+WITH_CONVERT = {1: (256, 104, 144), 2: (192, 40, 88)}  # and of one that converts
 
 # Bytes (0, 2) and (1, 3) of $2 as two fp16 each. int8: the byte + 128 is the mantissa of 1024 + 128 + code.
 INT8_TO_FP16 = """{
@@ -136,6 +138,38 @@ def row_full(rows: int, value: float) -> jax.Array:
 def row_iota(rows: int) -> jax.Array:
     """The row indices of a wgmma accumulator."""
     return plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
+
+
+def fresh_iota(size: int, axis: int) -> jax.Array:
+    """The row (axis 0) or column (axis 1) indices of a wgmma accumulator, found anew wherever they are asked
+    for: what follows from those of broadcasted_iota is kept in registers, through all loops around.
+    """
+    kept = fragmented_array.WGMMA_LAYOUT.reduce((1 - axis,))
+    result = plgpu.ShapeDtypeStruct((size,), jnp.int32, layout=plgpu.Layout.WGMMA.reduce(1 - axis))
+    width = 1 if axis == 0 else 2  # of a register
+
+    @plgpu.inline_mgpu(return_type=result)
+    def iota(_):
+        i32 = ir.IntegerType.get_signless(32)
+
+        def constant(x):
+            return arith.constant(i32, x)
+
+        thread = _fresh_thread()
+        lane = arith.andi(thread, constant(31))
+        if axis == 0:
+            warp = arith.andi(arith.shrui(thread, constant(5)), constant(3))
+            first = arith.addi(arith.muli(warp, constant(16)), arith.shrui(lane, constant(2)))
+            places = [64 * block + 8 * half for block in range(size // 64) for half in range(2)]
+        else:
+            first = arith.muli(arith.andi(lane, constant(3)), constant(2))
+            places = range(0, size, 8)
+        vectors = [[arith.addi(first, constant(place + i)) for i in range(width)] for place in places]
+        registers = [vector.from_elements(ir.VectorType.get((width,), i32), x) for x in vectors]
+        registers = np.array(registers, dtype=object).reshape(kept.registers_shape((size,)))
+        return fragmented_array.FragmentedArray(_registers=registers, _layout=kept, _is_signed=True)
+
+    return iota()
 
 
 def load_rows(ref: Any) -> jax.Array:
@@ -266,6 +300,38 @@ def store_deinterleaved(ref: Any, x: jax.Array) -> None:
             vector.store(vector.from_elements(pair_type, values), target, place)
 
     store(ref, x.astype(ref.dtype))
+
+
+def store_rows(ref: Any, x: jax.Array, row: jax.Array) -> None:
+    """ref[row[i]] = x[i] for a wgmma accumulator x [64, columns], where row[i] >= 0; ref [..., columns] in
+    global memory, whose rows count over all dims before the last.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)))
+    def store(_, target, array, indices):
+        i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+        lane = arith.andi(_fresh_thread(), arith.constant(i32, 3))
+        itemsize = mgpu_utils.bitwidth(array.mlir_dtype) // 8
+        base = llvm.ptrtoint(i64, mgpu_utils.memref_ptr(target))
+        base = arith.addi(base, arith.extui(i64, arith.muli(lane, arith.constant(i32, 2 * itemsize))))
+        registers = array.registers.reshape(array.shape[1] // 8, 2)
+        for half in range(2):
+            index = _extract(indices.registers.flat[half], 0)
+            is_kept = arith.cmpi(arith.CmpIPredicate.sge, index, arith.constant(i32, 0))
+            row_bytes = arith.constant(i64, array.shape[1] * itemsize)
+            place = arith.addi(base, arith.muli(arith.extsi(i64, index), row_bytes))
+            for octet, register in enumerate(registers[:, half]):
+                ptx = f"st.global.b32 [$0 + {8 * octet * itemsize}], $1;"
+                word = mgpu_utils.bitcast(register, i32)
+                mgpu_utils.inline_ptx(ptx, place, word, predicate=is_kept, has_side_effects=True)
+
+    store(ref, x.astype(ref.dtype), row)
+
+
+def _fresh_thread() -> Any:
+    """The thread's index, asked for anew: what follows from it is not kept in registers."""
+    i32 = ir.IntegerType.get_signless(32)
+    return mgpu_utils.inline_ptx("mov.u32 $0, %tid.x;", result_types=i32, has_side_effects=True)
 
 
 def _extract(register: Any, place: int) -> Any:

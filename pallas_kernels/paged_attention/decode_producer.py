@@ -7,9 +7,9 @@ from jax import lax
 
 from pallas_kernels.mosaic import div, pl, plgpu
 from pallas_kernels.paged_attention.decode_plan import BUFFERS, MAX_BOX, Inputs, Plan, Queries, Tiles
+from pallas_kernels.paged_attention.page_tiles import copy_by_warps
 from pallas_kernels.paged_attention.units import Schedule, Unit, drain, for_each_unit
 
-WARPS = 4  # of a warpgroup
 COPIES = 8  # whose page ids are in registers together
 
 
@@ -129,23 +129,6 @@ def fetch_tile(plan: Plan, pages, scale, tiles: Tiles, buffer, unit: Unit, count
         page_ids = [page_id(plan, tiles.ids.at[buffer], unit, token, place) for place in places]
         copy = functools.partial(copy_page, plan, pages, scale, tiles, slot, unit, token)
         copy_by_warps(copy, list(zip(places, page_ids, strict=True)))
-
-
-def copy_by_warps(copy, arguments):
-    """Calls copy for each of the arguments; one thread starts a copy every 100 cycles or so: four share."""
-    if len(arguments) < WARPS:
-        for each in arguments:
-            copy(*each)
-        return
-
-    @plgpu.warp_map
-    def _(warp):
-        for i in range(WARPS):
-
-            @pl.when(warp == i)
-            def _(i=i):
-                for each in arguments[i::WARPS]:
-                    copy(*each)
 
 
 def wait_until_empty(plan: Plan, tiles: Tiles, slot, index):

@@ -1,4 +1,5 @@
-"""Tiles of pages in shared memory: codes widened to what wgmma multiplies, values that nobody sees zeroed."""
+"""Tiles of pages in shared memory: copied by all warps, codes widened to what wgmma multiplies, values that
+nobody sees zeroed."""
 
 import functools
 import itertools
@@ -10,6 +11,24 @@ import jax.numpy as jnp
 from pallas_kernels.mosaic import pl, plgpu, swizzle_bytes
 
 ROWS = 64  # of wgmma's layouts
+WARPS = 4  # of a warpgroup
+
+
+def copy_by_warps(copy, arguments):
+    """Calls copy for each of the arguments; one thread starts a copy every 100 cycles or so: four share."""
+    if len(arguments) < WARPS:
+        for each in arguments:
+            copy(*each)
+        return
+
+    @plgpu.warp_map
+    def _(warp):
+        for i in range(WARPS):
+
+            @pl.when(warp == i)
+            def _(i=i):
+                for each in arguments[i::WARPS]:
+                    copy(*each)
 
 
 def load_wide(codes_ref: Any, dtype: Any) -> jax.Array:

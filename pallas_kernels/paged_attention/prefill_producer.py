@@ -1,4 +1,4 @@
-"""The producer warpgroups of paged prefill: queries and pages to shared memory, and codes to 16 bits."""
+"""The producer warpgroups of paged prefill: what a unit needs to shared memory, and codes to 16 bits."""
 
 import functools
 import itertools
@@ -7,113 +7,168 @@ import math
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import div, load_columns, pl, plgpu
-from pallas_kernels.paged_attention.page_tiles import widen, zero_invisible
+from pallas_kernels.mosaic import div, draw, load_columns, opaque, pl, plgpu
+from pallas_kernels.paged_attention.page_tiles import copy_by_warps, widen, zero_invisible
 from pallas_kernels.paged_attention.prefill_config import OCTET, WARPGROUP_ROWS
 from pallas_kernels.paged_attention.prefill_plan import (
     Inputs,
     PrefillPlan,
     Ring,
     Scratch,
-    Work,
+    buffer_of,
     octet_at,
-    visible_keys,
 )
+from pallas_kernels.paged_attention.prefill_units import RECORD, RECORDS, Work, for_each_unit, slot_of
+from pallas_kernels.paged_attention.prefill_work import visible_keys
 from pallas_kernels.paged_attention.units import drain
 
-RECORD = len(Work._fields)
-ID_REGISTERS = 8  # page ids that the loading warpgroup's few registers hold
 WIDE_COLUMNS = 128  # that the widening warpgroup's registers hold of 64 rows
 
 
-def stream_unit(plan: PrefillPlan, item, kv_head, inputs: Inputs, scratch: Scratch):
-    """The loading warpgroup: a unit's record and queries, then tile after tile of K and V."""
-    record = inputs.items.at[pl.ds(pl.multiple_of(item * RECORD, RECORD), RECORD)]
-    plgpu.copy_gmem_to_smem(record, scratch.work, scratch.work_full)
-    plgpu.barrier_wait(scratch.work_full)
-    work = scratch.read_work()
-    pl.when(work.tile_start < work.tile_stop)(lambda: load_queries(plan, inputs, scratch, work, kv_head))
-    rings = scratch.k_codes or scratch.k, scratch.v_codes or scratch.v
-    load = functools.partial(load_tile, plan, inputs, inputs.layer[0], rings, work, kv_head)
-    num_tiles = work.tile_stop - work.tile_start
-    lax.fori_loop(0, num_tiles, load, None)
-    for ring in rings:
-        drain(ring.empty, plan.config.stages, num_tiles)
+def load_units(plan: PrefillPlan, inputs: Inputs, scratch: Scratch):
+    """The loading warpgroup: records a unit ahead, queries, and tile after tile of K and V."""
+    program = lax.axis_index("program")
+    load_record(inputs, scratch, jnp.int32(0), program)
+
+    def load(turn, carry):
+        unit, position = carry
+        unit = next_unit(plan, inputs, scratch, turn + 1, unit)
+        load_record(inputs, scratch, turn + 1, unit)
+        return unit, load_unit(plan, inputs, scratch, turn, position)
+
+    turns, (_, position) = for_each_unit(scratch.records, load, (program, jnp.int32(0)))
+    for ring in (scratch.k_codes or scratch.k, scratch.v_codes or scratch.v):
+        drain(ring.empty, plan.config.stages, position)
+    drain(scratch.records.empty, RECORDS, turns + 1)
+    for turn, warpgroup in itertools.product(range(plan.query_buffers), range(plan.config.warpgroups)):
+        wait_for_buffer(plan, scratch, turns + turn, warpgroup)
 
 
-def load_queries(plan: PrefillPlan, inputs: Inputs, scratch: Scratch, work: Work, kv_head):
+def next_unit(plan: PrefillPlan, inputs: Inputs, scratch: Scratch, turn, unit):
+    """The unit of a turn: what is drawn, from behind the first unit of every program."""
+    if inputs.counter is None:
+        return unit + plan.num_programs
+    slot = slot_of(turn)
+    draw(inputs.counter, scratch.records.drawn.at[pl.ds(slot, 1)], plan.num_programs, unit)
+    return scratch.records.drawn[slot]
+
+
+def load_record(inputs: Inputs, scratch: Scratch, turn, unit):
+    """Starts the copy of a unit's record; beyond the last unit it is of no work."""
+    records, slot = scratch.records, slot_of(turn)
+    pl.when(turn >= RECORDS)(lambda: plgpu.barrier_wait(records.empty.at[slot]))
+    unit = jnp.minimum(unit, div(inputs.units.shape[0], RECORD) - 1)
+    source = inputs.units.at[pl.ds(pl.multiple_of(unit * RECORD, 4), RECORD)]
+    mode = plgpu.OOBFillMode.PROMISE_IN_BOUNDS  # not a tensor copy, so that records may lie close together
+    plgpu.copy_gmem_to_smem(source, records.fields.at[slot], records.full.at[slot], oob_mode=mode)
+
+
+def load_unit(plan: PrefillPlan, inputs: Inputs, scratch: Scratch, turn, position):
+    """Starts the copies of a unit's queries, and of its tiles of K and V as slots become empty."""
+    k, v = scratch.k_codes or scratch.k, scratch.v_codes or scratch.v
+    num_tiles = scratch.records.read(turn).num_tiles
+
+    def load(ring, pages, scale, index):
+        work = scratch.records.read(opaque(turn))  # again: registers are few
+        load_tile(plan, inputs, pages, scale, ring, work, index, position + index)
+
+    load_keys = functools.partial(load, k, inputs.k_pages, inputs.k_scale)
+
+    def load_values(index, _):
+        load(v, inputs.v_pages, inputs.v_scale, index)
+        pl.when(index + 1 < num_tiles)(lambda: load_keys(index + 1))
+
+    # The first keys come before the queries, which may wait for other results to leave.
+    pl.when(num_tiles > 0)(lambda: load_keys(0))
+    load_queries(plan, inputs, scratch, turn)
+    lax.fori_loop(0, num_tiles, load_values, None)
+    return position + num_tiles
+
+
+def load_queries(plan: PrefillPlan, inputs: Inputs, scratch: Scratch, turn):
     """Starts the copies of a tile's queries, every warpgroup's rows; rows of no head take the last head's."""
-    queries, rows = scratch.rows[0], plan.run * OCTET
+    work, rows = scratch.records.read(opaque(turn)), plan.run * OCTET
     for warpgroup in range(plan.config.warpgroups):
+        buffer = buffer_of(plan, turn, warpgroup)
+        wait_for_buffer(plan, scratch, turn, warpgroup)
+
+        def copy(octet, token, head, buffer=buffer):
+            target = scratch.rows[0].at[buffer, pl.ds(octet * OCTET, rows)]
+            source = inputs.query.at[pl.ds(token, rows), head]
+            plgpu.copy_gmem_to_smem(source, target, scratch.query_full.at[buffer])
+
+        copies = []
         for octet in range(0, WARPGROUP_ROWS // OCTET, plan.run):
             head, token = octet_at(plan, warpgroup, octet)
-            head = kv_head * plan.group + jnp.minimum(head, plan.group - 1)
-            source = pl.ds(pl.multiple_of(work.token + token, OCTET), rows)
-            target = queries.at[warpgroup, pl.ds(octet * OCTET, rows)]
-            plgpu.copy_gmem_to_smem(inputs.query.at[source, head], target, scratch.query_full.at[warpgroup])
+            head = work.kv_head * plan.group + jnp.minimum(head, plan.group - 1)
+            copies.append((octet, pl.multiple_of(work.token + token, OCTET), head))
+        copy_by_warps(copy, copies)
 
 
-def load_tile(plan: PrefillPlan, inputs: Inputs, layer, rings, work: Work, head, index, _):
-    """Starts the copies of a tile's pages, one a page; beyond the last page the last one is taken again."""
-    slot = lax.rem(index, jnp.int32(plan.config.stages))
-    token = (work.tile_start + index) * plan.config.tile_kv
-    last_column = div(work.kv_length - 1, plan.page_size)
-    sources = (inputs.k_pages, inputs.k_scale), (inputs.v_pages, inputs.v_scale)
-    for lot in itertools.batched(range(plan.num_copies), ID_REGISTERS):
-        page_ids = []  # all before the first copy: their latencies overlap
-        for copy in lot:
-            column = jnp.minimum(div(token + copy * plan.copy_rows, plan.page_size), last_column)
-            page = inputs.tables[work.row * plan.table_width + column]
-            page_ids.append(jnp.clip(page, 0, plan.num_pages - 1))
-        for (pages, scale), ring in zip(sources, rings, strict=True):
-            if lot[0] == 0:
-                pl.when(index >= plan.config.stages)(
-                    functools.partial(plgpu.barrier_wait, ring.empty.at[slot])
-                )
-            for copy, page in zip(lot, page_ids, strict=True):
-                place = layer, page, head
-                scales = None if scale is None else scale.at[place]
-                copy_page(plan, pages.at[place], scales, ring, slot, token, copy)
+def wait_for_buffer(plan: PrefillPlan, scratch: Scratch, turn, warpgroup: int):
+    """Waits until the buffer of a warpgroup's queries of this turn is empty."""
+    buffer = buffer_of(plan, turn, warpgroup)
+    pl.when(turn >= plan.query_buffers)(lambda: plgpu.barrier_wait(scratch.query_empty.at[buffer]))
 
 
-def copy_page(plan: PrefillPlan, page, scale, ring: Ring, slot, token, copy: int):
-    """Starts the copy of a page, or of the part of it that is in the tile, and of its scales."""
-    source = pl.ds(0, plan.copy_rows)
+def load_tile(plan: PrefillPlan, inputs: Inputs, pages, scale, ring: Ring, work: Work, index, position):
+    """Starts the copies of a tile's pages into its slot, when the slot's last users have left it."""
+    slot = lax.rem(position, jnp.int32(plan.config.stages))
+    pl.when(position >= plan.config.stages)(lambda: plgpu.barrier_wait(ring.empty.at[slot]))
+    token, layer = (work.tile_start + index) * plan.config.tile_kv, inputs.layer[0]
+
+    def copy(place):
+        source = find_page(plan, inputs, work, token, place, layer)
+        rows = pl.ds(place * plan.copy_rows, plan.copy_rows)
+        plgpu.copy_gmem_to_smem(pages.at[source], ring.smem.at[slot, rows], ring.full.at[slot])
+        if scale is not None:
+            mode = plgpu.OOBFillMode.PROMISE_IN_BOUNDS  # not a tensor copy, so that 32 bytes may lie anywhere
+            target = ring.scale.at[slot, rows]
+            plgpu.copy_gmem_to_smem(scale.at[source], target, ring.full.at[slot], oob_mode=mode)
+
+    copy_by_warps(copy, [(place,) for place in range(plan.num_copies)])
+
+
+def find_page(plan: PrefillPlan, inputs: Inputs, work: Work, token, place: int, layer):
+    """Where the tokens of a tile's copy lie: in a page, or in the part of it that is in the tile; beyond the
+    last page the last one is taken again."""
+    column = div(token + place * plan.copy_rows, plan.page_size)
+    column = jnp.minimum(column, div(work.kv_length - 1, plan.page_size))
+    page = inputs.tables[work.row * plan.table_width + column]
+    rows = pl.ds(0, plan.copy_rows)
     if plan.page_size > plan.copy_rows:
         offset = lax.rem(token, jnp.int32(plan.page_size))
-        source = pl.ds(pl.multiple_of(offset, plan.copy_rows), plan.copy_rows)
-    rows = pl.ds(copy * plan.copy_rows, plan.copy_rows)
-    plgpu.copy_gmem_to_smem(page.at[source], ring.smem.at[slot, rows], ring.full.at[slot])
-    if scale is not None:
-        mode = plgpu.OOBFillMode.PROMISE_IN_BOUNDS  # not a tensor copy, so that 32 bytes may lie anywhere
-        target = ring.scale.at[slot, rows]
-        plgpu.copy_gmem_to_smem(scale.at[source], target, ring.full.at[slot], oob_mode=mode)
+        rows = pl.ds(pl.multiple_of(offset, plan.copy_rows), plan.copy_rows)
+    return layer, jnp.clip(page, 0, plan.num_pages - 1), work.kv_head, rows
 
 
-def widen_unit(plan: PrefillPlan, scratch: Scratch):
+def widen_units(plan: PrefillPlan, scratch: Scratch):
     """The widening warpgroup of quantized pages: makes what wgmma reads of the codes that were copied."""
-    plgpu.barrier_wait(scratch.work_full)
-    work = scratch.read_work()
-    num_tiles = work.tile_stop - work.tile_start
     assert scratch.k_codes is not None
     assert scratch.v_codes is not None
     k, v = (scratch.k_codes, scratch.k), (scratch.v_codes, scratch.v)
 
-    def widen_tiles(index, _):
-        widen_tile(plan, work, *k, index)
-        widen_tile(plan, work, *v, index)
+    def widen_unit(turn, position):
+        work = scratch.records.read(turn)
 
-    lax.fori_loop(0, num_tiles, widen_tiles, None)
+        def widen_tiles(index, _):
+            widen_tile(plan, work, *k, index, position + index)
+            widen_tile(plan, work, *v, index, position + index)
+
+        lax.fori_loop(0, work.num_tiles, widen_tiles, None)
+        return position + work.num_tiles
+
+    _, position = for_each_unit(scratch.records, widen_unit, jnp.int32(0))
     for ring in (scratch.k, scratch.v):
-        drain(ring.empty, plan.slots, num_tiles)
+        drain(ring.empty, plan.slots, position)
 
 
-def widen_tile(plan: PrefillPlan, work: Work, codes: Ring, wide: Ring, index):
+def widen_tile(plan: PrefillPlan, work: Work, codes: Ring, wide: Ring, index, position):
     """One tile of K or V: what no query sees, NaN as it may be, becomes zero."""
     tile_kv = plan.config.tile_kv
-    source, slot = (lax.rem(index, jnp.int32(size)) for size in (plan.config.stages, plan.slots))
+    source, slot = (lax.rem(position, jnp.int32(size)) for size in (plan.config.stages, plan.slots))
     plgpu.barrier_wait(codes.full.at[source])
-    pl.when(index >= plan.slots)(lambda: plgpu.barrier_wait(wide.empty.at[slot]))
+    pl.when(position >= plan.slots)(lambda: plgpu.barrier_wait(wide.empty.at[slot]))
     first_key = (work.tile_start + index) * tile_kv
     first, stop = visible_keys(plan, work)
     key = plgpu.broadcasted_iota(jnp.int32, (tile_kv,), 0, layout=plgpu.Layout.WGMMA.reduce(0)) + first_key

@@ -2,13 +2,16 @@
 
 The forward pass of FlashAttention-3 (warp specialization, section 3.1), where a tile of queries is a work
 item computed from the batch: (row, tokens, KV tiles). A tile holds tokens x query heads of one KV head, so
-that a row of few tokens still fills the 64 rows of a wgmma, and each K and V tile serves the whole group. A
-thread block is a unit of work (item, KV head); the loading warpgroup issues one TMA copy a page, the page ids
-read from the block table.
+that a row of few tokens still fills the 64 rows of a wgmma, and each K and V tile serves the whole group.
+
+Programs are persistent, one a multiprocessor, and draw units of work (item, KV head), heavy ones first. The
+loading warpgroup runs ahead of the others over the borders of units: it draws a unit, and copies its record
+to shared memory, while it loads the unit before; it issues one TMA copy a page, shared by its warps, the page
+ids read from the block table. Nothing waits for the first loads of a unit, or for the last stores of another.
 
 TMA moves eights of tokens. So tiles start at multiples of eight tokens of the batch, wherever rows start:
-tokens of other rows are computed and dropped. A tile that is all its row's leaves by TMA as it lies in the
-swizzled memory; any other goes row by row.
+tokens of other rows are computed and dropped. A tile of its row's tokens alone leaves by TMA as it lies in
+swizzled memory, through the buffer of its queries; any other goes from registers, row by row.
 
 Quantized pages come as codes, and a warpgroup of their own widens them to bf16, which holds them exactly:
 once for all compute warpgroups, whose wgmmas read both K and V from shared memory. The scale of a slot is a
@@ -21,18 +24,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import div, pl, plgpu, specialize
+from pallas_kernels.mosaic import plgpu, specialize
 from pallas_kernels.paged_attention.prefill_config import WARPGROUP_ROWS
-from pallas_kernels.paged_attention.prefill_consumer import attend_unit
+from pallas_kernels.paged_attention.prefill_consumer import attend_units
 from pallas_kernels.paged_attention.prefill_plan import (
     Inputs,
     Outputs,
     PrefillPlan,
-    WorkList,
     per_row,
     scratch_types,
 )
-from pallas_kernels.paged_attention.prefill_producer import stream_unit, widen_unit
+from pallas_kernels.paged_attention.prefill_producer import load_units, widen_units
+from pallas_kernels.paged_attention.prefill_work import WorkList
 from pallas_kernels.paged_attention.spec import PagedInputs
 
 
@@ -48,12 +51,13 @@ def launch(plan: PrefillPlan, inputs: PagedInputs, work: WorkList) -> Outputs:
     kernel = plgpu.kernel(
         functools.partial(_kernel, plan, [name for name, x in operands._asdict().items() if x is not None]),
         out_type=[out, jax.ShapeDtypeStruct(unit_rows, jnp.float32)],
-        grid=(plan.max_items * plan.num_kv_heads,),
-        grid_names=("unit",),
+        grid=(plan.num_programs,),
+        grid_names=("program",),
         num_threads=config.warpgroups + 1 + plan.is_quantized,
         thread_name="warpgroup",
         scratch_types=[scratch_types(plan)],
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        # Rows are reduced within four lanes, and need no shared memory.
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         kernel_name="paged_prefill",
     )
     return Outputs(*kernel(*[x for x in operands if x is not None]))
@@ -66,27 +70,23 @@ def operands_of(plan: PrefillPlan, inputs: PagedInputs, work: WorkList) -> Input
         v_pages=inputs.v_pages,
         tables=inputs.block_tables.astype(jnp.int32).reshape(-1),
         layer=inputs.layer[None],
-        items=work.items.reshape(-1),
-        num_items=work.num_items,
+        units=work.units.reshape(-1),
         k_scale=inputs.k_scale,
         v_scale=inputs.v_scale,
         sinks=per_row(plan, inputs.sinks) if plan.joins_sinks else None,
         slopes=per_row(plan, inputs.alibi_slopes),
+        counter=jax.new_ref(jnp.zeros(1, jnp.int32)) if plan.draws else None,
     )
 
 
 def _kernel(plan: PrefillPlan, names, *refs):
     refs, outputs, scratch = refs[:-3], Outputs(*refs[-3:-1]), refs[-1]
     inputs = Inputs(**dict.fromkeys(Inputs._fields) | dict(zip(names, refs, strict=True)))
-    warpgroup, unit = lax.axis_index("warpgroup"), lax.axis_index("unit")
-    item, kv_head = div(unit, plan.num_kv_heads), lax.rem(unit, jnp.int32(plan.num_kv_heads))
-
-    @pl.when(item < inputs.num_items[0])
-    def _():
-        specialize(
-            plan.config.warpgroups,
-            warpgroup,
-            compute=lambda: attend_unit(plan, warpgroup, item, kv_head, inputs, outputs, scratch),
-            load=lambda: stream_unit(plan, item, kv_head, inputs, scratch),
-            convert=(lambda: widen_unit(plan, scratch)) if plan.is_quantized else None,
-        )
+    warpgroup = lax.axis_index("warpgroup")
+    specialize(
+        plan.config.warpgroups,
+        warpgroup,
+        compute=lambda: attend_units(plan, warpgroup, inputs, outputs, scratch),
+        load=lambda: load_units(plan, inputs, scratch),
+        convert=(lambda: widen_units(plan, scratch)) if plan.is_quantized else None,
+    )

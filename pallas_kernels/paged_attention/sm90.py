@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from pallas_kernels.paged_attention import decode_plan, decode_sm90, prefill_plan, prefill_sm90
 from pallas_kernels.paged_attention.combine_sm90 import Cut, Shared, combine_parts
 from pallas_kernels.paged_attention.prefill_config import OCTET
-from pallas_kernels.paged_attention.prefill_plan import Outputs, PrefillPlan, WorkList
+from pallas_kernels.paged_attention.prefill_plan import Outputs, PrefillPlan
+from pallas_kernels.paged_attention.prefill_work import WorkList, plan_work
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 
 
@@ -88,7 +89,7 @@ def _launch_prefill(
     skip = jnp.zeros(inputs.kv_lengths.shape, bool) if skip is None else skip
     inputs = inputs._replace(query=jnp.pad(inputs.query, ((0, -num_tokens % OCTET), (0, 0), (0, 0))))
     plan = prefill_plan.make_plan(inputs, spec, keeps_parts)
-    work = prefill_plan.plan_work(plan, inputs.query_start, inputs.kv_lengths, skip)
+    work = plan_work(plan, inputs.query_start, inputs.kv_lengths, skip)
     return plan, work, prefill_sm90.launch(plan, inputs, work)
 
 

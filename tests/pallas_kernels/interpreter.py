@@ -37,7 +37,14 @@ from jax._src.state import types as state_types
 
 from pallas_kernels.flash_attention import items, mapped
 from pallas_kernels.mosaic import TMA_ALIGNMENT, deinterleave, pl, plgpu
-from pallas_kernels.paged_attention import decode_codes, decode_consumer, decode_tile, units
+from pallas_kernels.paged_attention import (
+    decode_codes,
+    decode_consumer,
+    decode_tile,
+    prefill_consumer,
+    prefill_producer,
+    units,
+)
 
 Interpreter = jaxpr_interpret.JaxprInterpreter
 
@@ -109,7 +116,9 @@ def _plain_terms():
         "reduce_rows": (_reduce_rows, decode_consumer, decode_tile),
         "store_deinterleaved": (_store_deinterleaved, decode_consumer),
         "load_codes_transposed": (_load_codes_transposed, decode_codes),
-        "draw": (_draw, units, items),
+        "draw": (_draw, units, items, prefill_producer),
+        "fresh_iota": (_iota, prefill_consumer),
+        "store_rows": (_store_rows, prefill_consumer),
     }
     with contextlib.ExitStack() as stack:
         for name, (ours, *modules) in places.items():
@@ -134,6 +143,19 @@ def _load_codes_transposed(codes, first):
 
 def _store_deinterleaved(ref, x):
     ref[...] = deinterleave(x).T.astype(ref.dtype)
+
+
+def _iota(size, axis):
+    return jnp.arange(size, dtype=jnp.int32)
+
+
+def _store_rows(ref, x, row):
+    for i in range(x.shape[0]):
+
+        @pl.when(row[i] >= 0)
+        def _(i=i):
+            place = jnp.unravel_index(row[i], ref.shape[:-1])
+            ref[*place] = x[i].astype(ref.dtype)
 
 
 def _check_alignment(key, transforms):

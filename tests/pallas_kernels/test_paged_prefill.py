@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from pallas_kernels import PrefillConfig, paged_attention
 from pallas_kernels.paged_attention import decode_plan, sm90
 from pallas_kernels.paged_attention.prefill_config import default_config
-from pallas_kernels.paged_attention.prefill_plan import PrefillPlan, Work, plan_work, unsupported
+from pallas_kernels.paged_attention.prefill_plan import PrefillPlan, unsupported
+from pallas_kernels.paged_attention.prefill_units import NO_WORK, Work
+from pallas_kernels.paged_attention.prefill_work import plan_work
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 from tests.pallas_kernels.paged_inputs import make_case
 
@@ -114,8 +116,11 @@ def test_every_token_sees_its_keys_in_one_item(data, group, config, is_causal):
     skip = queries == 1
     plan = make_plan(tokens, 3, group, 40, config, is_causal, window)
     work = jax.tree.map(np.asarray, plan_work(plan, jnp.asarray(starts), jnp.asarray(lengths), skip))
-    items = [Work(*row) for row in work.items[: work.num_items[0]]]
-    assert len(items) <= plan.max_items
+    units = [Work(*row[: len(Work._fields)]) for row in work.units if row[0] != NO_WORK]
+    assert [(unit.item, unit.kv_head) for unit in units] == [divmod(i, 2) for i in range(len(units))]
+    assert len(units) <= plan.max_units
+    assert work.units[len(units), 0] == NO_WORK
+    items = units[::2]
     for token in range(tokens):
         row = int(np.searchsorted(starts, token, side="right")) - 1
         is_dead = not 0 <= row < 3

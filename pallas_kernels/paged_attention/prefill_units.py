@@ -1,0 +1,85 @@
+"""Units of paged prefill: what one is, and how the warpgroups of a program go through its units together."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.mosaic import plgpu
+
+NO_WORK = -1  # the row of a record that is no unit: behind it there are only such
+RECORD = 12  # numbers in the record of a unit, in multiples of 16 bytes, as TMA copies them
+RECORDS = 4  # of the unit that is computed, of the next, whose tiles are loaded, of one more, and of the last
+
+
+class Work(NamedTuple):
+    """A unit of work: a query tile of a row, the KV tiles it takes, and a KV head. Tokens count over the
+    whole batch."""
+
+    row: Any  # of the block tables
+    token: Any  # the tile's first token, a multiple of OCTET
+    first: Any  # the row's tokens of the tile: first <= token < stop
+    stop: Any
+    offset: Any  # token t stands at position t + offset
+    kv_length: Any
+    tile_start: Any  # KV tiles [tile_start, tile_stop)
+    tile_stop: Any
+    item: Any  # place in the list of items, each of which is a unit for every KV head
+    kv_head: Any
+
+    @property
+    def num_tiles(self) -> Any:
+        return self.tile_stop - self.tile_start
+
+
+class Records(NamedTuple):
+    """A ring of records in shared memory: the loading warpgroup fills it, every warpgroup reads it."""
+
+    fields: Any  # i32[RECORDS, RECORD]
+    full: Any
+    empty: Any
+    drawn: Any  # i32[RECORDS]: what the loading warpgroup drew
+
+    @classmethod
+    def types(cls, num_warpgroups: int) -> "Records":
+        return cls(
+            fields=plgpu.SMEM((RECORDS, RECORD), jnp.int32),
+            full=plgpu.Barrier(num_barriers=RECORDS),
+            empty=plgpu.Barrier(num_barriers=RECORDS, num_arrivals=num_warpgroups),
+            drawn=plgpu.SMEM((RECORDS,), jnp.int32),
+        )
+
+    def read(self, turn) -> Work:
+        slot = slot_of(turn)
+        return Work(*(self.fields[slot, field] for field in range(len(Work._fields))))
+
+    def wait(self, turn):
+        """Waits for a record, and returns its row."""
+        plgpu.barrier_wait(self.full.at[slot_of(turn)])
+        return self.fields[slot_of(turn), 0]
+
+    def release(self, turn) -> None:
+        plgpu.commit_smem()  # all fields are read before a copy overwrites them
+        plgpu.barrier_arrive(self.empty.at[slot_of(turn)])
+
+
+def slot_of(turn):
+    return lax.rem(turn, jnp.int32(RECORDS))
+
+
+def for_each_unit(records: Records, visit, carry):
+    """Calls carry = visit(turn, carry) for this program's units, as their records come; returns how many
+    there were, and the last carry."""
+
+    def step(state):
+        turn, _, carry = state
+        carry = visit(turn, carry)
+        records.release(turn)
+        return turn + 1, records.wait(turn + 1), carry
+
+    zero = jnp.int32(0)
+    turns, _, carry = lax.while_loop(
+        lambda state: state[1] != NO_WORK, step, (zero, records.wait(zero), carry)
+    )
+    records.release(turns)
+    return turns, carry

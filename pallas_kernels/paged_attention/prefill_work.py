@@ -1,0 +1,136 @@
+"""The list of work of paged prefill, computed from the batch, and what of the keys its units see."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.flash_attention.tiles import KvTiles
+from pallas_kernels.mosaic import ceil_div, div
+from pallas_kernels.paged_attention.prefill_config import MIN_SPLIT_TILES, OCTET, WARPGROUP_ROWS
+from pallas_kernels.paged_attention.prefill_plan import PrefillPlan
+from pallas_kernels.paged_attention.prefill_units import NO_WORK, RECORD, Work
+
+
+class WorkList(NamedTuple):
+    """The units of a launch, and where each token's result lies."""
+
+    units: jax.Array  # i32[max_units + 1, RECORD]: Work, of each item its KV heads; then NO_WORK
+    first_item: jax.Array  # i32[tokens]: of each token's tile; its splits follow
+    num_splits: jax.Array  # i32[tokens]; 0: no item holds the token
+    place: jax.Array  # i32[tokens]: the token's place in its tile
+
+
+class Segments(NamedTuple):
+    """Rows as the work list sees them, and two more: the tokens before the first row and after the last."""
+
+    start: jax.Array
+    stop: jax.Array
+    kv_length: jax.Array
+    first_tile: jax.Array  # the token at which the first query tile begins
+    num_tiles: jax.Array
+    num_splits: jax.Array
+    first_item: jax.Array
+
+
+def plan_work(plan: PrefillPlan, query_start, kv_lengths, skip) -> WorkList:
+    """Lists the query tiles of all rows but those to skip (bool[R]): long rows first, late tiles first.
+
+    Dense comparisons instead of a sort and searches: a few thousand of them are cheaper than the launches of
+    their kernels. Later tiles of a causal row see more keys; rows stay together, for the L2 cache.
+    """
+    segments = _segments(plan, query_start, kv_lengths, skip)
+    num_items = segments.num_tiles * segments.num_splits
+    item = jnp.arange(plan.max_items)[:, None]
+    is_own = (segments.first_item <= item) & (item < segments.first_item + num_items)
+    segment = jnp.argmax(is_own, axis=1)
+    own = Segments(*(field[segment] for field in segments))
+    index = item[:, 0] - own.first_item
+    tile = own.num_tiles - 1 - index // own.num_splits
+    work = _cut(plan, segment, own, own.first_tile + tile * plan.tile_q, index % own.num_splits)
+    row = jnp.where(is_own.any(axis=1), work.row, NO_WORK)
+
+    token = jnp.arange(plan.num_tokens)[:, None]
+    segment = jnp.argmax((segments.start <= token) & (token < segments.stop), axis=1)
+    own = Segments(*(field[segment] for field in segments))
+    distance = token[:, 0] - own.first_tile
+    tile = own.num_tiles - 1 - distance // plan.tile_q
+    return WorkList(
+        units=_records(plan, work._replace(row=row)),
+        first_item=own.first_item + tile * own.num_splits,
+        num_splits=jnp.where(own.num_tiles > 0, own.num_splits, 0),
+        place=distance % plan.tile_q,
+    )
+
+
+def _segments(plan: PrefillPlan, query_start, kv_lengths, skip) -> Segments:
+    # XLA fuses a pad with what reads it; a concatenation would be a kernel of its own.
+    start = jnp.pad(query_start.astype(jnp.int32), (1, 0))
+    stop = jnp.pad(query_start.astype(jnp.int32), (0, 1), constant_values=plan.num_tokens)
+    kv_length = jnp.pad(jnp.minimum(kv_lengths.astype(jnp.int32), plan.table_width * plan.page_size), 1)
+    is_work = (stop > start) & ~jnp.pad(skip, 1)
+    first_tile = start // OCTET * OCTET
+    num_tiles = jnp.where(is_work, -(-(stop - first_tile) // plan.tile_q), 0)
+    kv_tiles = -(-kv_length // plan.config.tile_kv)
+    num_splits = jnp.clip(-(-kv_tiles // MIN_SPLIT_TILES), 1, plan.config.splits)
+    weight = jnp.where(is_work, kv_length, -1)
+    order = jnp.arange(plan.num_rows + 2)
+    earlier = (weight[None] > weight[:, None]) | (
+        (weight[None] == weight[:, None]) & (order < order[:, None])
+    )
+    first_item = jnp.where(earlier, (num_tiles * num_splits)[None], 0).sum(1)
+    return Segments(start, stop, kv_length, first_tile, num_tiles, num_splits, first_item)
+
+
+def _cut(plan: PrefillPlan, segment, own: Segments, token, split) -> Work:
+    """The items of these tiles: which KV tiles their visible keys, or one split's part of them, take. KV
+    heads join where records are made."""
+    first, stop = jnp.maximum(own.start, token), jnp.minimum(own.stop, token + plan.tile_q)
+    offset, tile_kv = own.kv_length - own.stop, plan.config.tile_kv
+    end = jnp.clip(stop + offset, 0, own.kv_length) if plan.spec.is_causal else own.kv_length
+    begin = jnp.zeros_like(end)
+    if plan.spec.window_left is not None:
+        begin = jnp.maximum(first + offset - plan.spec.window_left, 0) // tile_kv
+    end = jnp.maximum(-(-end // tile_kv), begin)
+    size = -(-(end - begin) // own.num_splits)
+    begin = jnp.minimum(begin + split * size, end)
+    row = jnp.clip(segment - 1, 0, plan.num_rows - 1)
+    tile_stop, item = jnp.minimum(begin + size, end), jnp.arange(plan.max_items)
+    return Work(row, token, first, stop, offset, own.kv_length, begin, tile_stop, item, kv_head=None)
+
+
+def _records(plan: PrefillPlan, items: Work) -> jax.Array:
+    """A record for every item and KV head, and one behind them that is no work."""
+    kv_head = jnp.arange(plan.num_kv_heads)
+    shape = plan.max_items, plan.num_kv_heads
+    fields = [jnp.broadcast_to(x[:, None], shape) for x in items[:-1]]
+    records = jnp.stack([*fields, jnp.broadcast_to(kv_head, shape)], axis=-1).reshape(-1, len(Work._fields))
+    return jnp.pad(records, ((0, 1), (0, RECORD - len(Work._fields))), constant_values=NO_WORK)
+
+
+def visible_tiles(plan: PrefillPlan, work: Work, warpgroup) -> KvTiles:
+    """The KV tiles of a unit that the tokens of a warpgroup see, and those of them that need no mask."""
+    first, stop, tile_kv = work.first, work.stop, plan.config.tile_kv
+    if plan.has_own_ranges:
+        token = work.token + warpgroup * WARPGROUP_ROWS
+        first, stop = jnp.maximum(first, token), jnp.minimum(stop, token + WARPGROUP_ROWS)
+    last_position = stop - 1 + work.offset
+    end = full_end = work.kv_length
+    if plan.spec.is_causal:
+        end = jnp.maximum(last_position + 1, 0)
+        full_end = jnp.maximum(first + work.offset + 1, 0)
+    start = full_start = jnp.int32(0)
+    if plan.spec.window_left is not None:
+        start = div(jnp.maximum(first + work.offset - plan.spec.window_left, 0), tile_kv)
+        full_start = ceil_div(jnp.maximum(last_position - plan.spec.window_left, 0), tile_kv)
+    end = jnp.where(first < stop, ceil_div(end, tile_kv), 0)
+    everything = KvTiles(work.tile_start, work.tile_start, work.tile_stop, work.tile_stop)
+    return KvTiles(start, full_start, div(full_end, tile_kv), end).clamp(everything)
+
+
+def visible_keys(plan: PrefillPlan, work: Work):
+    """The keys [first, stop) outside of which no query of a unit sees any."""
+    first = jnp.int32(0)
+    if plan.spec.window_left is not None:
+        first = work.first + work.offset - plan.spec.window_left
+    return first, work.kv_length
