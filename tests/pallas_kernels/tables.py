@@ -32,6 +32,36 @@ MODULES = (
     "prefill_cases",
 )
 
+# Rows that only make test-all runs: each is like another, of another head dim or with other features, and
+# together they take minutes on 2 cores.
+SLOW = {
+    *(
+        f"flash_attention:backward fused, head dim {rest}"
+        for rest in (
+            "256, lengths",
+            "256, block mask, causal, dropout",
+            "192, one stage, fp16, window",
+            "256, segments, dropout",
+            "256, soft cap, slopes",
+        )
+    ),
+    *(
+        f"flash_attention:backward fused {rest}"
+        for rest in (
+            "H=192 wide, causal, window",
+            "H=256 wide, dropout",
+            "H=256 wide, slopes",
+            "H=256 wide, block mask, segments",
+        )
+    ),
+    "cascade_attention:head dim 96, group 5, no splits",
+    "cascade_attention:int8 pages, soft cap",
+    "cascade_attention:H=96, fp8 pages",
+    "paged_attention:decode int8 pages, group 16",
+    "paged_attention:decode int8 pages, H=96",
+    "paged_attention:decode int8 pages, GPT-2 medium",
+}
+
 
 class CompileCase(NamedTuple):
     """A function of arrays with these specs; it must use at most max_temp_bytes beside its arguments and

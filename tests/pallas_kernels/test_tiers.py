@@ -20,6 +20,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+def rows(table: dict) -> list:
+    return [pytest.param(name, marks=pytest.mark.slow) if name in tables.SLOW else name for name in table]
+
+
 @pytest.fixture(scope="module")
 def interpreter():
     worker = Worker("interpret")
@@ -39,19 +43,23 @@ def assembler():
     worker.close()
 
 
+def test_slow_rows_are_rows():
+    assert {*tables.INTERPRET, *tables.COMPILE} >= tables.SLOW
+
+
 def test_tables_hold_every_op():
     kernel_folders = {path.parent.name for path in (ROOT / "pallas_kernels").glob("*/*_sm90.py")}
     covered = {name.split(":")[0] for name in tables.COMPILE}
     assert kernel_folders <= covered, f"no COMPILE row for {kernel_folders - covered}"
 
 
-@pytest.mark.parametrize("name", tables.INTERPRET)
+@pytest.mark.parametrize("name", rows(tables.INTERPRET))
 def test_interpreted_without_races_and_right(interpreter, name):
     interpreter.run(name, LIMIT_SECONDS)
 
 
 @pytest.mark.skipif(HOPPER_PYTHON.exists(), reason="test_compiles_to_sm90a_without_spills lowers them too")
-@pytest.mark.parametrize("name", tables.COMPILE)
+@pytest.mark.parametrize("name", rows(tables.COMPILE))
 def test_lowers_for_cuda(name):
     case = tables.COMPILE[name]
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
@@ -60,7 +68,7 @@ def test_lowers_for_cuda(name):
     assert "mosaic_gpu" in lowered.as_text()
 
 
-@pytest.mark.parametrize("name", tables.COMPILE)
+@pytest.mark.parametrize("name", rows(tables.COMPILE))
 def test_compiles_to_sm90a_without_spills(assembler, name):
     case = tables.COMPILE[name]
     answer = assembler.run(name, LIMIT_SECONDS)
