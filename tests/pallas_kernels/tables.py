@@ -48,11 +48,19 @@ SLOW = {
     *(
         f"flash_attention:backward fused {rest}"
         for rest in (
+            "H=64 full",
+            "H=128 full",
+            "H=256 full",
             "H=192 wide, causal, window",
             "H=256 wide, dropout",
             "H=256 wide, slopes",
             "H=256 wide, block mask, segments",
         )
+    ),
+    *(f"flash_attention:backward H={head_dim} full" for head_dim in (64, 128, 256)),
+    *(
+        f"flash_attention:backward {rest}"
+        for rest in ("plain", "causal", "lengths", "segments", "block mask")
     ),
     "cascade_attention:head dim 96, group 5, no splits",
     "cascade_attention:int8 pages, soft cap",
