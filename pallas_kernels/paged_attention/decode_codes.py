@@ -5,7 +5,8 @@ a number, which hold a bf16 number exactly (e4m3) or to 2^-16 of its head's larg
 
     Q = f (b Q_1 + Q_2),   S^T = K Q^T = f k_scale (b K Q_1^T + K Q_2^T)
 
-Tensor cores add products of e4m3 with about 13 bits behind the largest one's leading bit, int8's exactly.
+Tensor cores add products of e4m3 with about 14 bits (DeepSeek-V3's report, section 3.3.2), int8's exactly: on
+an H200, of normal numbers, results are off by 1.1e-3 and 9e-4 (relative RMS) from the reference.
 
 wgmma transposes no codes, so that V's come to registers transposed, and become fp16, exactly. Their scales
 are factors of the weights, which must not leave the range of fp16: exponents are relative to the largest of
