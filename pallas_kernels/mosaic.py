@@ -25,6 +25,7 @@ __all__ = [
     "TMA_ALIGNMENT",
     "broadcast_columns",
     "broadcast_rows",
+    "call_in_place",
     "ceil_div",
     "deinterleave",
     "div",
@@ -336,6 +337,19 @@ def _fresh_thread() -> Any:
 
 def _extract(register: Any, place: int) -> Any:
     return vector.extract(register, dynamic_position=[], static_position=[place])
+
+
+def call_in_place(call: Callable[[Any], tuple], array: jax.Array, out_type: tuple) -> list[jax.Array]:
+    """[array, as call(ref) left it, *results]: call runs a kernel on a mutable reference to the array.
+    (Custom partitioning takes no function that makes one with jax.new_ref.)
+    """
+
+    def run(refs):
+        ref, *results = refs
+        for target, result in zip(results, call(ref), strict=True):
+            target[...] = result
+
+    return list(pl.run_state(run)((array, *(jnp.zeros(x.shape, x.dtype) for x in out_type))))
 
 
 def opaque(x: Any) -> Any:

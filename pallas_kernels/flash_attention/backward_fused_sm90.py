@@ -33,7 +33,7 @@ from pallas_kernels.flash_attention.extras import Footprint, prepare
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.spec import AttentionInputs
 from pallas_kernels.flash_attention.tiles import TileOrder
-from pallas_kernels.mosaic import pl, plgpu, register_zeros, specialize
+from pallas_kernels.mosaic import call_in_place, pl, plgpu, register_zeros, specialize
 
 
 def serves(plan: AttentionPlan, inputs: AttentionInputs) -> bool:
@@ -103,15 +103,8 @@ def launch(plan: AttentionPlan, inputs: AttentionInputs, query, key, value, out_
         kernel_name="flash_attention_backward",
     )
 
-    def accumulate(refs):
-        d_query, *of_keys = refs
-        results = kernel(query, key, value, out_grad, lse2, delta, d_query, extras)
-        for ref, result in zip(of_keys, results, strict=True):
-            ref[...] = result
-
-    # Not jax.new_ref: custom partitioning takes no function that makes one.
-    zeros = jnp.zeros(query.shape, jnp.float32), *(jnp.zeros(x.shape, x.dtype) for x in of_heads)
-    d_query, d_key, d_value = pl.run_state(accumulate)(zeros)
+    call = lambda d_query: kernel(query, key, value, out_grad, lse2, delta, d_query, extras)
+    d_query, d_key, d_value = call_in_place(call, jnp.zeros(query.shape, jnp.float32), of_heads)
     return (d_query * plan.scale).astype(plan.dtype), _of_groups(plan, d_key), _of_groups(plan, d_value)
 
 

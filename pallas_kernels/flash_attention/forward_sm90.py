@@ -39,6 +39,7 @@ from pallas_kernels.flash_attention.tiles import KvTiles, kv_tiles
 from pallas_kernels.mosaic import (
     LOG2_E,
     broadcast_rows,
+    call_in_place,
     pl,
     plgpu,
     register_zeros,
@@ -113,26 +114,16 @@ def launch(plan: ForwardPlan, inputs: AttentionInputs, query, key, value):
         kernel_name="flash_attention_forward",
     )
     call = functools.partial(kernel, query, key, value, extras)
-    return _draw_items(call, out_type) if plan.draws_items else call(_deal_items(plan))
+    if not plan.draws_items:
+        return call(_deal_items(plan))
+    _, *results = call_in_place(call, jnp.zeros(1, jnp.int32), out_type)
+    return tuple(results)
 
 
 def _deal_items(plan: ForwardPlan) -> jax.Array:
     table = plan.schedule.table()
     # Its own jit holds the table: a custom partitioning takes no function with constants.
     return jax.jit(lambda: jnp.asarray(table))()
-
-
-def _draw_items(call, out_type):
-    """call(counter), of which thread blocks draw."""
-
-    def run(refs):
-        counter, *results = refs
-        for ref, result in zip(results, call(counter), strict=True):
-            ref[...] = result
-
-    # Not jax.new_ref: custom partitioning takes no function that makes one.
-    zeros = jnp.zeros(1, jnp.int32), *(jnp.zeros(x.shape, x.dtype) for x in out_type)
-    return tuple(pl.run_state(run)(zeros)[1:])
 
 
 def _forward_body(

@@ -3,8 +3,6 @@
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
-
 from pallas_kernels.kv_pages.pool import QUANTIZED
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 
@@ -23,11 +21,6 @@ class LaunchPlan:
     num_pages: int  # 0: caches instead of pages
     has_sinks: bool = False
     has_slopes: bool = False
-
-    @property
-    def dtype(self) -> Any:
-        """What is multiplied: codes of either kind are exact in bf16."""
-        return jnp.bfloat16 if self.is_quantized else self.query_dtype
 
     @property
     def is_quantized(self) -> bool:

@@ -38,6 +38,11 @@ class PrefillPlan(LaunchPlan):
     keeps_parts: bool = False  # whether results are merged with others, elsewhere
 
     @property
+    def dtype(self) -> Any:
+        """What is multiplied: codes of either kind are exact in bf16."""
+        return jnp.bfloat16 if self.is_quantized else self.query_dtype
+
+    @property
     def has_parts(self) -> bool:
         """Whether an item's result is one of several parts of its tokens', merged in fp32."""
         return self.keeps_parts or self.config.splits > 1
