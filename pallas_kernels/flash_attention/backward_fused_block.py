@@ -32,13 +32,15 @@ class Buffers(NamedTuple):
     lse: Any  # f32[stages, tile_q]
     delta: Any  # f32[stages, tile_q]
     d_logits: Any  # [2 tiles in turn, 2, 64, tile_q]: dS^T of each warpgroup's keys
-    d_q: Any  # f32[2, rows, columns]: each warpgroup's part of dQ's tile
+    d_q: Any  # f32[2, rows, columns]: each warpgroup's part of dQ's tile; one for each where they differ
 
     @classmethod
     def types(cls, plan: AttentionPlan) -> "Buffers":
         config = plan.fused
         owned, streamed = (WARPGROUPS, HALF), (config.stages, config.tile_q)
         statistic = plgpu.SMEM(streamed, jnp.float32)
+        parts = parts_of_dq(plan)
+        d_q = tuple(swizzled_smem(part, jnp.float32) for part in parts)
         return cls(
             k=swizzled_smem((*owned, plan.head_dim), plan.dtype),
             v=swizzled_smem((*owned, plan.value_dim), plan.dtype),
@@ -46,8 +48,8 @@ class Buffers(NamedTuple):
             d_out=swizzled_smem((*streamed, plan.value_dim), plan.dtype),
             lse=statistic,
             delta=statistic,
-            d_logits=swizzled_smem((2, *owned, config.tile_q), plan.dtype),
-            d_q=swizzled_smem((WARPGROUPS, *part_of_dq(plan)), jnp.float32),
+            d_logits=swizzled_smem((2, *owned, config.tile_q), plan.dtype, row=plan.head_dim),
+            d_q=d_q if len({*parts}) > 1 else swizzled_smem((WARPGROUPS, *parts[0]), jnp.float32),
         )
 
 
@@ -145,10 +147,14 @@ def visit_queries(plan: AttentionPlan, block: Block, take, finish) -> None:
     lax.fori_loop(jnp.maximum(start, stop - 1), stop, finish, None)
 
 
-def part_of_dq(plan: AttentionPlan) -> tuple[int, int]:
-    """(rows, columns) of dQ's tile that one warpgroup multiplies."""
+def parts_of_dq(plan: AttentionPlan) -> tuple[tuple[int, int], ...]:
+    """(rows, columns) of dQ's tile that each warpgroup multiplies: half of the rows where there are enough,
+    else columns, 64 and what is left (half of 96 would not be whole widths of a swizzle that costs no speed).
+    """
     tile_q = plan.fused.tile_q
-    return (HALF, plan.head_dim) if tile_q == 2 * HALF else (tile_q, plan.head_dim // 2)
+    if tile_q == WARPGROUPS * HALF:
+        return ((HALF, plan.head_dim),) * WARPGROUPS
+    return (tile_q, HALF), (tile_q, plan.head_dim - HALF)
 
 
 def _tiles(plan: AttentionPlan, extras: Extras, batch, head, first_key, q_length, kv_length) -> KvTiles:

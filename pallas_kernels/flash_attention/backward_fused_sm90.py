@@ -26,6 +26,7 @@ from pallas_kernels.flash_attention.backward_fused_block import (
     Buffers,
     block_keys,
     load,
+    parts_of_dq,
     visit_queries,
 )
 from pallas_kernels.flash_attention.backward_fused_tile import Step, finish, take_tile
@@ -39,7 +40,7 @@ from pallas_kernels.mosaic import call_in_place, pl, plgpu, register_zeros, spec
 def serves(plan: AttentionPlan, inputs: AttentionInputs) -> bool:
     """Whether the config asks for this kernel, and its tiles and registers suit the call."""
     fused = plan.config.fused
-    head_dims = (64,) if fused and fused.tile_q == 128 else (128, 192, 256)
+    head_dims = (32, 64) if fused and fused.tile_q == 128 else (96, 128, 192, 256)
     if fused is None or plan.head_dim != plan.value_dim or plan.head_dim not in head_dims:
         return False
     if inputs.block_mask is not None:
@@ -56,7 +57,7 @@ def _spills(plan: AttentionPlan, inputs: AttentionInputs) -> bool:
     if plan.head_dim > 128:
         has = plan.has_segments, plan.has_block_mask, has_slopes, has_cap, has_bias, has_dropout
         return sum(has) > 2  # 8 to 28 with three, lengths and a window
-    if plan.head_dim == 64:
+    if plan.head_dim <= 64:
         return has_slopes and has_dropout  # 16
     has_ids = plan.has_segments or plan.has_block_mask
     is_whole = plan.reach == (None, None) and not (plan.has_q_lengths or plan.has_kv_lengths)
@@ -124,13 +125,22 @@ def _body(plan: AttentionPlan, order: TileOrder, *refs):
     specialize(
         WARPGROUPS,
         warpgroup,
-        compute=lambda: _compute(step, d_k, d_v),
+        compute=lambda: _in_roles(step, functools.partial(_compute, d_k=d_k, d_v=d_v)),
         load=lambda: load(plan, block, (q, k, v, d_out, lse2, delta), buffers, barriers),
     )
 
 
+def _in_roles(step: Step, compute) -> None:
+    """Calls compute(step) in each warpgroup, in code of its own where the shapes of its work are its own."""
+    if len({*parts_of_dq(step.plan)}) == 1:
+        compute(step)
+        return
+    for role in range(WARPGROUPS):
+        pl.when(step.warpgroup == role)(functools.partial(compute, step._replace(role=role)))
+
+
 def _compute(step: Step, d_k, d_v):
-    plan, block, warpgroup, _, buffers, barriers = step
+    plan, block, warpgroup, _, buffers, barriers, _ = step
     plgpu.barrier_wait(barriers.k_loaded)
     plgpu.barrier_wait(barriers.v_loaded)
     zeros = tuple(plgpu.ACC.init(register_zeros((HALF, dim))) for dim in (plan.head_dim, plan.value_dim))

@@ -12,7 +12,7 @@ from pallas_kernels.flash_attention.backward_fused_block import (
     Barriers,
     Block,
     Buffers,
-    part_of_dq,
+    parts_of_dq,
     slot_of,
 )
 from pallas_kernels.flash_attention.plan import AttentionPlan
@@ -29,6 +29,18 @@ class Step(NamedTuple):
     d_q: Any
     buffers: Buffers
     barriers: Barriers
+    role: int = 0  # the warpgroup, known beforehand, where it tells the shapes
+
+    @property
+    def part_of_dq(self) -> tuple[int, int]:
+        """(rows, columns) of our part of dQ's tile."""
+        return parts_of_dq(self.plan)[self.role]
+
+    @property
+    def d_q_staging(self):
+        """From where our part leaves."""
+        d_q = self.buffers.d_q
+        return d_q[self.role] if isinstance(d_q, tuple) else d_q.at[self.warpgroup]
 
 
 def take_tile(step: Step, sums, index, _, masked=False, is_first=False):
@@ -61,9 +73,9 @@ def take_tile(step: Step, sums, index, _, masked=False, is_first=False):
             add_dk()
             return plgpu.wgmma_accumulator_load(acc, wait_n=1)
 
-        d_q = pl.run_scoped(multiply, plgpu.ACC(part_of_dq(plan), jnp.float32))
+        d_q = pl.run_scoped(multiply, plgpu.ACC(step.part_of_dq, jnp.float32))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        buffers.d_q.at[step.warpgroup][...] = d_q
+        step.d_q_staging[...] = d_q
         _publish(step, index, d_logits)
         _add_dq(step, index - 1)
     plgpu.wgmma_wait(0)
@@ -78,9 +90,9 @@ def finish(step: Step, index, _):
         _multiply_dq(step, acc, index)
         return acc[...]
 
-    d_q = pl.run_scoped(multiply, plgpu.ACC(part_of_dq(step.plan), jnp.float32))
+    d_q = pl.run_scoped(multiply, plgpu.ACC(step.part_of_dq, jnp.float32))
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    step.buffers.d_q.at[step.warpgroup][...] = d_q
+    step.d_q_staging[...] = d_q
     plgpu.commit_smem()
     _add_dq(step, index)
 
@@ -144,25 +156,25 @@ def _multiply_dq(step: Step, acc, index):
     """acc += dS K, our part of the tile's rows or columns."""
     plan, buffers = step.plan, step.buffers
     turn = turn_of(index)
-    rows, columns = part_of_dq(plan)
+    rows, columns = step.part_of_dq
     for half in range(WARPGROUPS):
         half = opaque(half)
         d_logits, keys = buffers.d_logits.at[turn, half], buffers.k.at[half]
         if rows < plan.fused.tile_q:
             d_logits = d_logits.at[:, pl.ds(step.warpgroup * rows, rows)]
         else:
-            keys = keys.at[:, pl.ds(step.warpgroup * columns, columns)]
+            keys = keys.at[:, pl.ds(step.warpgroup * HALF, columns)]
         plgpu.wgmma(acc, d_logits.transpose((1, 0)), keys)
 
 
 def _add_dq(step: Step, index):
     """Lets the copy engine add our part of dQ to the sums in global memory."""
     plan, block = step.plan, step.block
-    rows, columns = part_of_dq(plan)
+    rows, columns = step.part_of_dq
     first_row, first_column = block.row_at(plan, index), 0
     if rows < plan.fused.tile_q:
         first_row += step.warpgroup * rows
     else:
-        first_column = step.warpgroup * columns
+        first_column = step.warpgroup * HALF
     target = step.d_q.at[block.batch, pl.ds(first_row, rows), block.head, pl.ds(first_column, columns)]
-    plgpu.copy_smem_to_gmem(step.buffers.d_q.at[step.warpgroup], target, reduction_op="add")
+    plgpu.copy_smem_to_gmem(step.d_q_staging, target, reduction_op="add")

@@ -41,8 +41,8 @@ class FusedConfig:
     """Tiles of the fused backward kernel: a thread block owns 128 keys, or 64 of wide heads, and streams
     tile_q queries at a time.
 
-    tile_q is 64 at H = 128, 192 and 256, and 128 at H = 64, where half of dQ's columns would be too few for a
-    warpgroup; what backward_fused_sm90.serves refuses takes the two kernels. stages: of queries and output
+    tile_q is 64 at H = 96, 128, 192 and 256, and 128 at H = 32 and 64, where half of dQ's columns would be too
+    few for a warpgroup; what backward_fused_sm90.serves refuses takes the two kernels. stages: of queries and output
     cotangents; of queries alone, and one of the others, where heads are wide.
     """
 

@@ -85,7 +85,7 @@ def io_bytes(
     inputs = AttentionInputs(*arrays)
     if reason := sm90.unsupported(inputs, spec):
         raise NotImplementedError(f"the Hopper kernels cannot serve this call: {reason}")
-    forward = sm90.plan_of(inputs, spec, sm90.FORWARD_HEAD_MULTIPLE)
+    forward = sm90.plan_of(inputs, spec, is_forward=True)
     plan = sm90.plan_of(inputs, spec)
     is_fused = sm90.is_fused(plan, inputs, spec)
     return IoBytes(_forward(forward), _fused_backward(plan) if is_fused else _backward(plan))

@@ -24,8 +24,8 @@ from pallas_kernels.mosaic import LOG2_E
 ROW_MULTIPLE = (
     8  # TMA moves 8-row tiles: it would read or write past a batch row whose length is not a multiple
 )
-FORWARD_HEAD_MULTIPLE = 32  # 64 bytes, the narrower of the swizzles that cost no speed
-HEAD_MULTIPLE = 64  # 128 bytes, the width of the swizzle
+HEAD_MULTIPLE = 32  # 64 bytes, the narrower of the swizzles that cost no speed
+WIDE_MULTIPLE = 64  # of wide heads in the backward pass, whose dQ is multiplied 64 columns at a time
 
 
 def unsupported(inputs: AttentionInputs, spec: AttentionSpec) -> str | None:
@@ -57,11 +57,11 @@ def _why_not_block_mask(inputs: AttentionInputs, config: FlashConfig) -> str | N
 
 def forward(inputs: AttentionInputs, spec: AttentionSpec) -> tuple[jax.Array, jax.Array]:
     """The output [B, T, N, Hv] and the log-sum-exp f32[B, N, T]."""
-    plan = ForwardPlan(**_plan_fields(inputs, spec, FORWARD_HEAD_MULTIPLE))
+    plan = ForwardPlan(**_plan_fields(inputs, spec, is_forward=True))
     num_queries, value_dim = inputs.query.shape[1], inputs.value.shape[-1]
     # Weights beyond the lengths are 0, but 0 x NaN is NaN.
     value = reference.zero_beyond(inputs.value, inputs.kv_lengths)
-    arrays = [_pad(x, FORWARD_HEAD_MULTIPLE) for x in (inputs.query, inputs.key, value)]
+    arrays = [_pad(x, is_forward=True) for x in (inputs.query, inputs.key, value)]
     out, lse = forward_sm90.launch(plan, inputs, *arrays)
     return out[:, :num_queries, :, :value_dim], lse[:, :, :num_queries]
 
@@ -81,7 +81,7 @@ def backward(
     key, value = (reference.zero_beyond(x, inputs.kv_lengths) for x in (inputs.key, inputs.value))
     delta = reference.row_terms(out, lse, out_grad, lse_grad)
     lse2 = jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2_E)  # exp2(logits - inf) = 0
-    arrays = [_pad(x, HEAD_MULTIPLE) for x in (query, key, value, out_grad)]
+    arrays = [_pad(x, is_forward=False) for x in (query, key, value, out_grad)]
     kernels = backward_fused_sm90 if is_fused(plan, inputs, spec) else backward_sm90
     tile = math.lcm(kernels.statistics_multiple(plan), backward_sm90.statistics_multiple(plan))
     if inputs.block_mask is not None:  # whole tiles of it are visited, beyond the end too
@@ -102,18 +102,16 @@ def is_fused(plan: AttentionPlan, inputs: AttentionInputs, spec: AttentionSpec) 
     return not spec.deterministic and backward_fused_sm90.serves(plan, inputs)
 
 
-def plan_of(
-    inputs: AttentionInputs, spec: AttentionSpec, head_multiple: int = HEAD_MULTIPLE
-) -> AttentionPlan:
-    """What the kernels of a call are built from, those of the backward pass where no head_multiple is given;
-    reads only the shapes and dtypes of the inputs.
+def plan_of(inputs: AttentionInputs, spec: AttentionSpec, is_forward: bool = False) -> AttentionPlan:
+    """What the kernels of a call are built from, those of the backward pass by default; reads only the shapes
+    and dtypes of the inputs.
     """
-    return AttentionPlan(**_plan_fields(inputs, spec, head_multiple))
+    return AttentionPlan(**_plan_fields(inputs, spec, is_forward))
 
 
-def _plan_fields(inputs: AttentionInputs, spec: AttentionSpec, head_multiple: int) -> dict[str, Any]:
-    batch, num_queries, num_heads, head_dim = inputs.query.shape
-    head_dim, value_dim = (dim + -dim % head_multiple for dim in (head_dim, inputs.value.shape[3]))
+def _plan_fields(inputs: AttentionInputs, spec: AttentionSpec, is_forward: bool) -> dict[str, Any]:
+    batch, num_queries, num_heads, _ = inputs.query.shape
+    head_dim, value_dim = (_padded(x.shape[3], is_forward) for x in (inputs.query, inputs.value))
     return {
         "batch": batch,
         "num_queries": num_queries,
@@ -179,10 +177,15 @@ def _features(inputs: AttentionInputs, spec: AttentionSpec) -> set[str]:
     return {name for name, is_there in has.items() if is_there}
 
 
-def _pad(x: jax.Array, head_multiple: int) -> jax.Array:
+def _padded(head_dim: int, is_forward: bool) -> int:
+    multiple = HEAD_MULTIPLE if is_forward or head_dim <= 128 else WIDE_MULTIPLE
+    return head_dim + -head_dim % multiple
+
+
+def _pad(x: jax.Array, is_forward: bool) -> jax.Array:
     """[B, T, N, H] with T and H as the kernels want them."""
-    x, head_dim = _pad_rows(x, 1, ROW_MULTIPLE), -x.shape[3] % head_multiple
-    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, head_dim))) if head_dim else x
+    x, more = _pad_rows(x, 1, ROW_MULTIPLE), _padded(x.shape[3], is_forward) - x.shape[3]
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, more))) if more else x
 
 
 def _pad_rows(x: jax.Array, axis: int, multiple: int, value: float = 0.0) -> jax.Array:

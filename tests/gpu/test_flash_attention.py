@@ -49,7 +49,7 @@ SMALL = {name: case for name, case in (FORWARD_CASES | BACKWARD_CASES).items() i
 CASES = {f"H={h} {name}": {"h": h} | case for h in (64, 128, 256) for name, case in LARGE.items()}
 CASES |= {f"small, {name}": case for name, case in SMALL.items()}
 CASES |= {
-    f"H={h} causal": {"t": 700, "s": 700, "h": h, "is_causal": True} for h in (32, 40, 80, 96, 160, 192)
+    f"H={h} causal": {"t": 700, "s": 700, "h": h, "is_causal": True} for h in (32, 40, 80, 96, 112, 160, 192)
 }
 CASES |= {
     # More items than multiprocessors, most of which see nothing: no warpgroup may wait for another's turn.
@@ -62,12 +62,12 @@ CASES |= {
 CASES |= {"value dim 256": {"t": 300, "s": 300, "h": 64, "hv": 256}}
 CASES |= {
     f"fused, H={h} {name}": {"h": h, "config": fused_config(h)} | case
-    for h in (64, 128, 256)
+    for h in (32, 64, 96, 128, 256)
     for name, case in LARGE.items()
 }
 CASES |= {
     f"fused, H={h} {name}": {"h": h, "config": fused_config(h, IN_BLOCKS if h <= 128 else None)} | case
-    for h in (64, 128, 256)
+    for h in (64, 96, 128, 256)
     for name, case in FEATURES.items()
 }
 CASES |= {f"fp16 {name}": {"h": 128, "dtype": jnp.float16} | case for name, case in LARGE.items()}

@@ -21,7 +21,7 @@ IN_BLOCKS = default_config(128, crowded=True, in_blocks=True, busy=1)  # serves 
 
 def fused_config(head_dim: int, config: FlashConfig | None = None) -> FlashConfig:
     """A config whose backward is the fused kernel."""
-    fused = FusedConfig(tile_q=128 if head_dim == 64 else 64)
+    fused = FusedConfig(tile_q=128 if head_dim <= 64 else 64)
     return dataclasses.replace(config or default_config(head_dim), fused=fused)
 
 
@@ -216,6 +216,7 @@ BACKWARD_CASES: dict[str, dict[str, Any]] = {
     "causal top left, T > S": {"t": 140, "s": 70, "is_causal": True},
     "grouped heads": {"t": 65, "s": 65, "n": 4, "k": 2, "is_causal": True},
     "head dim 128, fp16": {"h": 128, "dtype": jnp.float16, "is_causal": True},
+    "head dim 72 padded": {"t": 70, "s": 130, "h": 72, "is_causal": True},
     "value dim": {"h": 64, "hv": 128},
     "lengths": dict(RAGGED, poison=True),
     "lengths, causal bottom right": dict(

@@ -90,6 +90,14 @@ CASES: dict[str, dict[str, Any]] = {
         **{"kv_lengths": jnp.array([120]), **SLOPES, **bias_of(1, 1, 1, 140)},
         **{"config": fused_config(64, SMALL)},
     },
+    # The warpgroups' parts of dQ have 64 and 32 columns.
+    "fused, head dim 96, grouped heads, causal bottom right": {
+        **{"h": 96, "t": 70, "s": 150, "n": 2, "k": 1, "is_causal": True},
+        **{"causal_alignment": "bottom_right", "config": fused_config(96, SMALL)},
+    },
+    "fused, head dim 24, window": {
+        **{"h": 24, "t": 200, "s": 130, "local_window_size": (40, 20), "config": fused_config(32, SMALL)},
+    },
     "fused, head dim 256, grouped heads, causal bottom right": {
         **{"h": 256, "t": 130, "s": 150, "n": 2, "k": 1, "is_causal": True},
         **{"causal_alignment": "bottom_right", "config": fused_config(256, SMALL)},

@@ -74,7 +74,7 @@ def draw(seed, longest=800, max_batch=3):
     if has():
         arguments["sinks"] = jnp.asarray(rng.normal(size=n), jnp.float32)
     if has(0.4) and h == shape["hv"]:
-        arguments["config"] = fused_config(h + -h % 64, IN_BLOCKS if h <= 128 else None)
+        arguments["config"] = fused_config(h + -h % 32, IN_BLOCKS if h <= 128 else None)
     return shape, arguments
 
 

@@ -68,9 +68,12 @@ def test_larger_tiles_move_fewer_bytes():
 
 
 def test_head_dims_are_padded_as_the_kernels_pad_them():
-    narrow, wide = (io_bytes(*arrays(h=h), config=CONFIG) for h in (96, 128))
-    assert narrow.forward.l2_to_sm * 4 == wide.forward.l2_to_sm * 3  # 96 is a multiple of 32
-    assert narrow.backward.l2_to_sm == wide.backward.l2_to_sm  # but not of 64
+    narrow, padded, wide = (io_bytes(*arrays(h=h), config=CONFIG) for h in (96, 72, 128))
+    assert narrow == padded  # to a multiple of 32
+    assert narrow.forward.l2_to_sm * 4 == wide.forward.l2_to_sm * 3
+    narrow, wide = (io_bytes(*arrays(h=h), config=CONFIG) for h in (160, 192))
+    assert narrow.forward.l2_to_sm * 6 == wide.forward.l2_to_sm * 5
+    assert narrow.backward == wide.backward  # to a multiple of 64
 
 
 def test_fused_backward_by_hand():
