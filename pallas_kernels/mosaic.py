@@ -339,8 +339,9 @@ def _extract(register: Any, place: int) -> Any:
     return vector.extract(register, dynamic_position=[], static_position=[place])
 
 
-def call_in_place(call: Callable[[Any], tuple], array: jax.Array, out_type: tuple) -> list[jax.Array]:
-    """[array, as call(ref) left it, *results]: call runs a kernel on a mutable reference to the array.
+def call_in_place(call: Callable[[Any], tuple], array: Any, out_type: tuple) -> list[Any]:
+    """[array, as call(ref) left it, *results]: call runs a kernel on a mutable reference to the array, or to
+    each of a tree.
     (Custom partitioning takes no function that makes one with jax.new_ref.)
     """
 

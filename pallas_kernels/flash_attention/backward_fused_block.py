@@ -15,6 +15,7 @@ from pallas_kernels.mosaic import div, pl, plgpu, swizzled_smem, traced
 WARPGROUPS = 2  # that compute
 HALF = 64  # keys of each: the rows of a wgmma
 PART = 64  # queries that are in registers at a time
+ARRIVALS = 5  # of an item: two halves of its keys, and of its values
 
 
 def block_keys(plan: AttentionPlan) -> int:
@@ -29,16 +30,16 @@ class Buffers(NamedTuple):
     v: Any  # [2, 64, Hv]
     q: Any  # [stages, tile_q, H]
     d_out: Any  # [stages, tile_q, Hv]
-    lse: Any  # f32[stages, tile_q]
-    delta: Any  # f32[stages, tile_q]
+    statistics: Any  # f32[2, stages, tile_q]: lse and delta; alone, each would take twice as much
     d_logits: Any  # [2 tiles in turn, 2, 64, tile_q]: dS^T of each warpgroup's keys
+    out: Any  # [2, 64, H]: dV, then dK, of each warpgroup's keys on their way out
+    item: Any  # i32[3]: what the block works on, how many tiles of queries it took before, and what was drawn
     d_q: Any  # f32[2, rows, columns]: each warpgroup's part of dQ's tile; one for each where they differ
 
     @classmethod
     def types(cls, plan: AttentionPlan) -> "Buffers":
         config = plan.fused
         owned, streamed = (WARPGROUPS, HALF), (config.stages, config.tile_q)
-        statistic = plgpu.SMEM(streamed, jnp.float32)
         parts = parts_of_dq(plan)
         d_q = tuple(swizzled_smem(part, jnp.float32) for part in parts)
         return cls(
@@ -46,22 +47,29 @@ class Buffers(NamedTuple):
             v=swizzled_smem((*owned, plan.value_dim), plan.dtype),
             q=swizzled_smem((*streamed, plan.head_dim), plan.dtype),
             d_out=swizzled_smem((*streamed, plan.value_dim), plan.dtype),
-            lse=statistic,
-            delta=statistic,
+            statistics=plgpu.SMEM((2, *streamed), jnp.float32),
             d_logits=swizzled_smem((2, *owned, config.tile_q), plan.dtype, row=plan.head_dim),
+            item=plgpu.SMEM((3,), jnp.int32),
+            out=swizzled_smem((*owned, plan.head_dim), plan.dtype),
             d_q=d_q if len({*parts}) > 1 else swizzled_smem((WARPGROUPS, *parts[0]), jnp.float32),
         )
+
+    def lse(self, slot):
+        return self.statistics.at[0, slot]
+
+    def delta(self, slot):
+        return self.statistics.at[1, slot]
 
 
 class Barriers(NamedTuple):
     """What the warpgroups wait for."""
 
-    k_loaded: Any
-    v_loaded: Any
+    item_loaded: Any  # its keys and values, and which it is
+    k_free: Any
+    v_free: Any
     loaded: Any  # a tile of queries, output cotangents and their statistics
     consumed: Any
     d_logits_written: Any
-    finished: Any
 
     @classmethod
     def types(cls, plan: AttentionPlan) -> "Barriers":
@@ -70,12 +78,13 @@ class Barriers(NamedTuple):
         consumed = plgpu.Barrier(num_barriers=stages, num_arrivals=WARPGROUPS)
         owned = plgpu.Barrier(num_arrivals=WARPGROUPS)
         written = plgpu.Barrier(num_barriers=2, num_arrivals=WARPGROUPS)
-        return cls(owned, owned, loaded, consumed, written, owned)
+        item_loaded = plgpu.Barrier(num_arrivals=ARRIVALS)
+        return cls(item_loaded, owned, owned, loaded, consumed, written)
 
 
 class Block(NamedTuple):
-    """Where a thread block stands, and the tiles of queries that it goes through (places in a list, with a
-    block mask).
+    """An item of a thread block: where it stands, and the tiles of queries that it goes through (places in a
+    list, with a block mask).
     """
 
     batch: Any
@@ -86,18 +95,27 @@ class Block(NamedTuple):
     kv_length: Any
     indices: KvTiles
     extras: Extras
+    shift: Any  # from an index to its number
 
     @classmethod
-    def locate(cls, plan: AttentionPlan, order: TileOrder, block, extras: Extras) -> "Block":
-        tile, batch_head = order.locate(block)
+    def locate(
+        cls, plan: AttentionPlan, order: TileOrder, extras: Extras, item, num_taken: Any = 0
+    ) -> "Block":
+        """num_taken: tiles of queries of the items before."""
+        tile, batch_head = order.locate(item)
         batch, head = plan.split_heads(batch_head, plan.num_heads)
         (q_length, kv_length), first_key = plan.lengths_of(batch, extras), tile * block_keys(plan)
         indices = _tiles(plan, extras, batch, head, first_key, q_length, kv_length)
         kv_head = div(head, plan.group)
-        batch, head, kv_head, first_key, q_length, kv_length, indices = traced(
-            (batch, head, kv_head, first_key, q_length, kv_length, indices)
+        shift = num_taken - indices.start
+        batch, head, kv_head, first_key, q_length, kv_length, indices, shift = traced(
+            (batch, head, kv_head, first_key, q_length, kv_length, indices, shift)
         )
-        return cls(batch, head, kv_head, first_key, q_length, kv_length, indices, extras)
+        return cls(batch, head, kv_head, first_key, q_length, kv_length, indices, extras, shift)
+
+    def number(self, index):
+        """Which of all tiles that the thread block takes an index is."""
+        return index + self.shift
 
     def row_at(self, plan: AttentionPlan, index):
         """The first query of an index."""
@@ -129,9 +147,9 @@ class Block(NamedTuple):
         )
 
 
-def visit_queries(plan: AttentionPlan, block: Block, take, finish) -> None:
-    """The loops over the block's queries: take(index, _), masked where it is needed; finish(the last)."""
-    start, full_start, full_stop, stop = block.indices
+def visit_queries(plan: AttentionPlan, indices: KvTiles, take) -> None:
+    """The loops over a block's queries: take(index, _), masked where it is needed."""
+    start, full_start, full_stop, stop = indices
     masked_start = plan.has_masked_tail or plan.has_block_mask  # the earliest queries see the last keys
     masked_stop = plan.has_masked_start or plan.has_ragged_keys
     second = jnp.minimum(start + 1, stop)
@@ -144,6 +162,11 @@ def visit_queries(plan: AttentionPlan, block: Block, take, finish) -> None:
     lax.fori_loop(full_start if masked_start else second, full_stop, take, None)
     if masked_stop:
         lax.fori_loop(full_stop, stop, masked, None)
+
+
+def visit_last(indices: KvTiles, finish) -> None:
+    """finish(index, _) of the last tile of queries, if there is one."""
+    start, *_, stop = indices
     lax.fori_loop(jnp.maximum(start, stop - 1), stop, finish, None)
 
 
@@ -170,36 +193,55 @@ def _tiles(plan: AttentionPlan, extras: Extras, batch, head, first_key, q_length
     return tiles._replace(full_stop=full_stop)
 
 
-def load(plan: AttentionPlan, block: Block, sources, buffers: Buffers, barriers: Barriers):
-    """What the loading warpgroup does."""
+def load_item(
+    plan: AttentionPlan, block: Block, item, is_first, sources, buffers: Buffers, barriers: Barriers
+) -> None:
+    """Loads an item's queries, keys and values, as soon as what has their place is no longer needed."""
     q, k, v, d_out, lse2, delta = sources
-    stages, (start, _, _, stop) = plan.fused.stages, block.indices
-    for gmem, smem, loaded in ((k, buffers.k, barriers.k_loaded), (v, buffers.v, barriers.v_loaded)):
-        for half in range(WARPGROUPS):
-            keys = pl.ds(block.first_key + half * HALF, HALF)
-            plgpu.copy_gmem_to_smem(gmem.at[block.batch, keys, block.kv_head], smem.at[half], loaded)
-
-    def wait_consumed(index, _=None):
-        plgpu.barrier_wait(barriers.consumed.at[slot_of(plan, index)])
+    start, _, _, stop = block.indices
+    second = jnp.minimum(start + 1, stop)
 
     def load_tile(index, _):
-        slot = slot_of(plan, index)
+        number = block.number(index)
+        slot = slot_of(plan, number)
         rows = pl.ds(block.row_at(plan, index), plan.fused.tile_q)
         by_row, by_head = (block.batch, rows, block.head), (block.batch, block.head, rows)
-        pl.when(index - start >= stages)(lambda: wait_consumed(index))
+        pl.when(number >= plan.fused.stages)(lambda: plgpu.barrier_wait(barriers.consumed.at[slot]))
         for source, target in (
-            (q.at[by_row], buffers.q),
-            (lse2.at[by_head], buffers.lse),
-            (d_out.at[by_row], buffers.d_out),
-            (delta.at[by_head], buffers.delta),
+            (q.at[by_row], buffers.q.at[slot]),
+            (lse2.at[by_head], buffers.lse(slot)),
+            (d_out.at[by_row], buffers.d_out.at[slot]),
+            (delta.at[by_head], buffers.delta(slot)),
         ):
-            plgpu.copy_gmem_to_smem(source, target.at[slot], barriers.loaded.at[slot])
+            plgpu.copy_gmem_to_smem(source, target, barriers.loaded.at[slot])
 
-    lax.fori_loop(start, stop, load_tile, None)
-    # Every arrival is seen before the block ends.
-    lax.fori_loop(jnp.maximum(start, stop - stages), stop, wait_consumed, None)
+    # In the order in which the item before releases them.
+    lax.fori_loop(start, second, load_tile, None)
+    for gmem, smem, free in ((v, buffers.v, barriers.v_free), (k, buffers.k, barriers.k_free)):
+        pl.when(~is_first)(functools.partial(plgpu.barrier_wait, free))
+        for half in range(WARPGROUPS):
+            keys = pl.ds(block.first_key + half * HALF, HALF)
+            source = gmem.at[block.batch, keys, block.kv_head]
+            plgpu.copy_gmem_to_smem(source, smem.at[half], barriers.item_loaded)
+    buffers.item[0], buffers.item[1] = item
+    plgpu.barrier_arrive(barriers.item_loaded)
+    lax.fori_loop(second, stop, load_tile, None)
 
 
-def slot_of(plan: AttentionPlan, index):
-    """Where the queries of an index lie."""
-    return lax.rem(index, jnp.int32(plan.fused.stages))
+def end(plan: AttentionPlan, num_items: int, num_tiles, buffers: Buffers, barriers: Barriers) -> None:
+    """Sees every arrival before the thread block ends, and says that it does."""
+
+    def wait_consumed(number, _):
+        plgpu.barrier_wait(barriers.consumed.at[slot_of(plan, number)])
+
+    lax.fori_loop(jnp.maximum(0, num_tiles - plan.fused.stages), num_tiles, wait_consumed, None)
+    plgpu.barrier_wait(barriers.v_free)
+    plgpu.barrier_wait(barriers.k_free)
+    buffers.item[0] = jnp.int32(num_items)
+    for _ in range(ARRIVALS):
+        plgpu.barrier_arrive(barriers.item_loaded)
+
+
+def slot_of(plan: AttentionPlan, number):
+    """Where a tile of queries lies."""
+    return lax.rem(number, jnp.int32(plan.fused.stages))

@@ -1,22 +1,24 @@
 """FlashAttention backward on Hopper in one kernel of 5 matmuls; the order of dQ's sums is not fixed.
 
-A thread block owns a tile of keys and values, half of it each compute warpgroup, and streams the queries of a
-head. dK and dV are summed in registers. dS of both halves meets in shared memory; each warpgroup multiplies
-half of dQ's tile, which the copy engine adds to fp32 sums in global memory (FlashAttention-3, section 3.1;
-FlashAttention-2, section 3.2). What the heads of a group give is summed after the kernel: a block that
-streamed them all would leave too few blocks to fill the GPU evenly.
+A thread block stays on its multiprocessor and works through items: it owns a tile of keys and values, half of
+it each compute warpgroup, and streams the queries of a head. One more warpgroup loads, and goes on to the
+next item while the others end theirs (wide heads: a thread block an item). dK and dV are summed in registers.
+dS of both halves meets in shared memory; each warpgroup multiplies half of dQ's tile, which the copy engine
+adds to fp32 sums in global memory (FlashAttention-3, section 3.1; FlashAttention-2, section 3.2). What the
+heads of a group give is summed after the kernel: a block that streamed them all would leave too few blocks to
+fill the GPU evenly.
 
     S^T = K Q^T,  P = exp(S - lse),  dP^T = V dO^T,  dS = P * (dP - delta)
     dV = P^T dO,  dK = scale dS^T Q,  dQ += scale dS K
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.device import num_multiprocessors
 from pallas_kernels.flash_attention import backward_fused_wide
 from pallas_kernels.flash_attention.backward_fused_block import (
     HALF,
@@ -25,11 +27,14 @@ from pallas_kernels.flash_attention.backward_fused_block import (
     Block,
     Buffers,
     block_keys,
-    load,
+    end,
+    load_item,
     parts_of_dq,
+    visit_last,
     visit_queries,
 )
-from pallas_kernels.flash_attention.backward_fused_tile import Step, finish, take_tile
+from pallas_kernels.flash_attention.backward_fused_items import Queue, deal_items, draws_items, order_of
+from pallas_kernels.flash_attention.backward_fused_tile import Step, finish, store, take_tile
 from pallas_kernels.flash_attention.extras import Footprint, prepare
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.spec import AttentionInputs
@@ -76,37 +81,52 @@ def launch(plan: AttentionPlan, inputs: AttentionInputs, query, key, value, out_
     """dQ [B, T, N, H], dK [B, S, K, H], dV [B, S, K, Hv] in the inputs' dtype; arguments as the
     deterministic kernels have them, with lse2 and delta padded to statistics_multiple.
     """
-    keys = block_keys(plan)
-    extras = prepare(plan, inputs, Footprint(HALF, plan.fused.tile_q, keys // HALF, owns_queries=False))
-    order = TileOrder.plan(
-        num_tiles=math.ceil(plan.num_keys / keys),
-        num_heads=plan.batch * plan.num_heads,
-        heads_per_kv=1,
-        kv_bytes=plan.num_queries * (plan.token_bytes + 4 * plan.head_dim),
-        heavy_last=False,
+    extras = prepare(
+        plan, inputs, Footprint(HALF, plan.fused.tile_q, block_keys(plan) // HALF, owns_queries=False)
     )
+    arrays = query, key, value, out_grad, lse2, delta, extras
     of_heads = tuple(
         jax.ShapeDtypeStruct((*x.shape[:2], plan.num_heads, x.shape[3]), x.dtype) for x in (key, value)
     )
-    body, scratch = _body, (Buffers.types(plan), Barriers.types(plan))
+    order, zeros = order_of(plan), jnp.zeros(query.shape, jnp.float32)
     if plan.head_dim > 128:
-        body, scratch = backward_fused_wide.body, backward_fused_wide.scratch(plan)
-    kernel = plgpu.kernel(
-        functools.partial(body, plan, order),
-        out_type=of_heads,
-        grid=(order.num_blocks,),
+        body = functools.partial(backward_fused_wide.body, plan, order)
+        kernel = _kernel(body, of_heads, backward_fused_wide.scratch(plan), order.num_blocks)
+        call = lambda d_query: kernel(*arrays, d_query)
+        d_query, d_key, d_value = call_in_place(call, zeros, of_heads)
+    else:
+        d_query, d_key, d_value = _launch_items(plan, order, of_heads, arrays, zeros)
+    return (d_query * plan.scale).astype(plan.dtype), _of_groups(plan, d_key), _of_groups(plan, d_value)
+
+
+def _launch_items(plan: AttentionPlan, order: TileOrder, out_type, arrays, zeros) -> list[jax.Array]:
+    num_blocks = min(order.num_blocks, num_multiprocessors())
+    scratch = Buffers.types(plan), Barriers.types(plan)
+    kernel = _kernel(functools.partial(_body, plan, order, num_blocks), out_type, scratch, num_blocks)
+    if not draws_items(plan):
+        table = deal_items(plan)
+        return call_in_place(lambda d_query: kernel(*arrays, d_query, table), zeros, out_type)
+    call = lambda refs: kernel(*arrays, *refs)
+    (d_query, _), *results = call_in_place(call, (zeros, jnp.zeros(1, jnp.int32)), out_type)
+    return [d_query, *results]
+
+
+def _kernel(body, out_type, scratch, num_blocks: int):
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        grid=(num_blocks,),
         grid_names=("block",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         scratch_types=scratch,
-        # Barriers around every store would cost a fifth of the causal speed; nothing is read back.
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        # Barriers around every store would cost a fifth of the causal speed; nothing is read back. Nor is
+        # anything reduced across lanes.
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+        ),
         kernel_name="flash_attention_backward",
     )
-
-    call = lambda d_query: kernel(query, key, value, out_grad, lse2, delta, d_query, extras)
-    d_query, d_key, d_value = call_in_place(call, jnp.zeros(query.shape, jnp.float32), of_heads)
-    return (d_query * plan.scale).astype(plan.dtype), _of_groups(plan, d_key), _of_groups(plan, d_value)
 
 
 def _of_groups(plan: AttentionPlan, x: jax.Array) -> jax.Array:
@@ -117,47 +137,71 @@ def _of_groups(plan: AttentionPlan, x: jax.Array) -> jax.Array:
     return by_group.sum(axis=3, dtype=jnp.float32).astype(x.dtype)
 
 
-def _body(plan: AttentionPlan, order: TileOrder, *refs):
-    q, k, v, d_out, lse2, delta, d_q, extras, d_k, d_v, buffers, barriers = refs
+def _body(plan: AttentionPlan, order: TileOrder, num_blocks: int, *refs):
+    *sources, extras, d_q, table, d_k, d_v, buffers, barriers = refs
     warpgroup = lax.axis_index("warpgroup")
-    block = Block.locate(plan, order, lax.axis_index("block"), extras)
-    step = Step(plan, block, warpgroup, d_q, buffers, barriers)
+    queue = Queue(order, num_blocks, table, buffers.item.at[pl.ds(2, 1)] if draws_items(plan) else None)
+
+    def begin(item, num_taken, role: int = 0) -> Step:
+        block = Block.locate(plan, order, extras, item, num_taken)
+        return Step(plan, block, warpgroup, d_q, buffers, barriers, role)
+
     specialize(
         WARPGROUPS,
         warpgroup,
-        compute=lambda: _in_roles(step, functools.partial(_compute, d_k=d_k, d_v=d_v)),
-        load=lambda: load(plan, block, (q, k, v, d_out, lse2, delta), buffers, barriers),
+        compute=lambda: _compute(plan, begin, order.num_blocks, warpgroup, d_k, d_v, buffers, barriers),
+        load=lambda: _load(plan, begin, queue, sources, buffers, barriers),
     )
 
 
-def _in_roles(step: Step, compute) -> None:
-    """Calls compute(step) in each warpgroup, in code of its own where the shapes of its work are its own."""
-    if len({*parts_of_dq(step.plan)}) == 1:
-        compute(step)
+def _load(plan: AttentionPlan, begin, queue: Queue, sources, buffers: Buffers, barriers: Barriers):
+    """What the loading warpgroup does."""
+
+    def load(item, is_first, num_taken):
+        block = begin(item, num_taken).block
+        load_item(plan, block, (item, num_taken), is_first, sources, buffers, barriers)
+        return block.number(block.indices.stop)
+
+    end(plan, queue.order.num_blocks, queue.visit(load, jnp.int32(0)), buffers, barriers)
+
+
+def _compute(
+    plan: AttentionPlan, begin, num_items: int, warpgroup, d_k, d_v, buffers: Buffers, barriers: Barriers
+):
+    """What the computing warpgroups do, in code of their own where their parts of dQ differ in shape."""
+
+    def see():
+        plgpu.barrier_wait(barriers.item_loaded)
+        return buffers.item[0]
+
+    def compute(role: int):
+        def differentiate(item):
+            _differentiate(begin(item, buffers.item[1], role), d_k, d_v)
+            return see()
+
+        lax.while_loop(lambda item: item < num_items, differentiate, see())
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    if len({*parts_of_dq(plan)}) == 1:
+        compute(0)
         return
     for role in range(WARPGROUPS):
-        pl.when(step.warpgroup == role)(functools.partial(compute, step._replace(role=role)))
+        pl.when(warpgroup == role)(functools.partial(compute, role))
 
 
-def _compute(step: Step, d_k, d_v):
-    plan, block, warpgroup, _, buffers, barriers, _ = step
-    plgpu.barrier_wait(barriers.k_loaded)
-    plgpu.barrier_wait(barriers.v_loaded)
-    zeros = tuple(plgpu.ACC.init(register_zeros((HALF, dim))) for dim in (plan.head_dim, plan.value_dim))
-    sum_dk, sum_dv = pl.run_state(functools.partial(_attend, step))(zeros)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    plgpu.barrier_arrive(barriers.finished)  # no one reads the keys any more
-    plgpu.barrier_wait(barriers.finished)
-    keys = pl.ds(block.first_key + warpgroup * HALF, HALF)
-    staging = buffers.k.at[warpgroup], buffers.v.at[warpgroup]
-    staging[0][...] = (sum_dk * plan.scale).astype(plan.dtype)
-    staging[1][...] = (sum_dv * (1 / (1 - plan.dropout_rate))).astype(plan.dtype)
-    plgpu.commit_smem()
-    for smem, output in zip(staging, (d_k, d_v), strict=True):
-        plgpu.copy_smem_to_gmem(smem, output.at[block.batch, keys, block.head])
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+def _differentiate(step: Step, d_k, d_v):
+    """An item's dK and dV, and what it adds to dQ."""
+    plan, barriers = step.plan, step.barriers
 
+    def attend(sums):
+        sum_dk, sum_dv = sums
+        visit_queries(plan, step.block.indices, functools.partial(take_tile, step, sums))
+        plgpu.barrier_arrive(barriers.v_free)
+        visit_last(step.block.indices, functools.partial(finish, step))
+        plgpu.barrier_arrive(barriers.k_free)  # the next keys are on their way meanwhile
+        store(step, sum_dv, 1 / (1 - plan.dropout_rate), d_v)
+        store(step, sum_dk, plan.scale, d_k)
 
-def _attend(step: Step, sums):
-    take = functools.partial(take_tile, step, sums)
-    visit_queries(step.plan, step.block, take, functools.partial(finish, step))
+    pl.run_state(attend)(
+        tuple(plgpu.ACC.init(register_zeros((HALF, dim))) for dim in (plan.head_dim, plan.value_dim))
+    )

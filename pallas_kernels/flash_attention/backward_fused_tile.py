@@ -50,8 +50,8 @@ def take_tile(step: Step, sums, index, _, masked=False, is_first=False):
     # Opaque: the first index may be a constant, of which many addresses would follow at once.
     step, index = step._replace(warpgroup=opaque(step.warpgroup)), opaque(index)
     plan, buffers, barriers = step.plan, step.buffers, step.barriers
-    slot = slot_of(plan, index)
-    parts = plan.fused.tile_q // PART
+    number = step.block.number(index)
+    slot, parts = slot_of(plan, number), plan.fused.tile_q // PART
     plgpu.barrier_wait(barriers.loaded.at[slot])
     d_logits = []
     for part in range(parts):
@@ -64,19 +64,19 @@ def take_tile(step: Step, sums, index, _, masked=False, is_first=False):
 
     if is_first:
         add_dk()
-        _publish(step, index, d_logits)
+        _publish(step, number, d_logits)
     else:
-        plgpu.barrier_wait(barriers.d_logits_written.at[turn_of(index - 1)])
+        plgpu.barrier_wait(barriers.d_logits_written.at[turn_of(number - 1)])
 
         def multiply(acc):
-            _multiply_dq(step, acc, index - 1)
+            _multiply_dq(step, acc, number - 1)
             add_dk()
             return plgpu.wgmma_accumulator_load(acc, wait_n=1)
 
         d_q = pl.run_scoped(multiply, plgpu.ACC(step.part_of_dq, jnp.float32))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         step.d_q_staging[...] = d_q
-        _publish(step, index, d_logits)
+        _publish(step, number, d_logits)
         _add_dq(step, index - 1)
     plgpu.wgmma_wait(0)
     plgpu.barrier_arrive(barriers.consumed.at[slot])
@@ -84,10 +84,12 @@ def take_tile(step: Step, sums, index, _, masked=False, is_first=False):
 
 def finish(step: Step, index, _):
     """What the last tile left open."""
-    plgpu.barrier_wait(step.barriers.d_logits_written.at[turn_of(index)])
+    step, index = step._replace(warpgroup=opaque(step.warpgroup)), opaque(index)
+    number = step.block.number(index)
+    plgpu.barrier_wait(step.barriers.d_logits_written.at[turn_of(number)])
 
     def multiply(acc):
-        _multiply_dq(step, acc, index)
+        _multiply_dq(step, acc, number)
         return acc[...]
 
     d_q = pl.run_scoped(multiply, plgpu.ACC(step.part_of_dq, jnp.float32))
@@ -99,21 +101,21 @@ def finish(step: Step, index, _):
 
 def _differentiate_logits(step: Step, sum_dv, index, part: int, masked: bool):
     """dS^T of our keys and a part of the tile's queries, in 16 bits; adds to dV on the way."""
-    plan, buffers, extras = step.plan, step.buffers, step.block.extras
-    slot, rows = slot_of(plan, index), _part(part)
+    plan, buffers, block = step.plan, step.buffers, step.block
+    slot, rows = slot_of(plan, block.number(index)), _part(part)
     queries, d_outs = buffers.q.at[slot, rows], buffers.d_out.at[slot, rows]
-    first_key = step.block.first_key + step.warpgroup * HALF
-    place = step.block.place_at(plan, index, first_key, masked, part)
+    first_key = block.first_key + step.warpgroup * HALF
+    place = block.place_at(plan, index, first_key, masked, part)
 
     def differentiate(logits_acc, d_weights_acc):
         plgpu.wgmma(logits_acc, buffers.k.at[step.warpgroup], queries.transpose((1, 0)))
         plgpu.wgmma(d_weights_acc, buffers.v.at[step.warpgroup], d_outs.transpose((1, 0)))
-        lse2 = by_column(buffers.lse.at[slot, rows])
+        lse2 = by_column(buffers.lse(slot).at[rows])
         logits = plgpu.wgmma_accumulator_load(logits_acc, wait_n=1)
-        weights = weigh(plan, extras, place, logits, lse2, masked, rounds_slope=True)
+        weights = weigh(plan, block.extras, place, logits, lse2, masked, rounds_slope=True)
         weights = rounded(plan, weights)
         plgpu.wgmma(sum_dv, weights.kept, d_outs)
-        delta = by_column(buffers.delta.at[slot, rows])
+        delta = by_column(buffers.delta(slot).at[rows])
         d_weights = plgpu.wgmma_accumulator_load(d_weights_acc, wait_n=1)
         weights = weights._replace(slopes=weights.slopes.astype(jnp.float32))
         return logit_gradients(plan, weights, d_weights, delta).astype(plan.dtype)
@@ -138,24 +140,24 @@ def by_column(statistic):
     return broadcast_columns(plgpu.load(statistic, layout=plgpu.Layout.WGMMA.reduce(0)), HALF)
 
 
-def turn_of(index):
-    """Which of the two buffers of dS an index uses."""
-    return lax.rem(index, jnp.int32(2))
+def turn_of(number):
+    """Which of the two buffers of dS a tile of queries uses."""
+    return lax.rem(number, jnp.int32(2))
 
 
-def _publish(step: Step, index, d_logits):
+def _publish(step: Step, number, d_logits):
     """Shows dS of our keys to the other warpgroup."""
-    turn = turn_of(index)
+    turn = turn_of(number)
     for part, values in enumerate(d_logits):
         step.buffers.d_logits.at[turn, step.warpgroup, :, _part(part)][...] = values
     plgpu.commit_smem()
     plgpu.barrier_arrive(step.barriers.d_logits_written.at[turn])
 
 
-def _multiply_dq(step: Step, acc, index):
+def _multiply_dq(step: Step, acc, number):
     """acc += dS K, our part of the tile's rows or columns."""
     plan, buffers = step.plan, step.buffers
-    turn = turn_of(index)
+    turn = turn_of(number)
     rows, columns = step.part_of_dq
     for half in range(WARPGROUPS):
         half = opaque(half)
@@ -178,3 +180,15 @@ def _add_dq(step: Step, index):
         first_column = step.warpgroup * HALF
     target = step.d_q.at[block.batch, pl.ds(first_row, rows), block.head, pl.ds(first_column, columns)]
     plgpu.copy_smem_to_gmem(step.d_q_staging, target, reduction_op="add")
+
+
+def store(step: Step, acc, scale: float, output):
+    """Stores a sum over the queries, of our keys."""
+    step = step._replace(warpgroup=opaque(step.warpgroup))
+    plan, block, staging = step.plan, step.block, step.buffers.out.at[step.warpgroup]
+    total = (acc[...] * scale).astype(plan.dtype)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    staging[...] = total
+    plgpu.commit_smem()
+    keys = pl.ds(block.first_key + step.warpgroup * HALF, HALF)
+    plgpu.copy_smem_to_gmem(staging, output.at[block.batch, keys, block.head])

@@ -16,6 +16,7 @@ from pallas_kernels.flash_attention.backward_fused_block import (
     WARPGROUPS,
     Block,
     slot_of,
+    visit_last,
     visit_queries,
 )
 from pallas_kernels.flash_attention.backward_fused_wide_tile import (
@@ -38,9 +39,9 @@ def scratch(plan: AttentionPlan) -> tuple[Buffers, Barriers]:
 
 
 def body(plan: AttentionPlan, order: TileOrder, *refs):
-    q, k, v, d_out, lse2, delta, d_q, extras, d_k, d_v, buffers, barriers = refs
+    q, k, v, d_out, lse2, delta, extras, d_q, d_k, d_v, buffers, barriers = refs
     warpgroup = lax.axis_index("warpgroup")
-    block = Block.locate(plan, order, lax.axis_index("block"), extras)
+    block = Block.locate(plan, order, extras, lax.axis_index("block"))
     step = Step(plan, block, d_q, buffers, barriers)
 
     def compute():
@@ -54,7 +55,8 @@ def body(plan: AttentionPlan, order: TileOrder, *refs):
 def _sum_dv(step: Step, d_v):
     def attend(sum_dv):
         take = functools.partial(take_weights, step, sum_dv)
-        visit_queries(step.plan, step.block, take, functools.partial(add_dq, step))
+        visit_queries(step.plan, step.block.indices, take)
+        visit_last(step.block.indices, functools.partial(add_dq, step))
 
     _store(step, attend, 1 / (1 - step.plan.dropout_rate), step.buffers.keys.at[V], d_v)
 
@@ -67,7 +69,7 @@ def _sum_dk(step: Step, d_k):
         take = functools.partial(take_gradients, step, sum_dk)
         lax.fori_loop(start, second, functools.partial(take, is_first=True), None)
         lax.fori_loop(second, stop, take, None)
-        lax.fori_loop(jnp.maximum(start, stop - 1), stop, functools.partial(add_dq, step), None)
+        visit_last(step.block.indices, functools.partial(add_dq, step))
 
     _store(step, attend, step.plan.scale, step.buffers.keys.at[K], d_k)
 

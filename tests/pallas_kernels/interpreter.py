@@ -35,7 +35,7 @@ from jax._src.pallas.mosaic_gpu.interpret import (
 from jax._src.state import discharge
 from jax._src.state import types as state_types
 
-from pallas_kernels.flash_attention import items, mapped
+from pallas_kernels.flash_attention import backward_fused_items, items, mapped
 from pallas_kernels.mosaic import TMA_ALIGNMENT, deinterleave, pl, plgpu
 from pallas_kernels.paged_attention import (
     decode_codes,
@@ -116,7 +116,7 @@ def _plain_terms():
         "reduce_rows": (_reduce_rows, decode_consumer, decode_tile),
         "store_deinterleaved": (_store_deinterleaved, decode_consumer),
         "load_codes_transposed": (_load_codes_transposed, decode_codes),
-        "draw": (_draw, units, items, prefill_producer),
+        "draw": (_draw, units, items, backward_fused_items, prefill_producer),
         "fresh_iota": (_iota, prefill_consumer),
         "store_rows": (_store_rows, prefill_consumer),
     }

@@ -1,0 +1,75 @@
+"""How the fused backward kernel's work is shared out: an item is a tile of keys and values of one head."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.device import num_multiprocessors
+from pallas_kernels.flash_attention.backward_fused_block import block_keys
+from pallas_kernels.flash_attention.plan import AttentionPlan
+from pallas_kernels.flash_attention.tiles import Schedule, TileOrder
+from pallas_kernels.mosaic import draw
+
+ITEM_COST = 1  # of what an item costs beside its tiles of queries, in their time
+
+
+def order_of(plan: AttentionPlan) -> TileOrder:
+    return TileOrder.plan(
+        num_tiles=math.ceil(plan.num_keys / block_keys(plan)),
+        num_heads=plan.batch * plan.num_heads,
+        heads_per_kv=1,
+        kv_bytes=plan.num_queries * (plan.token_bytes + 4 * plan.head_dim),
+        heavy_last=False,
+    )
+
+
+def draws_items(plan: AttentionPlan) -> bool:
+    """Whether thread blocks draw their items: no one knows what each costs before the kernel runs."""
+    return plan.has_segments or plan.has_block_mask or plan.has_q_lengths or plan.has_kv_lengths
+
+
+def deal_items(plan: AttentionPlan) -> jax.Array:
+    """i32[blocks, 1 + most items a block has]: how many items each thread block has, and which."""
+    order = order_of(plan)
+    costs = tuple(ITEM_COST + _num_query_tiles(plan, tile) for tile in range(order.num_tiles))
+    table = Schedule(order, num_multiprocessors(), costs).table()
+    # Its own jit holds the table: a custom partitioning takes no function with constants.
+    return jax.jit(lambda: jnp.asarray(table))()
+
+
+def _num_query_tiles(plan: AttentionPlan, key_tile: int) -> int:
+    """How many tiles of queries see a tile of keys, where no lengths are given."""
+    (left, right), keys = plan.reach, block_keys(plan)
+    first = key_tile * keys - (plan.num_keys - plan.num_queries if plan.bottom_right else 0)
+    start = 0 if right is None else max(first - right, 0)
+    stop = plan.num_queries if left is None else min(first + keys + left, plan.num_queries)
+    return max(0, math.ceil(stop / plan.fused.tile_q) - start // plan.fused.tile_q)
+
+
+class Queue(NamedTuple):
+    """The items of a thread block, for the warpgroup that loads; it tells the others."""
+
+    order: TileOrder
+    num_blocks: int
+    table: Any  # of deal_items; or i32[1]: how many items were drawn
+    drawn: Any  # i32[1] in shared memory, where items are drawn; or None
+
+    def visit(self, visit: Callable, carry):
+        """Calls carry = visit(item, is_first, carry) for each; returns the last."""
+        block = jnp.int32(lax.axis_index("block"))
+        if self.drawn is None:
+            step = lambda turn, carry: visit(self.table[block, 1 + turn], turn == 0, carry)
+            return lax.fori_loop(0, self.table[block, 0], step, carry)
+
+        def draw_next(state):
+            item, carry = state
+            carry = visit(item, item < self.num_blocks, carry)
+            draw(self.table, self.drawn, self.num_blocks, item)
+            return self.drawn[0], carry
+
+        is_one = lambda state: state[0] < self.order.num_blocks
+        return lax.while_loop(is_one, draw_next, (block, carry))[1]
