@@ -218,7 +218,8 @@ def load_item(
     # In the order in which the item before releases them.
     lax.fori_loop(start, second, load_tile, None)
     for gmem, smem, free in ((v, buffers.v, barriers.v_free), (k, buffers.k, barriers.k_free)):
-        pl.when(~is_first)(functools.partial(plgpu.barrier_wait, free))
+        if is_first is not True:
+            pl.when(~is_first)(functools.partial(plgpu.barrier_wait, free))
         for half in range(WARPGROUPS):
             keys = pl.ds(block.first_key + half * HALF, HALF)
             source = gmem.at[block.batch, keys, block.kv_head]
@@ -228,8 +229,8 @@ def load_item(
     lax.fori_loop(second, stop, load_tile, None)
 
 
-def end(plan: AttentionPlan, num_items: int, num_tiles, buffers: Buffers, barriers: Barriers) -> None:
-    """Sees every arrival before the thread block ends, and says that it does."""
+def end(plan: AttentionPlan, num_items: int | None, num_tiles, buffers: Buffers, barriers: Barriers) -> None:
+    """Sees every arrival before the thread block ends, and says that it does: num_items is no item."""
 
     def wait_consumed(number, _):
         plgpu.barrier_wait(barriers.consumed.at[slot_of(plan, number)])
@@ -237,6 +238,8 @@ def end(plan: AttentionPlan, num_items: int, num_tiles, buffers: Buffers, barrie
     lax.fori_loop(jnp.maximum(0, num_tiles - plan.fused.stages), num_tiles, wait_consumed, None)
     plgpu.barrier_wait(barriers.v_free)
     plgpu.barrier_wait(barriers.k_free)
+    if num_items is None:
+        return
     buffers.item[0] = jnp.int32(num_items)
     for _ in range(ARRIVALS):
         plgpu.barrier_arrive(barriers.item_loaded)

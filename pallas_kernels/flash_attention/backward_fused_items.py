@@ -11,6 +11,7 @@ from jax import lax
 from pallas_kernels.device import num_multiprocessors
 from pallas_kernels.flash_attention.backward_fused_block import block_keys
 from pallas_kernels.flash_attention.plan import AttentionPlan
+from pallas_kernels.flash_attention.spec import AttentionInputs
 from pallas_kernels.flash_attention.tiles import Schedule, TileOrder
 from pallas_kernels.mosaic import draw
 
@@ -25,6 +26,16 @@ def order_of(plan: AttentionPlan) -> TileOrder:
         kv_bytes=plan.num_queries * (plan.token_bytes + 4 * plan.head_dim),
         heavy_last=False,
     )
+
+
+def is_persistent(plan: AttentionPlan, inputs: AttentionInputs) -> bool:
+    """Whether a thread block has more than one item. It would spill registers at H = 128 where a call brings
+    more than a causal mask.
+    """
+    busy = plan.has_segments or plan.has_block_mask or plan.has_kv_lengths or plan.has_q_lengths
+    busy = busy or plan.logits_soft_cap is not None or plan.reach[0] is not None
+    busy = busy or inputs.alibi_slopes is not None or inputs.bias is not None
+    return plan.head_dim <= 96 or (plan.head_dim == 128 and not busy)
 
 
 def draws_items(plan: AttentionPlan) -> bool:
@@ -55,12 +66,19 @@ class Queue(NamedTuple):
 
     order: TileOrder
     num_blocks: int
-    table: Any  # of deal_items; or i32[1]: how many items were drawn
+    table: Any  # of deal_items; or i32[1]: how many items were drawn; None: each block has one item
     drawn: Any  # i32[1] in shared memory, where items are drawn; or None
+
+    @property
+    def last(self) -> int | None:
+        """What is no item; None where no one asks for a second."""
+        return None if self.table is None else self.order.num_blocks
 
     def visit(self, visit: Callable, carry):
         """Calls carry = visit(item, is_first, carry) for each; returns the last."""
         block = jnp.int32(lax.axis_index("block"))
+        if self.table is None:
+            return visit(block, True, carry)
         if self.drawn is None:
             step = lambda turn, carry: visit(self.table[block, 1 + turn], turn == 0, carry)
             return lax.fori_loop(0, self.table[block, 0], step, carry)

@@ -33,7 +33,13 @@ from pallas_kernels.flash_attention.backward_fused_block import (
     visit_last,
     visit_queries,
 )
-from pallas_kernels.flash_attention.backward_fused_items import Queue, deal_items, draws_items, order_of
+from pallas_kernels.flash_attention.backward_fused_items import (
+    Queue,
+    deal_items,
+    draws_items,
+    is_persistent,
+    order_of,
+)
 from pallas_kernels.flash_attention.backward_fused_tile import Step, finish, store, take_tile
 from pallas_kernels.flash_attention.extras import Footprint, prepare
 from pallas_kernels.flash_attention.plan import AttentionPlan
@@ -68,6 +74,9 @@ def _spills(plan: AttentionPlan, inputs: AttentionInputs) -> bool:
     is_whole = plan.reach == (None, None) and not (plan.has_q_lengths or plan.has_kv_lengths)
     if plan.has_segments and (plan.dtype == jnp.float16 or not is_whole):  # 28, 24, 48
         return True
+    has_lengths = plan.has_q_lengths or plan.has_kv_lengths
+    if sum((has_cap, has_lengths, plan.reach[0] is not None)) > 1:  # 4 to 16
+        return True
     # 200 with dropout; with segment ids and slopes 20, with a bias of queries and a soft cap 48, and so on.
     return has_dropout or sum((has_ids, has_slopes, has_cap, has_bias)) > 1
 
@@ -95,16 +104,17 @@ def launch(plan: AttentionPlan, inputs: AttentionInputs, query, key, value, out_
         call = lambda d_query: kernel(*arrays, d_query)
         d_query, d_key, d_value = call_in_place(call, zeros, of_heads)
     else:
-        d_query, d_key, d_value = _launch_items(plan, order, of_heads, arrays, zeros)
+        is_one = not is_persistent(plan, inputs)
+        d_query, d_key, d_value = _launch_items(plan, order, of_heads, arrays, zeros, is_one)
     return (d_query * plan.scale).astype(plan.dtype), _of_groups(plan, d_key), _of_groups(plan, d_value)
 
 
-def _launch_items(plan: AttentionPlan, order: TileOrder, out_type, arrays, zeros) -> list[jax.Array]:
-    num_blocks = min(order.num_blocks, num_multiprocessors())
+def _launch_items(plan: AttentionPlan, order: TileOrder, out_type, arrays, zeros, is_one) -> list[jax.Array]:
+    num_blocks = order.num_blocks if is_one else min(order.num_blocks, num_multiprocessors())
     scratch = Buffers.types(plan), Barriers.types(plan)
     kernel = _kernel(functools.partial(_body, plan, order, num_blocks), out_type, scratch, num_blocks)
-    if not draws_items(plan):
-        table = deal_items(plan)
+    if is_one or not draws_items(plan):
+        table = None if is_one else deal_items(plan)
         return call_in_place(lambda d_query: kernel(*arrays, d_query, table), zeros, out_type)
     call = lambda refs: kernel(*arrays, *refs)
     (d_query, _), *results = call_in_place(call, (zeros, jnp.zeros(1, jnp.int32)), out_type)
@@ -149,7 +159,7 @@ def _body(plan: AttentionPlan, order: TileOrder, num_blocks: int, *refs):
     specialize(
         WARPGROUPS,
         warpgroup,
-        compute=lambda: _compute(plan, begin, order.num_blocks, warpgroup, d_k, d_v, buffers, barriers),
+        compute=lambda: _compute(plan, begin, queue.last, warpgroup, d_k, d_v, buffers, barriers),
         load=lambda: _load(plan, begin, queue, sources, buffers, barriers),
     )
 
@@ -162,11 +172,18 @@ def _load(plan: AttentionPlan, begin, queue: Queue, sources, buffers: Buffers, b
         load_item(plan, block, (item, num_taken), is_first, sources, buffers, barriers)
         return block.number(block.indices.stop)
 
-    end(plan, queue.order.num_blocks, queue.visit(load, jnp.int32(0)), buffers, barriers)
+    end(plan, queue.last, queue.visit(load, jnp.int32(0)), buffers, barriers)
 
 
 def _compute(
-    plan: AttentionPlan, begin, num_items: int, warpgroup, d_k, d_v, buffers: Buffers, barriers: Barriers
+    plan: AttentionPlan,
+    begin,
+    num_items: int | None,
+    warpgroup,
+    d_k,
+    d_v,
+    buffers: Buffers,
+    barriers: Barriers,
 ):
     """What the computing warpgroups do, in code of their own where their parts of dQ differ in shape."""
 
@@ -179,7 +196,10 @@ def _compute(
             _differentiate(begin(item, buffers.item[1], role), d_k, d_v)
             return see()
 
-        lax.while_loop(lambda item: item < num_items, differentiate, see())
+        if num_items is None:
+            _differentiate(begin(see(), buffers.item[1], role), d_k, d_v)
+        else:
+            lax.while_loop(lambda item: item < num_items, differentiate, see())
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     if len({*parts_of_dq(plan)}) == 1:

@@ -39,7 +39,10 @@ def fused_feature_cases(t=1024, n=4, batch=2):
     rows: dict[str, tuple[int, int, dict[str, Any], dict[str, Any]]] = {
         "segments, full": (128, 4, ids, {}),
         "segments, grouped heads": (128, 1, ids, {}),
-        "window, soft cap, lengths, grouped heads": (128, 1, lengths, causal | window),
+        "window, grouped heads": (128, 1, {}, causal | {"window": (256, None)}),
+        "soft cap, grouped heads": (128, 1, {}, causal | {"logits_soft_cap": 30.0}),
+        "lengths, grouped heads": (128, 1, lengths, causal),
+        "narrow, grouped heads": (96, 1, {}, causal),
         "slopes, lengths": (128, 4, slopes | lengths, causal),
         "block mask, grouped heads": (128, 1, blocks, {}),
         "block mask, dropout": (64, 4, blocks | seed, {"dropout_rate": 0.1}),
