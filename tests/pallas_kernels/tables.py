@@ -38,6 +38,7 @@ SLOW = {
     *(
         f"flash_attention:backward fused, head dim {rest}"
         for rest in (
+            "24, window",
             "256, lengths",
             "256, block mask, causal, dropout",
             "192, one stage, fp16, window",
@@ -52,6 +53,8 @@ SLOW = {
             "H=128 full",
             "H=256 full",
             "H=192 wide, causal, window",
+            "H=128 window, grouped heads",
+            "H=128 lengths, grouped heads",
             "H=256 wide, dropout",
             "H=256 wide, slopes",
             "H=256 wide, block mask, segments",
