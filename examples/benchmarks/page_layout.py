@@ -181,10 +181,8 @@ def start_compiling(pool: ThreadPoolExecutor, case: Case, prefill_tokens: int) -
         token = jax.ShapeDtypeStruct((num_tokens, case.num_kv_heads, case.head_dim), dtype)
         slots = jax.ShapeDtypeStruct((num_tokens,), jnp.int32)
         programs.append((functools.partial(write, case, num_tokens), token, token, slots))
-    return [
-        pool.submit(lambda call, *specs: jax.jit(call).lower(*specs).compile(), *program)
-        for program in programs
-    ]
+    # Lowered here, in the thread that may: only XLA's compiler may run in several.
+    return [pool.submit(jax.jit(call).lower(*specs).compile) for call, *specs in programs]
 
 
 def measure(case: Case, jobs: list[Future], prefill_tokens: int) -> dict:
