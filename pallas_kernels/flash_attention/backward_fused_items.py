@@ -22,8 +22,8 @@ def order_of(plan: AttentionPlan) -> TileOrder:
     return TileOrder.plan(
         num_tiles=math.ceil(plan.num_keys / block_keys(plan)),
         num_heads=plan.batch * plan.num_heads,
-        heads_per_kv=1,
-        kv_bytes=plan.num_queries * (plan.token_bytes + 4 * plan.head_dim),
+        section=1,
+        is_uneven=plan.is_uneven,
         heavy_last=False,
     )
 

@@ -111,10 +111,13 @@ def launch(plan: AttentionPlan, inputs: AttentionInputs, query, key, value, out_
 
 def _launch_items(plan: AttentionPlan, order: TileOrder, out_type, arrays, zeros, is_one) -> list[jax.Array]:
     num_blocks = order.num_blocks if is_one else min(order.num_blocks, num_multiprocessors())
+    is_dealt = not (is_one or draws_items(plan))
+    if is_dealt:
+        order = order.by_tile
     scratch = Buffers.types(plan), Barriers.types(plan)
     kernel = _kernel(functools.partial(_body, plan, order, num_blocks), out_type, scratch, num_blocks)
-    if is_one or not draws_items(plan):
-        table = None if is_one else deal_items(plan)
+    if is_one or is_dealt:
+        table = deal_items(plan) if is_dealt else None
         return call_in_place(lambda d_query: kernel(*arrays, d_query, table), zeros, out_type)
     call = lambda refs: kernel(*arrays, *refs)
     (d_query, _), *results = call_in_place(call, (zeros, jnp.zeros(1, jnp.int32)), out_type)

@@ -63,12 +63,11 @@ def _launch(plan: AttentionPlan, inputs: AttentionInputs, which: str, like, arra
     num_rows = plan.num_queries if owns_queries else plan.num_keys
     extras = prepare(plan, inputs, Footprint(config.own, config.other, config.warpgroups, owns_queries))
     num_heads = plan.num_heads if owns_queries else plan.num_kv_heads
-    streamed = plan.num_keys if owns_queries else plan.num_queries * plan.group
     order = TileOrder.plan(
         num_tiles=math.ceil(num_rows / (config.own * config.warpgroups)),
         num_heads=plan.batch * num_heads,
-        heads_per_kv=plan.group if owns_queries else 1,
-        kv_bytes=streamed * plan.token_bytes,
+        section=plan.group if owns_queries else 1,
+        is_uneven=plan.is_uneven,
         heavy_last=owns_queries,
     )
     return plgpu.kernel(

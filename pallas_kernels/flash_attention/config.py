@@ -145,7 +145,7 @@ def default_config(
     that overlap 706; but a crowded kernel would spill the 160 registers a thread that three leave. At H =
     256 two hold the accumulators, and overlap: 751, in turn 734, without overlap 703 (T = 4,096: 684, 645,
     652). At H = 128 and num_queries = 1024 blocks of 192 rows leave most of a last block empty: two that
-    overlap reach 494 causal and 570 full, two that do not 467 and 587; of keys twice as many 630 and 588.
+    overlap reach 494 causal, two that do not 467 (full, on an H100: 624 and 560).
     512 queries on 8,192 keys reach 665 overlapped and in turn, 621 overlapped, 649 without; on 2,048 keys
     608, 585, 594. At H = 64 and T = 1024, full, two that take turns at 256 keys reach 466, three 448; at T =
     2048 488 and 498. In blocks (a quarter of all tiles, T = 8,192): at H = 64 428 in turn, 386 overlapped, at
@@ -176,8 +176,7 @@ def default_config(
         dq = GradientConfig() if crowded else GradientConfig(warpgroups=3)
         many_keys = all_visible and num_keys > SHORT
         in_turn = many_keys and not crowded and num_queries is not None and num_queries <= SHORT // 2
-        overlap = crowded or many_keys or not all_visible
-        return FlashConfig(q_stages=2, overlap=overlap, ping_pong=in_turn, dq=dq)
+        return FlashConfig(q_stages=2, overlap=True, ping_pong=in_turn, dq=dq)
     if head_dim <= 128:
         return FlashConfig(warpgroups=3, dq=GradientConfig(warpgroups=3), **ahead)
     single = GradientConfig(stages=1)

@@ -43,8 +43,8 @@ class ForwardPlan(AttentionPlan):
         return TileOrder.plan(
             num_tiles=self.num_row_tiles,
             num_heads=self.batch * self.num_heads,
-            heads_per_kv=self.group,
-            kv_bytes=self.num_keys * self.token_bytes,
+            section=self.group,
+            is_uneven=self.is_uneven,
         )
 
     @property

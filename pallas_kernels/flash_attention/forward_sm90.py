@@ -140,7 +140,8 @@ def _forward_body(
 
 
 def _find_work(plan: ForwardPlan, item, extras: Extras) -> Work:
-    tile, batch_head = plan.order.locate(item)
+    order = plan.order if plan.draws_items else plan.order.by_tile
+    tile, batch_head = order.locate(item)
     batch, head = plan.split_heads(batch_head, plan.num_heads)
     q_length, kv_length = plan.lengths_of(batch, extras)
     if plan.has_masked_end:  # a mask known to be the same for every item would be kept in registers

@@ -43,6 +43,11 @@ class AttentionPlan:
         return self.reach[1] is not None or self.has_segments
 
     @property
+    def is_uneven(self) -> bool:
+        """Whether tiles of a head differ in how much they see: there is an end on one side alone."""
+        return (self.reach[0] is None) != (self.reach[1] is None)
+
+    @property
     def group(self) -> int:
         """Query heads that share a KV head."""
         return self.num_heads // self.num_kv_heads

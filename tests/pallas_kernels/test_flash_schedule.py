@@ -28,14 +28,33 @@ PLAN = ForwardPlan(
 )
 
 
+ORDERS = [
+    TileOrder(num_tiles=9, num_heads=32, section=8),
+    TileOrder(num_tiles=9, num_heads=32, section=4, num_light=4),
+    TileOrder(num_tiles=9, num_heads=32, section=1, num_light=9, heavy_last=False),
+]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_an_order_holds_every_tile_of_every_head(order):
+    places = [tuple(map(int, order.locate(jnp.int32(block)))) for block in range(order.num_blocks)]
+    assert sorted(places) == [(tile, head) for tile in range(9) for head in range(32)]
+    assert places == [order.place_of(block) for block in range(order.num_blocks)]
+    lightest = range(order.num_light) if order.heavy_last else range(9 - order.num_light, 9)
+    last = places[order.num_heavy * 32 :]
+    assert {tile for tile, _ in last} == set(lightest)
+
+
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("costs", [(1,) * 9, tuple(range(1, 10))])
 @pytest.mark.parametrize("num_multiprocessors", [1, 7, 132, 500])
-def test_every_item_once_and_in_order(num_multiprocessors, costs):
-    order = TileOrder(num_tiles=9, num_heads=32, section=8)
+def test_every_item_once_and_in_order(num_multiprocessors, costs, order):
     table = Schedule(order, num_multiprocessors, costs).table()
     mine = [list(row[1 : 1 + row[0]]) for row in table]
     assert sorted(item for items in mine for item in items) == list(range(9 * 32))
-    assert all(items == sorted(items) and items for items in mine)
+    places = [order.place_of(block) for block in range(order.num_blocks)]
+    position = {tile * 32 + head: place for place, (tile, head) in enumerate(places)}
+    assert all(items and items == sorted(items, key=position.__getitem__) for items in mine)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -43,7 +62,7 @@ def test_blocks_end_together(causal):
     plan = PLAN if causal else dataclasses.replace(PLAN, reach=(None, None))
     schedule = plan.schedule
     loads = [
-        sum(schedule.costs[schedule.order.tile_of(item)] for item in row[1 : 1 + row[0]])
+        sum(schedule.costs[item // schedule.order.num_heads] for item in row[1 : 1 + row[0]])
         for row in schedule.table()
     ]
     assert max(loads) - min(loads) <= max(schedule.costs)
