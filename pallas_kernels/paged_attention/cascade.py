@@ -11,7 +11,7 @@ from pallas_kernels.kv_pages import pool
 from pallas_kernels.paged_attention.config import PagedConfig
 from pallas_kernels.paged_attention.op import VARIANTS, check_arrays, make_spec
 from pallas_kernels.paged_attention.prefill_config import PrefillConfig
-from pallas_kernels.paged_attention.spec import Groups, PagedInputs, PagedSpec
+from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 from pallas_kernels.variants import choose
 
 
@@ -71,37 +71,37 @@ def cascade_attention(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _cascade(variant: str, spec: PagedSpec, inputs: PagedInputs, prefix_lengths, group_of_row):
-    num_groups = prefix_lengths.shape[0]
-    is_in_group = (group_of_row >= 0) & (group_of_row < num_groups)
-    groups, order, query_start = _sort_by_group(jnp.where(is_in_group, group_of_row, num_groups), num_groups)
+    num_groups, page_size = prefix_lengths.shape[0], inputs.k_pages.shape[3]
+    group_of_row = jnp.where(group_of_row < num_groups, group_of_row, -1)
+    place, order, leaders, query_start = _sort_by_group(group_of_row, num_groups)
     shared = inputs._replace(
         query=inputs.query[order],
+        block_tables=inputs.block_tables[leaders],
         kv_lengths=prefix_lengths,
         query_start=query_start,
         sinks=None,
     )
-    prefix = jnp.where(is_in_group, prefix_lengths[groups.group], 0)
-    has_own = inputs.kv_lengths > prefix
+    prefix = jnp.where(group_of_row < 0, 0, prefix_lengths[group_of_row])
+    column = jnp.arange(inputs.block_tables.shape[1]) + prefix[:, None] // page_size
     own = inputs._replace(
-        kv_lengths=jnp.where(has_own, inputs.kv_lengths, 0).astype(jnp.int32),
-        first_keys=jnp.where(has_own, prefix, 0).astype(jnp.int32),
+        block_tables=jnp.take_along_axis(inputs.block_tables, column, axis=1, mode="clip"),
+        kv_lengths=jnp.maximum(inputs.kv_lengths - prefix, 0),
     )
     cascade = VARIANTS[variant].cascade
     assert cascade is not None
-    return cascade(own, shared, groups, spec)
+    return cascade(own, shared, place, spec)
 
 
-def _sort_by_group(group: jax.Array, num_groups: int) -> tuple[Groups, jax.Array, jax.Array]:
-    """The groups of rows i32[R], the row at each place of their order, and where groups start i32[C + 1].
+def _sort_by_group(group_of_row: jax.Array, num_groups: int):
+    """Each row's place in the order of groups i32[R], the row at each place, a row of each group i32[C], and
+    where groups start.
 
-    By comparing all with all: a sort of so few is slower.
+    By comparing all with all: a sort of so few is slower. Rows of no group come last, beyond every group.
     """
-    num_rows, start = group.shape[0], jnp.arange(num_groups + 1)
-    row = jnp.arange(num_rows)
-    # A row comes before others by (group, row), and before a group's start by its group: one sum for both.
-    key = jnp.concatenate([group, start])[:, None]
-    rank = jnp.concatenate([row, jnp.zeros_like(start)])[:, None]
-    num_before = ((group < key) | ((group == key) & (row < rank))).sum(1, dtype=jnp.int32)
-    place, query_start = num_before[:num_rows], num_before[num_rows:]
-    leaders = jnp.argmax(group == start[:-1, None], axis=1)
-    return Groups(place, group, leaders), jnp.argmax(place == row[:, None], axis=1), query_start
+    row, group = jnp.arange(group_of_row.shape[0]), jnp.arange(num_groups)
+    key = jnp.where(group_of_row < 0, num_groups, group_of_row)
+    is_before = (key < key[:, None]) | ((key == key[:, None]) & (row < row[:, None]))
+    query_start = (key < jnp.arange(num_groups + 1)[:, None]).sum(1, dtype=jnp.int32)
+    leaders = jnp.argmax(key == group[:, None], axis=1)
+    place = is_before.sum(1, dtype=jnp.int32)
+    return place, jnp.argmax(place == row[:, None], axis=1), leaders, query_start

@@ -16,7 +16,7 @@ from pallas_kernels.mosaic import LOG2_E, ceil_div, div, plgpu
 from pallas_kernels.paged_attention.decode_consumer import copy_head
 from pallas_kernels.paged_attention.decode_plan import Plan
 from pallas_kernels.paged_attention.prefill_config import WARPGROUP_ROWS
-from pallas_kernels.paged_attention.units import Rows, split_range, visible_range
+from pallas_kernels.paged_attention.units import split_range
 
 CHUNK = 16  # parts whose loads are in flight together
 THREADS = 128  # of a thread block
@@ -24,16 +24,17 @@ FLOOR = -1e30  # the maximum before any part: finite, so that no difference is N
 
 
 class Shared(NamedTuple):
-    """Parts of shared keys: the prefill kernel's results, and where each row's lie.
+    """Parts of shared keys: the prefill kernel's results, where each token's lie, and each row's token.
 
-    Of row r: item first_item[r] and the num_splits[r] - 1 after it, row of the tile head x tile_q + place[r].
+    Token t: item first_item[t] and the num_splits[t] - 1 after it, row of the tile head x tile_q + place[t].
     """
 
     out: Any  # f32[max_items, K, warpgroups, 64, width]
     lse: Any  # f32[max_items, K, warpgroups, 64]
-    first_item: Any  # i32[R]
+    first_item: Any  # i32[tokens]
     num_splits: Any
     place: Any
+    token: Any  # i32[R]
 
 
 class Cut(NamedTuple):
@@ -63,7 +64,7 @@ def combine_parts(
     plan: Plan,
     out: jax.Array,
     lse: jax.Array,
-    rows: Rows,
+    lengths: jax.Array,
     sinks: jax.Array | None,
     shared: Shared | None = None,
     cut: Cut | None = None,
@@ -90,32 +91,26 @@ def combine_parts(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="combine_parts",
     )
-    optional = (rows.first_keys, None if sinks is None else sinks.astype(jnp.float32))
-    operands = [x for x in optional if x is not None]
-    return kernel(out, lse, rows.lengths, *operands, *(() if shared is None else shared))
+    operands = () if sinks is None else (sinks.astype(jnp.float32),)
+    return kernel(out, lse, lengths, *operands, *(() if shared is None else shared))
 
 
 def _kernel(plan: Plan, cut: Cut | None, has_sinks: bool, out, lse, lengths, *refs):
     *optional, merged, merged_lse, staged = refs
     row, head = lax.axis_index("row"), lax.axis_index("head")
-    rows = Rows(lengths, optional.pop(0) if plan.has_first_keys else None)
     sink = optional.pop(0)[head] if has_sinks else None
     # All numbers before any part: one after the other they would be waited for.
-    parts = [_own_parts(plan, row, head, out, lse, rows)]
+    parts = [_own_parts(plan, row, head, out, lse, lengths)]
     if cut is not None:
         parts.append(_shared_parts(plan, cut, row, head, Shared(*optional)))
     state = _init(plan, sink)
     for each in parts:
         state = _merge(each, _layout(plan), state)
     maximum, total, values = state
-    merged_lse[row, head] = jnp.where(total > 0, maximum + jnp.log2(total) * (1 / LOG2_E), -jnp.inf)
-    values = (values * jnp.where(total > 0, 1 / total, 0.0)).astype(plan.query_dtype)
-    if plan.width == plan.head_dim:
-        merged[row, head] = values
-        return
-    staged[...] = values  # its last block of 64 began before it should
+    staged[...] = (values * jnp.where(total > 0, 1 / total, 0.0)).astype(plan.query_dtype)
     plgpu.commit_smem()
     copy_head(plan, staged, merged.at[row, head])
+    merged_lse[row, head] = jnp.where(total > 0, maximum + jnp.log2(total) * (1 / LOG2_E), -jnp.inf)
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -133,9 +128,9 @@ def _layout(plan: Plan):
     return plgpu.Layout.WGMMA.reduce(1)
 
 
-def _own_parts(plan: Plan, row, head, out, lse, rows: Rows) -> Parts:
+def _own_parts(plan: Plan, row, head, out, lse, lengths) -> Parts:
     kv_head, column = div(head, plan.group), lax.rem(head, jnp.int32(plan.column_period))
-    first, stop = split_range(plan, *visible_range(plan, rows, row))
+    first, stop = split_range(plan, jnp.minimum(lengths[row], plan.capacity))
 
     def part(index):
         split = first + index
@@ -145,16 +140,17 @@ def _own_parts(plan: Plan, row, head, out, lse, rows: Rows) -> Parts:
 
 
 def _shared_parts(plan: Plan, cut: Cut, row, head, shared: Shared) -> Parts:
+    token = shared.token[row]
     kv_head, member = div(head, plan.group), lax.rem(head, jnp.int32(plan.group))
-    place = member * cut.tile_q + shared.place[row]
+    place = member * cut.tile_q + shared.place[token]
     warpgroup, place = div(place, WARPGROUP_ROWS), lax.rem(place, jnp.int32(WARPGROUP_ROWS))
-    first = shared.first_item[row]
+    first = shared.first_item[token]
 
     def part(index):
         where = first + index, kv_head, warpgroup, place
         return shared.lse[where], shared.out.at[where]
 
-    return Parts(shared.num_splits[row], cut.splits, part)
+    return Parts(shared.num_splits[token], cut.splits, part)
 
 
 def _merge(parts: Parts, layout, state: State) -> State:

@@ -19,7 +19,7 @@ from pallas_kernels.mosaic import (
 from pallas_kernels.paged_attention import decode_codes, decode_tile
 from pallas_kernels.paged_attention.decode_plan import BUFFERS, Merge, Outputs, Plan, Scratch, Workspace
 from pallas_kernels.paged_attention.decode_tile import MASKED, Softmax, Tile, UnitQueries, store_transposed
-from pallas_kernels.paged_attention.units import Unit, for_each_unit, schedule_of
+from pallas_kernels.paged_attention.units import Schedule, Unit, for_each_unit
 
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
@@ -36,7 +36,8 @@ def consume(plan: Plan, consumer, outputs: Outputs, scratch: Scratch):
         finish_unit(plan, consumer, scratch, unit, count, units, state, sinks, outputs)
         return count + unit.num_tiles, units + 1
 
-    _, units = for_each_unit(plan, schedule_of(scratch), visit, (jnp.int32(0), jnp.int32(0)))
+    schedule = Schedule(scratch.lengths, scratch.tickets, None)
+    _, units = for_each_unit(plan, schedule, visit, (jnp.int32(0), jnp.int32(0)))
     plgpu.wait_smem_to_gmem(0)
     if (merge := scratch.merge) is not None:
 

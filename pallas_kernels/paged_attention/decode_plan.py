@@ -25,7 +25,7 @@ class Plan(LaunchPlan):
     config: PagedConfig
     page_size: int | None  # None: caches instead of pages
     capacity: int  # tokens that a row has room for
-    has_first_keys: bool = False  # whether rows have keys before their first, attended elsewhere
+    has_shared: bool = False  # whether rows have shared pages too, attended elsewhere
 
     @property
     def num_programs(self) -> int:
@@ -49,7 +49,7 @@ class Plan(LaunchPlan):
     @property
     def is_merged(self) -> bool:
         """Whether a unit's result is one of several parts of a row's, merged in fp32."""
-        return self.num_splits > 1 or self.has_first_keys
+        return self.num_splits > 1 or self.has_shared
 
     @property
     def shares_columns(self) -> bool:
@@ -88,8 +88,8 @@ class Plan(LaunchPlan):
         return -(-(-(-self.config.split // self.page_size) + 3) // 32) * 32
 
     @property
-    def rows_size(self) -> int:
-        """Room for a number of each row and those looked at together with the last, in whole copies."""
+    def lengths_size(self) -> int:
+        """Room for all lengths and those looked at together with the last, in whole copies."""
         size = -(-(self.num_rows + ROW_BLOCK) // 32) * 32
         return size if size <= MAX_BOX else -(-size // MAX_BOX) * MAX_BOX
 
@@ -128,7 +128,7 @@ def padded_group(group: int) -> int:
     return -(-group // 8) * 8
 
 
-def make_plan(inputs: PagedInputs, spec: PagedSpec) -> Plan:
+def make_plan(inputs: PagedInputs, spec: PagedSpec, has_shared: bool = False) -> Plan:
     facts, page_size, capacity = facts_of(inputs, spec), None, inputs.k_pages.shape[1]
     if inputs.block_tables is not None:
         page_size = inputs.k_pages.shape[3]
@@ -142,13 +142,7 @@ def make_plan(inputs: PagedInputs, spec: PagedSpec) -> Plan:
         inputs.k_pages.dtype.itemsize,
         page_size,
     )
-    return Plan(
-        **facts,
-        config=config,
-        page_size=page_size,
-        capacity=capacity,
-        has_first_keys=inputs.first_keys is not None,
-    )
+    return Plan(**facts, config=config, page_size=page_size, capacity=capacity, has_shared=has_shared)
 
 
 class Inputs(NamedTuple):
@@ -160,7 +154,6 @@ class Inputs(NamedTuple):
     v_pages: Any
     tables: Any  # [R * M]
     lengths: Any  # [R]
-    first_keys: Any  # [R]
     layer: Any  # [1]
     k_scale: Any  # f32[L, P, K, Z]
     v_scale: Any
@@ -229,9 +222,8 @@ class Scratch(NamedTuple):
     k: Tiles
     v: Tiles
     queries: Queries
-    lengths: Any  # i32[rows_size]
-    first_keys: Any  # i32[rows_size]
-    rows_full: Any
+    lengths: Any  # i32[lengths_size]
+    lengths_full: Any
     tickets: Tickets | None
     work: Workspace
     merge: Merge | None
@@ -244,14 +236,12 @@ def scratch_types(plan: Plan) -> Scratch:
     row = config.tile if plan.is_quantized else plan.head_dim
     weights = swizzled_smem((config.consumers, columns, config.tile), plan.weights_dtype, row)
     reduction = plgpu.SMEM((config.consumers, REDUCTION_SIZE), jnp.float32)
-    per_row = plgpu.SMEM((plan.rows_size,), jnp.int32)
     return Scratch(
         k=_tiles(plan),
         v=_tiles(plan),
         queries=_queries(plan),
-        lengths=per_row,
-        first_keys=per_row if plan.has_first_keys else None,
-        rows_full=plgpu.Barrier(num_arrivals=-(-plan.num_rows // MAX_BOX) * (1 + plan.has_first_keys)),
+        lengths=plgpu.SMEM((plan.lengths_size,), jnp.int32),
+        lengths_full=plgpu.Barrier(num_arrivals=-(-plan.num_rows // MAX_BOX)),
         tickets=_tickets(plan) if config.dynamic else None,
         work=Workspace(weights, reduction),
         merge=_merge(plan) if config.consumers == 2 else None,

@@ -6,22 +6,20 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic import div, pl, plgpu
-from pallas_kernels.paged_attention.decode_plan import BUFFERS, MAX_BOX, Inputs, Plan, Queries, Scratch, Tiles
+from pallas_kernels.paged_attention.decode_plan import BUFFERS, MAX_BOX, Inputs, Plan, Queries, Tiles
 from pallas_kernels.paged_attention.page_tiles import copy_by_warps
 from pallas_kernels.paged_attention.units import Schedule, Unit, drain, for_each_unit
 
 COPIES = 8  # whose page ids are in registers together
 
 
-def fetch_rows(plan: Plan, inputs: Inputs, scratch: Scratch):
-    """Starts the copies of what is known of all rows."""
-    size = min(MAX_BOX, plan.rows_size)
+def fetch_lengths(plan: Plan, inputs: Inputs, lengths, full):
+    """Starts the copy of all rows' lengths."""
+    size = min(MAX_BOX, plan.lengths_size)
 
     def copy(box, _):
         part = pl.ds(pl.multiple_of(box * size, size), size)
-        for source, target in ((inputs.lengths, scratch.lengths), (inputs.first_keys, scratch.first_keys)):
-            if target is not None:
-                plgpu.copy_gmem_to_smem(source.at[part], target.at[part], scratch.rows_full)
+        plgpu.copy_gmem_to_smem(inputs.lengths.at[part], lengths.at[part], full)
 
     lax.fori_loop(0, -(-plan.num_rows // size), copy, None)
 
@@ -145,7 +143,7 @@ def page_id(plan: Plan, ids, unit: Unit, token, place: int):
     first_column = first_id(plan, unit) - unit.row * plan.table_width
     column = div(token + place * plan.copy_rows, plan.page_size)
     column = jnp.minimum(column, div(unit.end - 1, plan.page_size))
-    if plan.spec.window_left is not None or plan.has_first_keys:
+    if plan.spec.window_left is not None:
         column = jnp.maximum(column, div(unit.first_visible, plan.page_size))
     return jnp.clip(ids[column - first_column], 0, plan.num_pages - 1)
 

@@ -27,9 +27,9 @@ from pallas_kernels.paged_attention.combine_sm90 import combine_parts
 from pallas_kernels.paged_attention.decode_codes import split_query
 from pallas_kernels.paged_attention.decode_consumer import consume
 from pallas_kernels.paged_attention.decode_plan import Inputs, Outputs, Plan, make_plan, scratch_types
-from pallas_kernels.paged_attention.decode_producer import fetch_rows, produce
+from pallas_kernels.paged_attention.decode_producer import fetch_lengths, produce
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
-from pallas_kernels.paged_attention.units import Rows, schedule_of
+from pallas_kernels.paged_attention.units import Schedule
 
 K_PRODUCER, V_PRODUCER, FIRST_CONSUMER = range(3)  # warpgroups
 REGISTERS = {1: None, 2: (32, 224)}  # of producers and consumers; they share 65,536
@@ -42,11 +42,7 @@ def forward(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]
     if not plan.is_merged:
         heads = np.arange(plan.num_heads)
         return out[:, 0], lse[:, 0, heads // plan.group, heads % plan.column_period]
-    return combine_parts(plan, out, lse, rows_of(inputs), inputs.sinks)
-
-
-def rows_of(inputs: PagedInputs) -> Rows:
-    return Rows(inputs.kv_lengths.astype(jnp.int32), inputs.first_keys)
+    return combine_parts(plan, out, lse, inputs.kv_lengths.astype(jnp.int32), inputs.sinks)
 
 
 def launch(plan: Plan, inputs: PagedInputs) -> tuple[jax.Array, jax.Array]:
@@ -80,7 +76,6 @@ def operands_of(plan: Plan, inputs: PagedInputs) -> Inputs:
         v_pages=inputs.v_pages,
         tables=None if tables is None else tables.astype(jnp.int32).reshape(-1),
         lengths=inputs.kv_lengths.astype(jnp.int32),
-        first_keys=inputs.first_keys,
         layer=inputs.layer[None],
         k_scale=inputs.k_scale,
         v_scale=inputs.v_scale,
@@ -120,7 +115,7 @@ def _kernel(plan: Plan, names, *refs):
     refs, (out, lse, scratch) = refs[:-3], refs[-3:]
     inputs = Inputs(**dict.fromkeys(Inputs._fields) | dict(zip(names, refs, strict=True)))
     warpgroup = lax.axis_index("warpgroup")
-    schedule = schedule_of(scratch)
+    schedule = Schedule(scratch.lengths, scratch.tickets, None)
     registers: Any = REGISTERS[plan.config.consumers]
 
     @pl.when(warpgroup < FIRST_CONSUMER)
@@ -130,16 +125,19 @@ def _kernel(plan: Plan, names, *refs):
 
         @pl.when(warpgroup == K_PRODUCER)
         def _():
-            fetch_rows(plan, inputs, scratch)
+            fetch_lengths(plan, inputs, scratch.lengths, scratch.lengths_full)
+            plgpu.barrier_wait(scratch.lengths_full)
             drawing = schedule._replace(counter=inputs.counter)
             produce(plan, inputs, inputs.k_pages, inputs.k_scale, scratch.k, drawing, scratch.queries)
 
         @pl.when(warpgroup == V_PRODUCER)
         def _():
+            plgpu.barrier_wait(scratch.lengths_full)
             produce(plan, inputs, inputs.v_pages, inputs.v_scale, scratch.v, schedule, None)
 
     @pl.when(warpgroup >= FIRST_CONSUMER)
     def _():
         if registers:
             plgpu.set_max_registers(registers[1], action="increase")
+        plgpu.barrier_wait(scratch.lengths_full)
         consume(plan, warpgroup - FIRST_CONSUMER, Outputs(out, lse), scratch)

@@ -10,11 +10,10 @@ from pallas_kernels.mosaic import ceil_div, div
 from pallas_kernels.paged_attention.prefill_config import MIN_SPLIT_TILES, OCTET, WARPGROUP_ROWS
 from pallas_kernels.paged_attention.prefill_plan import PrefillPlan
 from pallas_kernels.paged_attention.prefill_units import NO_WORK, RECORD, Work
-from pallas_kernels.paged_attention.spec import Groups
 
 
 class WorkList(NamedTuple):
-    """The units of a launch, and where the results of tokens lie."""
+    """The units of a launch, and where each token's result lies."""
 
     units: jax.Array  # i32[max_units + 1, RECORD]: Work, of each item its KV heads; then NO_WORK
     first_item: jax.Array  # i32[tokens]: of each token's tile; its splits follow
@@ -34,10 +33,8 @@ class Segments(NamedTuple):
     first_item: jax.Array
 
 
-def plan_work(plan: PrefillPlan, query_start, kv_lengths, skip, groups: Groups | None = None) -> WorkList:
+def plan_work(plan: PrefillPlan, query_start, kv_lengths, skip) -> WorkList:
     """Lists the query tiles of all rows but those to skip (bool[R]): long rows first, late tiles first.
-
-    groups: what the rows are, of a cascade; its tokens are counted in the order before the groups'.
 
     Dense comparisons instead of a sort and searches: a few thousand of them are cheaper than the launches of
     their kernels. Later tiles of a causal row see more keys; rows stay together, for the L2 cache.
@@ -51,17 +48,12 @@ def plan_work(plan: PrefillPlan, query_start, kv_lengths, skip, groups: Groups |
     index = item[:, 0] - own.first_item
     tile = own.num_tiles - 1 - index // own.num_splits
     work = _cut(plan, segment, own, own.first_tile + tile * plan.tile_q, index % own.num_splits)
-    row = work.row if groups is None else groups.leaders[work.row]
-    row = jnp.where(is_own.any(axis=1), row, NO_WORK)
+    row = jnp.where(is_own.any(axis=1), work.row, NO_WORK)
 
-    if groups is None:
-        token = jnp.arange(plan.num_tokens)
-        is_own = (segments.start <= token[:, None]) & (token[:, None] < segments.stop)
-        segment = jnp.argmax(is_own, axis=1)
-    else:
-        token, segment = groups.place, groups.group + 1
+    token = jnp.arange(plan.num_tokens)[:, None]
+    segment = jnp.argmax((segments.start <= token) & (token < segments.stop), axis=1)
     own = Segments(*(field[segment] for field in segments))
-    distance = token - own.first_tile
+    distance = token[:, 0] - own.first_tile
     tile = own.num_tiles - 1 - distance // plan.tile_q
     return WorkList(
         units=_records(plan, work._replace(row=row)),

@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels.kv_pages.pool import NULL_PAGE
-from pallas_kernels.paged_attention.spec import Groups, PagedInputs, PagedSpec
+from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 
 CHUNK = 128  # tokens gathered at once
 QUERY_BLOCK = 32  # ragged queries of one row that share a gather
@@ -26,14 +26,13 @@ def forward(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]
 
 
 def cascade(
-    own: PagedInputs, shared: PagedInputs, groups: Groups, spec: PagedSpec
+    own: PagedInputs, shared: PagedInputs, place: jax.Array, spec: PagedSpec
 ) -> tuple[jax.Array, jax.Array]:
-    """Attends rows to their own keys, from `own.first_keys` on, and to those that groups of them share, where
-    queries are in the groups' order. Sinks are `own`'s. Returns out [R, N, H] and lse f32[R, N].
+    """Attends rows to their own pages and to those that groups of them share, where row r's query is token
+    place[r]. Sinks are `own`'s. Returns out [R, N, H] and lse f32[R, N].
     """
-    shared = shared._replace(block_tables=shared.block_tables[groups.leaders])
     out, lse = forward(shared, dataclasses.replace(spec, is_causal=False))
-    return merge(out[groups.place], lse[groups.place], *forward(own, spec))
+    return merge(out[place], lse[place], *forward(own, spec))
 
 
 def merge(
@@ -53,14 +52,12 @@ def merge(
 def _decode(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]:
     """All rows side by side, one query each at the end of its row."""
     positions = inputs.kv_lengths - 1
-    first_keys = jnp.zeros_like(positions) if inputs.first_keys is None else inputs.first_keys
-    if spec.window_left is not None:
-        first_keys = jnp.maximum(first_keys, positions - spec.window_left)
+    first_key = 0 if spec.window_left is None else jnp.min(jnp.maximum(positions - spec.window_left, 0))
     length = _chunk_length(inputs)
-    bounds = jnp.min(first_keys) // length, _ceil_div(jnp.max(inputs.kv_lengths), length)
+    bounds = first_key // length, _ceil_div(jnp.max(inputs.kv_lengths), length)
     row = functools.partial(_attend_row, inputs, spec, bounds)
     out, lse = jax.vmap(row)(
-        inputs.query[:, None], positions[:, None], first_keys[:, None], inputs.block_tables, inputs.kv_lengths
+        inputs.query[:, None], positions[:, None], inputs.block_tables, inputs.kv_lengths
     )
     return out[:, 0], lse[:, 0]
 
@@ -84,13 +81,10 @@ def _ragged(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]
         last_key = kv_length
         if spec.is_causal:
             last_key = jnp.minimum(kv_length, jnp.max(jnp.where(token < stop[row], position, -1)) + 1)
-        first_keys = jnp.zeros_like(position)
-        if spec.window_left is not None:
-            first_keys = jnp.maximum(position - spec.window_left, 0)
-        bounds = first_keys[0] // length, _ceil_div(last_key, length)
+        first_key = 0 if spec.window_left is None else jnp.maximum(position[0] - spec.window_left, 0)
+        bounds = first_key // length, _ceil_div(last_key, length)
         rows = lax.dynamic_slice_in_dim(query, offset, block)
-        table = inputs.block_tables[row]
-        new = _attend_row(inputs, spec, bounds, rows, position, first_keys, table, kv_length)
+        new = _attend_row(inputs, spec, bounds, rows, position, inputs.block_tables[row], kv_length)
         return tuple(
             _put_block(old, x, offset, token < stop[row]) for old, x in zip(results, new, strict=True)
         )
@@ -115,9 +109,8 @@ class _Softmax(NamedTuple):
     values: jax.Array  # f32[K, queries, G, H]
 
 
-def _attend_row(inputs: PagedInputs, spec: PagedSpec, bounds, query, positions, first_keys, table, kv_length):
-    """Attends queries [T, N, H] of one row, at `positions` i32[T], to the chunks `bounds` of its pages, from
-    keys `first_keys` i32[T] on."""
+def _attend_row(inputs: PagedInputs, spec: PagedSpec, bounds, query, positions, table, kv_length):
+    """Attends queries [T, N, H] of one row, at `positions` i32[T], to the chunks `bounds` of its pages."""
     num_kv_heads, head_dim = inputs.k_pages.shape[2], inputs.k_pages.shape[4]
     num_queries, num_heads, _ = query.shape
     groups = query.reshape(num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
@@ -125,9 +118,12 @@ def _attend_row(inputs: PagedInputs, spec: PagedSpec, bounds, query, positions, 
 
     def step(chunk, state: _Softmax) -> _Softmax:
         key, value, token = _gather_chunk(inputs, table, kv_length, chunk)
-        visible = (token < kv_length) & (token >= first_keys[:, None])
+        visible = token < kv_length
         if spec.is_causal:
             visible &= token <= positions[:, None]
+        visible = jnp.broadcast_to(visible, (num_queries, token.shape[0]))
+        if spec.window_left is not None:
+            visible &= token >= positions[:, None] - spec.window_left
         value = jnp.where(visible.any(0)[:, None], value, 0)  # left of a window there may be NaN too
         logits = jnp.einsum("ktgh,kch->ktgc", groups, key, precision=lax.Precision.HIGHEST) * spec.scale
         if spec.logits_soft_cap is not None:

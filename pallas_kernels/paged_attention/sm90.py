@@ -15,7 +15,7 @@ from pallas_kernels.paged_attention.combine_sm90 import Cut, Shared, combine_par
 from pallas_kernels.paged_attention.prefill_config import OCTET
 from pallas_kernels.paged_attention.prefill_plan import Outputs, PrefillPlan
 from pallas_kernels.paged_attention.prefill_work import WorkList, plan_work
-from pallas_kernels.paged_attention.spec import Groups, PagedInputs, PagedSpec
+from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 
 
 def unsupported(inputs: PagedInputs, spec: PagedSpec) -> str | None:
@@ -50,18 +50,18 @@ def forward(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]
 
 
 def cascade(
-    own: PagedInputs, shared: PagedInputs, groups: Groups, spec: PagedSpec
+    own: PagedInputs, shared: PagedInputs, place: jax.Array, spec: PagedSpec
 ) -> tuple[jax.Array, jax.Array]:
-    """Attends rows to their own keys, from `own.first_keys` on, and to those that groups of them share, where
-    queries are in the groups' order. Sinks are `own`'s. Returns out [R, N, H] and lse f32[R, N].
+    """Attends rows to their own pages and to those that groups of them share, where row r's query is token
+    place[r]. Sinks are `own`'s. Returns out [R, N, H] and lse f32[R, N].
     """
-    plan = decode_plan.make_plan(own, spec)
+    plan = decode_plan.make_plan(own, spec, has_shared=True)
     out, lse = decode_sm90.launch(plan, own)
     whole = dataclasses.replace(spec, is_causal=False)
-    prefilled, work, results = _launch_prefill(shared, whole, groups=groups)
-    parts = Shared(*results, work.first_item, work.num_splits, work.place)
-    cut = Cut(prefilled.tile_q, prefilled.config.splits)
-    return combine_parts(plan, out, lse, decode_sm90.rows_of(own), own.sinks, parts, cut)
+    prefilled, work, results = _launch_prefill(shared, whole, keeps_parts=True)
+    parts = Shared(*results, work.first_item, work.num_splits, work.place, place)
+    lengths, cut = own.kv_lengths.astype(jnp.int32), Cut(prefilled.tile_q, prefilled.config.splits)
+    return combine_parts(plan, out, lse, lengths, own.sinks, parts, cut)
 
 
 def prefill(
@@ -83,14 +83,13 @@ def prefill(
 
 
 def _launch_prefill(
-    inputs: PagedInputs, spec: PagedSpec, skip: jax.Array | None = None, groups: Groups | None = None
+    inputs: PagedInputs, spec: PagedSpec, skip: jax.Array | None = None, keeps_parts: bool = False
 ) -> tuple[PrefillPlan, WorkList, Outputs]:
-    """groups: what the rows of `inputs` are, of a cascade: its parts are merged with others, elsewhere."""
     num_tokens = inputs.query.shape[0]
     skip = jnp.zeros(inputs.kv_lengths.shape, bool) if skip is None else skip
     inputs = inputs._replace(query=jnp.pad(inputs.query, ((0, -num_tokens % OCTET), (0, 0), (0, 0))))
-    plan = prefill_plan.make_plan(inputs, spec, keeps_parts=groups is not None)
-    work = plan_work(plan, inputs.query_start, inputs.kv_lengths, skip, groups)
+    plan = prefill_plan.make_plan(inputs, spec, keeps_parts)
+    work = plan_work(plan, inputs.query_start, inputs.kv_lengths, skip)
     return plan, work, prefill_sm90.launch(plan, inputs, work)
 
 

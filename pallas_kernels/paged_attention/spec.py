@@ -21,15 +21,6 @@ class PagedSpec:
     prefill_config: PrefillConfig | None = None
 
 
-class Groups(NamedTuple):
-    """Rows that share leading pages. In the order of groups the queries of a group's rows are those of one
-    ragged row; rows of no group come last."""
-
-    place: Int[Array, "R"]  # of each row in that order
-    group: Int[Array, "R"]  # C: none
-    leaders: Int[Array, "C"]  # a row of each group, whose block table begins with the shared pages
-
-
 class PagedInputs(NamedTuple):
     """The arrays of a call."""
 
@@ -44,4 +35,3 @@ class PagedInputs(NamedTuple):
     v_scale: Float[Array, "L P K Z"] | None = None
     sinks: Float[Array, "N"] | None = None
     alibi_slopes: Float[Array, "N"] | None = None
-    first_keys: Int[Array, "R"] | None = None  # of a decode step: keys before a row's first are not seen

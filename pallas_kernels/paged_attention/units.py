@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic import ceil_div, div, draw, pl, plgpu
-from pallas_kernels.paged_attention.decode_plan import BUFFERS, ROW_BLOCK, Plan, Scratch, Tickets
+from pallas_kernels.paged_attention.decode_plan import BUFFERS, ROW_BLOCK, Plan, Tickets
 
 
 class Unit(NamedTuple):
@@ -32,25 +32,12 @@ class Cursor(NamedTuple):
     first: jax.Array  # index of the row's first unit
 
 
-class Rows(NamedTuple):
-    """What is known of the rows, in shared or in global memory."""
-
-    lengths: Any  # i32[R] or more
-    first_keys: Any  # likewise; None: zeros
-
-
 class Schedule(NamedTuple):
     """What a warpgroup needs to know of its program's units."""
 
-    rows: Rows
-    rows_full: Any
+    lengths: Any  # i32[lengths_size], in shared memory
     tickets: Tickets | None  # where units are drawn
     counter: Any  # i32[1] in global memory, of the warpgroup that draws
-
-
-def schedule_of(scratch: Scratch) -> Schedule:
-    """Of a warpgroup that draws no units."""
-    return Schedule(Rows(scratch.lengths, scratch.first_keys), scratch.rows_full, scratch.tickets, None)
 
 
 def for_each_unit(plan: Plan, schedule: Schedule, visit, carry):
@@ -60,18 +47,17 @@ def for_each_unit(plan: Plan, schedule: Schedule, visit, carry):
     Splits without a visible token are not in the list. A row that cannot be cut always is, however short:
     nobody else would write its zeros.
     """
-    program, rows = lax.axis_index("program"), schedule.rows
+    program, lengths = lax.axis_index("program"), schedule.lengths
     zero = jnp.int32(0)
-    plgpu.barrier_wait(schedule.rows_full)
-    start = _seek(plan, rows, Cursor(zero, zero, zero), program)
+    start = _seek(plan, lengths, Cursor(zero, zero, zero), program)
 
     def step(state):
         units, cursor, unit, carry = state
-        following = _seek(plan, rows, cursor, _next_index(plan, schedule, cursor.index, units))
-        next_unit = _unit_at(plan, rows, following)
+        following = _seek(plan, lengths, cursor, _next_index(plan, schedule, cursor.index, units))
+        next_unit = _unit_at(plan, lengths, following)
         return units + 1, following, next_unit, visit(unit, next_unit, carry)
 
-    state = zero, start, _unit_at(plan, rows, start), carry
+    state = zero, start, _unit_at(plan, lengths, start), carry
     units, _, _, carry = lax.while_loop(lambda state: state[1].row < plan.num_rows, step, state)
     if schedule.counter is not None:
         assert schedule.tickets is not None
@@ -109,7 +95,7 @@ def drain(barriers, size: int, total):
     lax.fori_loop(jnp.maximum(total - size, 0), total, wait, None)
 
 
-def _seek(plan: Plan, rows: Rows, cursor: Cursor, index) -> Cursor:
+def _seek(plan: Plan, lengths, cursor: Cursor, index) -> Cursor:
     """The cursor of unit `index`, which does not come before the cursor's."""
     if plan.num_splits == 1:
         row = jnp.minimum(div(index, plan.num_kv_heads), plan.num_rows)
@@ -124,7 +110,7 @@ def _seek(plan: Plan, rows: Rows, cursor: Cursor, index) -> Cursor:
         skipped, first = jnp.int32(0), cursor.first
         behind = cursor.first
         for offset in range(ROW_BLOCK):
-            behind += _count_units(plan, rows, cursor.row + offset)
+            behind += _count_units(plan, lengths[cursor.row + offset])
             is_skipped = (behind <= index) & (cursor.row + offset < plan.num_rows)
             skipped += is_skipped.astype(jnp.int32)
             first = jnp.where(is_skipped, behind, first)
@@ -134,32 +120,29 @@ def _seek(plan: Plan, rows: Rows, cursor: Cursor, index) -> Cursor:
     return cursor
 
 
-def visible_range(plan: Plan, rows: Rows, row):
-    """The tokens that a row's query sees: first, and one beyond the last, the row's length."""
-    length = jnp.minimum(rows.lengths[row], plan.capacity)
-    first = jnp.int32(0) if rows.first_keys is None else rows.first_keys[row]
-    if plan.spec.window_left is not None:
-        first = jnp.maximum(first, length - 1 - plan.spec.window_left)
-    return first, length
+def split_range(plan: Plan, length):
+    """The splits of a row of this length that have a visible token: first, and one beyond the last."""
+    return div(_first_visible(plan, length), plan.config.split), ceil_div(length, plan.config.split)
 
 
-def split_range(plan: Plan, first, length):
-    """The splits that have a visible token: first, and one beyond the last."""
-    return div(first, plan.config.split), ceil_div(length, plan.config.split)
+def _first_visible(plan: Plan, length):
+    if plan.spec.window_left is None:
+        return jnp.int32(0)
+    return jnp.maximum(length - 1 - plan.spec.window_left, 0)
 
 
-def _count_units(plan: Plan, rows: Rows, row):
-    first, stop = split_range(plan, *visible_range(plan, rows, row))
+def _count_units(plan: Plan, length):
+    first, stop = split_range(plan, jnp.minimum(length, plan.capacity))
     return (stop - first) * plan.num_kv_heads
 
 
-def _unit_at(plan: Plan, rows: Rows, cursor: Cursor) -> Unit:
+def _unit_at(plan: Plan, lengths, cursor: Cursor) -> Unit:
     """The cursor's unit; one without tiles if it stands beyond the last."""
-    first, length = visible_range(plan, rows, jnp.minimum(cursor.row, plan.num_rows))
+    length = jnp.minimum(lengths[jnp.minimum(cursor.row, plan.num_rows)], plan.capacity)
     offset = cursor.index - cursor.first
     head = lax.rem(offset, jnp.int32(plan.num_kv_heads))
-    split = div(offset, plan.num_kv_heads) + split_range(plan, first, length)[0]
-    first_visible = jnp.maximum(split * plan.config.split, first)
+    split = div(offset, plan.num_kv_heads) + split_range(plan, length)[0]
+    first_visible = jnp.maximum(split * plan.config.split, _first_visible(plan, length))
     end = jnp.minimum(length, (split + 1) * plan.config.split)
     start = div(first_visible, plan.config.tile) * plan.config.tile
     num_tiles = ceil_div(jnp.maximum(end - start, 0), plan.config.tile)
