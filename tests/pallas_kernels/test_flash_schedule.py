@@ -30,8 +30,8 @@ PLAN = ForwardPlan(
 
 ORDERS = [
     TileOrder(num_tiles=9, num_heads=32, section=8),
-    TileOrder(num_tiles=9, num_heads=32, section=4, num_light=4),
-    TileOrder(num_tiles=9, num_heads=32, section=1, num_light=9, heavy_last=False),
+    TileOrder(num_tiles=9, num_heads=32, section=4, num_late=12),
+    TileOrder(num_tiles=9, num_heads=32, section=1, num_late=32, heavy_last=False),
 ]
 
 
@@ -40,9 +40,10 @@ def test_an_order_holds_every_tile_of_every_head(order):
     places = [tuple(map(int, order.locate(jnp.int32(block)))) for block in range(order.num_blocks)]
     assert sorted(places) == [(tile, head) for tile in range(9) for head in range(32)]
     assert places == [order.place_of(block) for block in range(order.num_blocks)]
-    lightest = range(order.num_light) if order.heavy_last else range(9 - order.num_light, 9)
-    last = places[order.num_heavy * 32 :]
-    assert {tile for tile, _ in last} == set(lightest)
+    early = places[: 9 * (32 - order.num_late)]
+    assert [head // order.section for _, head in early] == sorted(head // order.section for _, head in early)
+    weights = [tile if order.heavy_last else -tile for tile, _ in places[len(early) :]]
+    assert weights == sorted(weights, reverse=True)
 
 
 @pytest.mark.parametrize("order", ORDERS)
