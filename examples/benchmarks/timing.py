@@ -14,11 +14,15 @@ from jax.experimental.mosaic.gpu import profiler
 
 
 def milliseconds(call: Any, inputs: tuple, iterations: int) -> float:
-    """Median over runs of the time in kernels, by CUPTI."""
-    _, times = profiler.measure(call, iterations=iterations)(*inputs)
+    """Median over runs of the time in kernels, by CUPTI.
+
+    As many runs come before and do not count: on a GPU that was idle the same kernel takes up to a tenth
+    longer, and who is measured first would pay for it.
+    """
+    _, times = profiler.measure(call, iterations=2 * iterations)(*inputs)
     if times is None:
         raise RuntimeError("no kernel ran")
-    return statistics.median(times)
+    return statistics.median(times[iterations:])
 
 
 def elapsed_milliseconds(call: Any, inputs: tuple, iterations: int) -> float:

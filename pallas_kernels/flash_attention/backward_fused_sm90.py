@@ -112,8 +112,8 @@ def launch(plan: AttentionPlan, inputs: AttentionInputs, query, key, value, out_
 def _launch_items(plan: AttentionPlan, order: TileOrder, out_type, arrays, zeros, is_one) -> list[jax.Array]:
     num_blocks = order.num_blocks if is_one else min(order.num_blocks, num_multiprocessors())
     is_dealt = not (is_one or draws_items(plan))
-    if is_dealt:
-        order = order.by_tile
+    if is_dealt or is_one:  # few registers are left
+        order = order.by_tile if is_dealt else order.in_equal_sections
     scratch = Buffers.types(plan), Barriers.types(plan)
     kernel = _kernel(functools.partial(_body, plan, order, num_blocks), out_type, scratch, num_blocks)
     if is_one or is_dealt:

@@ -95,6 +95,15 @@ class TileOrder:
         """All first tiles, then all second ones, and so on: the order of which a place says the least."""
         return TileOrder(self.num_tiles, self.num_heads, self.num_heads, heavy_last=False)
 
+    @property
+    def in_equal_sections(self) -> "TileOrder":
+        """As evenly to the end by sections that are all about as large as the last: located with fewer
+        registers.
+        """
+        sizes = range(self.section, max(self.section, self.num_late) + 1, self.section)
+        section = max(size for size in sizes if self.num_heads % size == 0)
+        return dataclasses.replace(self, section=section, num_late=0)
+
     def place_of(self, block: int) -> tuple[int, int]:
         """(tile, head) of a place in the order, for the host."""
         num_early, section = self.num_heads - self.num_late, self.section
@@ -116,7 +125,10 @@ class TileOrder:
             index = block - num_early * self.num_tiles
             tile = jnp.where(index < 0, tile, lax.div(index, late))
             head = jnp.where(index < 0, head, num_early + lax.rem(index, late))
-        return lax.optimization_barrier((self.num_tiles - 1 - tile if self.heavy_last else tile, head))
+            tile, head = lax.optimization_barrier(
+                (tile, head)
+            )  # else they are found again, in many registers
+        return self.num_tiles - 1 - tile if self.heavy_last else tile, head
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,6 +32,7 @@ ORDERS = [
     TileOrder(num_tiles=9, num_heads=32, section=8),
     TileOrder(num_tiles=9, num_heads=32, section=4, num_late=12),
     TileOrder(num_tiles=9, num_heads=32, section=1, num_late=32, heavy_last=False),
+    TileOrder(num_tiles=9, num_heads=32, section=2, num_late=14).in_equal_sections,
 ]
 
 
