@@ -148,7 +148,7 @@ def default_config(
     overlap reach 494 causal, two that do not 467 (full, on an H100: 624 and 560).
     512 queries on 8,192 keys reach 665 overlapped and in turn, 621 overlapped, 649 without; on 2,048 keys
     608, 585, 594. At H = 64 and T = 1024, full, two that take turns at 256 keys reach 466, three 448; at T =
-    2048 488 and 498; T = 1024, causal, on an H100, two that overlap 338 to 343, three 312 to 343. In blocks
+    2048 488 and 498; causal, on an H100, two that overlap 326 and 380, three 317 and 433. In blocks
     (a quarter of all tiles, T = 8,192): at H = 64 428 in turn, 386 overlapped, at H = 128 605 and 608, an
     eighth of them 554 and 537, half 635 and 658. Few: blocks of one compute warpgroup take 6.2 us where
     those of two take 8.6 (T = 512, N = 8, H = 64), with gradients 22.7 instead of 27.

@@ -3,7 +3,7 @@
 #   tests/gpu/sanitize.sh [RESULT.json] [-k part of a row's name]
 # PYTHON: the interpreter (python3 by default). ROW_SECONDS: what a row may take under one tool (120). JOBS: at a time.
 cd "$(dirname "$0")/../.." || exit 1
-export COMMAND="tests/gpu/sanitize.sh $*"
+export COMMAND="${JOBS:+JOBS=$JOBS }${ROW_SECONDS:+ROW_SECONDS=$ROW_SECONDS }tests/gpu/sanitize.sh $*"
 result=examples/benchmarks/results/sanitizer.json
 case ${1:-} in *.json) result=$1 && shift ;; esac
 export JAXATTN_TEST_GPU=1 PYTHONPATH=".:$PYTHONPATH" XLA_PYTHON_CLIENT_PREALLOCATE=false
