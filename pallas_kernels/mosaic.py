@@ -341,8 +341,7 @@ def _extract(register: Any, place: int) -> Any:
 
 def call_in_place(call: Callable[[Any], tuple], array: Any, out_type: tuple) -> list[Any]:
     """[array, as call(ref) left it, *results]: call runs a kernel on a mutable reference to the array, or to
-    each of a tree.
-    (Custom partitioning takes no function that makes one with jax.new_ref.)
+    each of a tree. (Custom partitioning takes no function that makes one with jax.new_ref.)
     """
 
     def run(refs):

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -43,13 +42,11 @@ def draws_items(plan: AttentionPlan) -> bool:
     return plan.has_segments or plan.has_block_mask or plan.has_q_lengths or plan.has_kv_lengths
 
 
-def deal_items(plan: AttentionPlan) -> jax.Array:
-    """i32[blocks, 1 + most items a block has]: how many items each thread block has, and which."""
+def schedule_of(plan: AttentionPlan) -> Schedule:
+    """Which items each thread block has, where they are dealt."""
     order = order_of(plan)
     costs = tuple(ITEM_COST + _num_query_tiles(plan, tile) for tile in range(order.num_tiles))
-    table = Schedule(order, num_multiprocessors(), costs).table()
-    # Its own jit holds the table: a custom partitioning takes no function with constants.
-    return jax.jit(lambda: jnp.asarray(table))()
+    return Schedule(order, num_multiprocessors(), costs)
 
 
 def _num_query_tiles(plan: AttentionPlan, key_tile: int) -> int:
@@ -66,7 +63,7 @@ class Queue(NamedTuple):
 
     order: TileOrder
     num_blocks: int
-    table: Any  # of deal_items; or i32[1]: how many items were drawn; None: each block has one item
+    table: Any  # of Schedule.dealt; or i32[1]: how many items were drawn; None: each block has one item
     drawn: Any  # i32[1] in shared memory, where items are drawn; or None
 
     @property

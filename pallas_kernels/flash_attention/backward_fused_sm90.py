@@ -35,10 +35,10 @@ from pallas_kernels.flash_attention.backward_fused_block import (
 )
 from pallas_kernels.flash_attention.backward_fused_items import (
     Queue,
-    deal_items,
     draws_items,
     is_persistent,
     order_of,
+    schedule_of,
 )
 from pallas_kernels.flash_attention.backward_fused_tile import Step, finish, store, take_tile
 from pallas_kernels.flash_attention.extras import Footprint, prepare
@@ -111,16 +111,18 @@ def launch(plan: AttentionPlan, inputs: AttentionInputs, query, key, value, out_
 
 def _launch_items(plan: AttentionPlan, order: TileOrder, out_type, arrays, zeros, is_one) -> list[jax.Array]:
     num_blocks = order.num_blocks if is_one else min(order.num_blocks, num_multiprocessors())
-    is_dealt = not (is_one or draws_items(plan))
-    if is_dealt or is_one:  # few registers are left
-        order = order.by_tile if is_dealt else order.in_equal_sections
+    is_drawn = draws_items(plan) and not is_one
+    if is_one:  # few registers are left
+        order, table = order.in_equal_sections, None
+    elif not is_drawn:
+        order, table = order.by_tile, schedule_of(plan).dealt()
+    else:
+        table = jnp.zeros(1, jnp.int32)
     scratch = Buffers.types(plan), Barriers.types(plan)
     kernel = _kernel(functools.partial(_body, plan, order, num_blocks), out_type, scratch, num_blocks)
-    if is_one or is_dealt:
-        table = deal_items(plan) if is_dealt else None
+    if not is_drawn:
         return call_in_place(lambda d_query: kernel(*arrays, d_query, table), zeros, out_type)
-    call = lambda refs: kernel(*arrays, *refs)
-    (d_query, _), *results = call_in_place(call, (zeros, jnp.zeros(1, jnp.int32)), out_type)
+    (d_query, _), *results = call_in_place(lambda refs: kernel(*arrays, *refs), (zeros, table), out_type)
     return [d_query, *results]
 
 

@@ -115,15 +115,9 @@ def launch(plan: ForwardPlan, inputs: AttentionInputs, query, key, value):
     )
     call = functools.partial(kernel, query, key, value, extras)
     if not plan.draws_items:
-        return call(_deal_items(plan))
+        return call(plan.schedule.dealt())
     _, *results = call_in_place(call, jnp.zeros(1, jnp.int32), out_type)
     return tuple(results)
-
-
-def _deal_items(plan: ForwardPlan) -> jax.Array:
-    table = plan.schedule.table()
-    # Its own jit holds the table: a custom partitioning takes no function with constants.
-    return jax.jit(lambda: jnp.asarray(table))()
 
 
 def _forward_body(
