@@ -12,7 +12,9 @@ import csv
 import io
 import itertools
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -100,13 +102,18 @@ def count(seconds: float | None) -> list[dict[str, dict[str, float]]]:
         log = Path(folder) / "ncu.csv"
         command = ["ncu", "--clock-control", "none", "--kernel-name", f"regex:^{KERNELS}"]
         command += ["--metrics", ",".join(METRICS.values()), "--csv", "--page", "raw", "--log-file", str(log)]
-        try:
-            finished = subprocess.run([*command, sys.executable, __file__, "--calls"], timeout=seconds)
-        except subprocess.TimeoutExpired:
-            raise SystemExit(f"flash_io.py: ncu came to no end within {seconds} s") from None
+        # ncu saves and restores what is allocated for each pass over a kernel: all of the GPU's memory, else.
+        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        command += [sys.executable, __file__, "--calls"]
+        with subprocess.Popen(command, env=environment, start_new_session=True) as process:
+            try:
+                code = process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)  # what ncu watches too, which holds the GPU
+                raise SystemExit(f"flash_io.py: ncu came to no end within {seconds} s") from None
         text = log.read_text() if log.exists() else ""
-    if finished.returncode or '"Kernel Name"' not in text:
-        raise SystemExit(f"ncu counted nothing, exit code {finished.returncode}:\n{text[-2000:]}")
+    if code or '"Kernel Name"' not in text:
+        raise SystemExit(f"ncu counted nothing, exit code {code}:\n{text[-2000:]}")
     return parse_counts(text)
 
 

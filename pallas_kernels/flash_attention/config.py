@@ -106,9 +106,15 @@ def default_fused(
     0.87, segments 0.76 (0.95 at T = 1,024). H = 192: 0.79.
     H = 96, on an H100: causal 0.99 at T = 1,024 and 2,048 and 0.98 at 4,096, full 1.00, 0.95, 0.95. H = 32,
     T = 4,096, on an H100: causal 0.84, full 0.83.
+    Persistent and in the present order, on an H100: H = 128 causal 1.08 at T = 1,024, 1.02 at 2,048, 0.96 at
+    4,096, full 0.96 at 1,024, 1.03 at 512; causal groups of 4 1.18, 1.07, 0.97 at 1,024 to 4,096, of 8 0.98
+    at 4,096; lengths 1.06, window 1.04. H = 64, T = 512: full 0.92, causal 1.05, lengths 1.01; groups of 4
+    1.11 at T = 1,024; segments 1.07 at 1,024, 1.04 at 2,048. H = 96 at T = 512 1.20. H = 256: 1.00 at T = 512
+    1.05 at 256.
     Taken to be like these without a measurement: fp16, several features at a time.
     """
-    if num_keys < (512 if head_dim > 128 else 1024) or "bias" in features:
+    shortest = 512 if head_dim > 128 or (head_dim <= 64 and not is_causal) else 1024
+    if num_keys < shortest or "bias" in features:
         return None
     if head_dim > 128:
         return FusedConfig(tile_q=64)
@@ -119,8 +125,7 @@ def default_fused(
     if {"lengths", "segments", "window"} & set(features):
         return None
     is_rich = bool({"slopes", "soft_cap", "block_mask"} & set(features))
-    longest = 4096 if 1 < group < 8 else 2048  # that the other kernels are faster for
-    return FusedConfig(tile_q=64) if is_rich or not is_causal or num_keys > longest else None
+    return FusedConfig(tile_q=64) if is_rich or not is_causal or num_keys > 2048 else None
 
 
 def default_config(

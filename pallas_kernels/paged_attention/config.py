@@ -7,6 +7,8 @@ from pallas_kernels.mosaic import SMEM_BYTES
 NUM_PROGRAMS = 132  # multiprocessors of an H100 or H200; a constant, so that results depend on shapes alone
 TILES = (64, 128, 256)
 MAX_SPLIT = 4096  # tokens, of the default cuts
+MAX_STAGES = 8
+IN_FLIGHT = 112 << 10  # bytes of K and V that a multiprocessor waits for at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,10 @@ def default_config(
     fit; 256 of codes at H = 64 (GPT-2 medium 256 x 1024, int8: 158 us instead of 170). split: a unit a
     multiprocessor if the rows fill them all just once, 4096 tokens at most: long units cost less to begin
     and to merge, short ones balance rows of uneven length (H200, page size 16: 16 rows x 16384 of Yi-6B take
-    135, 132, 130, 127 us at 1024, 2048, 4096, 8192). stages: as many as fit, up to 8.
+    135, 132, 130, 127 us at 1024, 2048, 4096, 8192). stages: of 16-bit pages what IN_FLIGHT bytes hold: more
+    only wait longer in memory's queue (H100: Llama-3-8B 128 x 2048 354.7 us with two stages, 358.5 with
+    three; GPT-2 medium 256 x 1024 354.2 with two and three, 355.5 with four, 356.4 with six); of codes as
+    many as fit, up to 8.
     consumers: two where codes become fp16 (int8, Llama-3-8B 16 x 16384: 140.5 us, with one 140.8; 128 x
     2048: 139 and 142).
     dynamic: where every program has a few units (GPT-2 medium 256 x 1024 238 us instead of 243, Llama-3-8B
@@ -91,7 +96,8 @@ def default_config(
             break
     tokens_a_program = num_rows * num_kv_heads * capacity / NUM_PROGRAMS
     split = next((size for size in (256, 512, 1024, 2048) if size >= tokens_a_program), MAX_SPLIT)
-    stages = min(8, stages // consumers * consumers)
+    in_flight = MAX_STAGES if is_quantized else max(2, IN_FLIGHT // (2 * tile * head_dim * itemsize))
+    stages = min(MAX_STAGES, in_flight, stages // consumers * consumers)
     units = num_rows * num_kv_heads * -(-capacity // split)
     dynamic = units >= 3 * NUM_PROGRAMS and not is_quantized
     return PagedConfig(tile=tile, split=split, stages=stages, consumers=consumers, dynamic=dynamic)

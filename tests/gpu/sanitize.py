@@ -53,8 +53,18 @@ def only_ours() -> list[str]:
 
 def check(row: str, tool: str, options: list[str], seconds: float) -> dict[str, Any]:
     """{"row", "tool", "outcome", "seconds"}: "clean", or what the tool or the test says."""
-    command = [SANITIZER, "--tool", tool, "--print-limit", "5", *options]
-    command += [sys.executable, "-m", "pytest", *PYTEST, f"tests/gpu/{ROWS[row]}"]
+    command = [
+        SANITIZER,
+        "--tool",
+        tool,
+        "--print-limit",
+        "5",
+        "--target-processes",
+        "application-only",
+        *options,
+    ]
+    stacks = f"faulthandler_timeout={0.9 * seconds:.0f}"  # where a test stands that comes to no end
+    command += [sys.executable, "-m", "pytest", *PYTEST, "-o", stacks, f"tests/gpu/{ROWS[row]}"]
     start, pipes = time.monotonic(), {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, start_new_session=True, **pipes) as process:
         try:
@@ -62,11 +72,11 @@ def check(row: str, tool: str, options: list[str], seconds: float) -> dict[str, 
             outcome = outcome_of(text)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)  # the tool's own child too, which holds the pipe
-            outcome, text = f"no end within {seconds:.0f} s", ""
+            outcome, text = f"no end within {seconds:.0f} s", process.communicate()[0]
     found = {"row": row, "tool": tool, "outcome": outcome, "seconds": round(time.monotonic() - start, 1)}
     print(f"{row:26}{tool:11}{found['seconds']:6.1f} s  {outcome}", flush=True)
     if outcome != "clean" and text:
-        print("\n".join(f"    {line}" for line in text.splitlines()[-30:]), flush=True)
+        print("\n".join(f"    {line}" for line in text.splitlines()[-120:]), flush=True)
     return found
 
 

@@ -7,5 +7,5 @@ export COMMAND="${JOBS:+JOBS=$JOBS }${ROW_SECONDS:+ROW_SECONDS=$ROW_SECONDS }tes
 result=examples/benchmarks/results/sanitizer.json
 case ${1:-} in *.json) result=$1 && shift ;; esac
 export JAXATTN_TEST_GPU=1 PYTHONPATH=".:$PYTHONPATH" XLA_PYTHON_CLIENT_PREALLOCATE=false
-export XLA_FLAGS="--xla_gpu_autotune_level=0 --xla_gpu_enable_command_buffer= $XLA_FLAGS"
+export XLA_FLAGS="--xla_gpu_autotune_level=0 --xla_gpu_enable_command_buffer= --xla_gpu_force_compilation_parallelism=1 $XLA_FLAGS"
 exec "${PYTHON:-python3}" -m tests.gpu.sanitize "$result" "$@"
