@@ -16,7 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import flash_attention
-from pallas_kernels.flash_attention import SAVED_NAMES, flash_attention_gradients, vary
+from pallas_kernels.flash_attention import SAVED_NAMES, flash_attention_gradients
+from pallas_kernels.manual import vary
 
 __all__ = ["from_zigzag", "ring_attention", "to_zigzag", "zigzag_positions"]
 

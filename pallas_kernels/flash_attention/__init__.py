@@ -3,7 +3,6 @@
 from pallas_kernels.flash_attention.block_tiles import BlockTiles
 from pallas_kernels.flash_attention.config import FlashConfig
 from pallas_kernels.flash_attention.io_model import IoBytes, Traffic, io_bytes
-from pallas_kernels.flash_attention.mapped import vary
 from pallas_kernels.flash_attention.op import (
     SAVED_NAMES,
     VARIANTS,
@@ -23,5 +22,4 @@ __all__ = [
     "flash_attention_gradients",
     "io_bytes",
     "tuned_config",
-    "vary",
 ]

@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from pallas_kernels.flash_attention.block_tiles import BlockTiles
 from pallas_kernels.flash_attention.dropout import shift_seed
 from pallas_kernels.flash_attention.spec import AttentionGradients, AttentionInputs
+from pallas_kernels.manual import vary_along, varying
 
 SEED = "word"
 # The dimensions of every array: b, n and k are batch, heads and KV heads; #b and #n may be 1 for all.
@@ -86,30 +87,8 @@ def _map(function: Callable, operand_letters: Any, result_letters: Any, *operand
     letters = _Arrays(jax.tree.leaves(operand_letters), jax.tree.leaves(result_letters))
     flat = lambda *arrays: jax.tree.leaves(function(*tree.unflatten(arrays)))
     results = _fold_vmap(_divide(flat, letters), letters)(*given)
-    results = [_vary(x, _varying(given[0])) for x in results]  # kernels lose it
+    results = [vary_along(x, varying(given[0])) for x in results]  # kernels lose it
     return jax.tree.unflatten(jax.tree.structure(result_letters), results)
-
-
-# --- manual axes --------------------------------------------------------------------------------------------
-
-
-def vary(tree: Any) -> Any:
-    """Inside shard_map: arrays that differ along the axes along which any of them does.
-
-    Kernels then see one kind of array, and autodiff sums the gradients of those that all devices share.
-    """
-    leaves, structure = jax.tree.flatten(tree)
-    names = frozenset().union(*(_varying(x) for x in leaves))
-    return jax.tree.unflatten(structure, [_vary(x, names) for x in leaves])
-
-
-def _varying(x: Any) -> frozenset[str]:
-    return jax.typeof(x).manual_axis_type.varying
-
-
-def _vary(x: jax.Array, names: frozenset[str]) -> jax.Array:
-    missing = tuple(sorted(names - _varying(x)))
-    return lax.pcast(x, missing, to="varying") if missing else x
 
 
 # --- vmap ---------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from pallas_kernels.flash_attention.block_tiles import BlockTiles, check_block_t
 from pallas_kernels.flash_attention.config import FlashConfig
 from pallas_kernels.flash_attention.dropout import dropout_seed
 from pallas_kernels.flash_attention.spec import AttentionGradients, AttentionInputs, AttentionSpec
+from pallas_kernels.manual import vary
 from pallas_kernels.variants import choose
 
 ALIGNMENTS = ("top_left", "bottom_right")
@@ -133,7 +134,7 @@ def flash_attention(
     if spec.dropout_rate > 0:
         assert dropout_key is not None
         inputs = inputs._replace(dropout_seed=dropout_seed(dropout_key))
-    results: Any = _attend(choose(VARIANTS, implementation, inputs, spec), spec, mapped.vary(inputs))
+    results: Any = _attend(choose(VARIANTS, implementation, inputs, spec), spec, vary(inputs))
     out, lse = results
     return (out, lse.swapaxes(1, 2)) if return_lse else out
 
@@ -170,7 +171,7 @@ def flash_attention_gradients(
         deterministic=bool(deterministic),
     )
     implementation = choose(VARIANTS, implementation, inputs, spec)
-    inputs, out, lse, out_grad = mapped.vary((inputs, out, lse.swapaxes(1, 2), out_grad))
+    inputs, out, lse, out_grad = vary((inputs, out, lse.swapaxes(1, 2), out_grad))
     gradients = _backward(implementation, spec, inputs, out, lse, out_grad, jnp.zeros_like(lse))
     return gradients.query, gradients.key, gradients.value
 

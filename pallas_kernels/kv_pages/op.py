@@ -1,6 +1,5 @@
 """write_kv, copy_pages, gather_pages, scatter_pages: validation and the table of variants."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ from pallas_kernels import checks
 from pallas_kernels.device import is_hopper
 from pallas_kernels.kv_pages import copy_sm90, pool, reference, write_sm90
 from pallas_kernels.kv_pages.pool import Arrays
+from pallas_kernels.manual import jit_kernels
 from pallas_kernels.variants import choose
 
 
@@ -192,25 +192,24 @@ def scatter_pages(
     return _scatter(choose(VARIANTS, implementation, k_pages), arrays, tuple(buffers), pages)
 
 
-# Jitted, so that the layers of an unrolled model share one trace and one lowered kernel.
-@functools.partial(jax.jit, static_argnums=0)
+@jit_kernels(1)
 def _write(implementation: str, arrays: Arrays, key, value, slots, layer) -> Arrays:
     if len(arrays) == 2:
         key, value = (x.astype(arrays[0].dtype) for x in (key, value))
     return VARIANTS[implementation].write(arrays, key, value, slots.astype(jnp.int32), layer)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@jit_kernels(1)
 def _copy(implementation: str, arrays: Arrays, src_pages, dst_pages) -> Arrays:
     pairs = src_pages.astype(jnp.int32), dst_pages.astype(jnp.int32)
     return VARIANTS[implementation].copy(arrays, *pairs)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@jit_kernels(1)
 def _gather(implementation: str, arrays: Arrays, pages) -> Arrays:
     return VARIANTS[implementation].gather(arrays, pages.astype(jnp.int32))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@jit_kernels(1)
 def _scatter(implementation: str, arrays: Arrays, buffers: Arrays, pages) -> Arrays:
     return VARIANTS[implementation].scatter(arrays, buffers, pages.astype(jnp.int32))

@@ -1,13 +1,13 @@
 """cascade_attention: decode where rows share leading pages, each read once for all of them."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels.kv_pages import pool
+from pallas_kernels.manual import jit_kernels
 from pallas_kernels.paged_attention.config import PagedConfig
 from pallas_kernels.paged_attention.op import VARIANTS, check_arrays, make_spec
 from pallas_kernels.paged_attention.prefill_config import PrefillConfig
@@ -69,7 +69,7 @@ def cascade_attention(
     return (out, lse) if return_lse else out
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@jit_kernels(2)
 def _cascade(variant: str, spec: PagedSpec, inputs: PagedInputs, prefix_lengths, group_of_row):
     num_groups, page_size = prefix_lengths.shape[0], inputs.k_pages.shape[3]
     group_of_row = jnp.where(group_of_row < num_groups, group_of_row, -1)

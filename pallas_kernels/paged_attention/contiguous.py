@@ -1,7 +1,5 @@
 """contiguous_attention: decode over caches without pages, by the same kernel and the same reference."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -9,6 +7,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import checks
 from pallas_kernels.device import is_hopper
 from pallas_kernels.kv_pages import pool
+from pallas_kernels.manual import jit_kernels
 from pallas_kernels.paged_attention import decode_plan, decode_sm90, reference
 from pallas_kernels.paged_attention.config import PagedConfig
 from pallas_kernels.paged_attention.op import Variant, check_heads, make_spec
@@ -75,6 +74,6 @@ def contiguous_attention(
     return (out, lse) if return_lse else out
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@jit_kernels(2)
 def _forward(implementation: str, spec: PagedSpec, inputs: PagedInputs) -> tuple[jax.Array, jax.Array]:
     return VARIANTS[implementation].forward(inputs, spec)

@@ -1,7 +1,6 @@
 """paged_attention: validation and the table of variants."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from jaxtyping import Array, Float, Int, Num
 from pallas_kernels import checks
 from pallas_kernels.device import is_hopper
 from pallas_kernels.kv_pages import pool
+from pallas_kernels.manual import jit_kernels
 from pallas_kernels.paged_attention import reference, sm90
 from pallas_kernels.paged_attention.config import PagedConfig
 from pallas_kernels.paged_attention.prefill_config import PrefillConfig
@@ -86,6 +86,9 @@ def paged_attention(
         return_lse: also return the natural log-sum-exp of each query's logits, f32[tokens, N].
         config, prefill_config: cuts of the kernels for rows of one query, and of more.
         implementation: a name of VARIANTS; by default the first that can serve the call.
+
+    Inside shard_map over KV heads (query N, pools K) each device attends with its own heads: there is nothing
+    to exchange.
 
     Raises ValueError for wrong arguments, NotImplementedError where the implementation named cannot serve.
     From: Kwon et al., PagedAttention (2023), section 4.1; Dao et al., Flash-Decoding (2023).
@@ -171,7 +174,6 @@ def check_arrays(inputs: PagedInputs) -> None:
             checks.check_dtype(name, array, (jnp.float32,))
 
 
-# Jitted, so that the layers of an unrolled model share one trace and one lowered kernel.
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@jit_kernels(2)
 def _forward(implementation: str, spec: PagedSpec, inputs: PagedInputs) -> tuple[jax.Array, jax.Array]:
     return VARIANTS[implementation].forward(inputs, spec)
