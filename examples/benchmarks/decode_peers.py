@@ -3,6 +3,7 @@
 PEERS[name](row) gives a Program, or raises NotImplementedError with why it cannot do that row.
 """
 
+import dataclasses
 import functools
 import math
 import warnings
@@ -15,7 +16,9 @@ import numpy as np
 from programs import Program, scattered_tables, sets_in_turn
 from timing import milliseconds
 
-from pallas_kernels import cascade_attention, contiguous_attention, paged_attention
+from pallas_kernels import PagedConfig, cascade_attention, contiguous_attention, paged_attention
+from pallas_kernels.paged_attention.config import default_config
+from pallas_kernels.paged_attention.decode_plan import padded_group
 
 
 class Row(NamedTuple):
@@ -76,7 +79,14 @@ def _tables(row: Row, page_size: int) -> np.ndarray:
     return tables
 
 
-def over_pages(page_size: int, row: Row, is_cascade: bool = False) -> Program:
+def merging(row: Row, page_size: int) -> PagedConfig:
+    """The default config, but that the last unit of a row merges its parts."""
+    group, itemsize = padded_group(row.num_heads // row.num_kv_heads), jnp.dtype(row.dtype).itemsize
+    cuts = row.num_rows, row.num_kv_heads, row.head_dim, group, row.room, itemsize, page_size
+    return dataclasses.replace(default_config(*cuts), merges_here=True)
+
+
+def over_pages(page_size: int, row: Row, is_cascade: bool = False, merges_here: bool = False) -> Program:
     """Our paged_attention, or cascade_attention; the caches are layers of one pool."""
     if is_cascade and not row.prefix:
         raise NotImplementedError("no prefix is shared")
@@ -88,6 +98,7 @@ def over_pages(page_size: int, row: Row, is_cascade: bool = False) -> Program:
     def attend(index, query, k_pages, v_pages, scales, tables, lengths):
         options = dict(zip(("k_scale", "v_scale"), scales, strict=False))
         options |= {"layer": jnp.int32(index), "implementation": "sm90"}
+        options["config"] = merging(row, page_size) if merges_here else None
         if is_cascade:
             group = jnp.array([row.prefix]), jnp.zeros(row.num_rows, jnp.int32)
             return cascade_attention(query, k_pages, v_pages, tables, lengths, *group, **options)
@@ -151,6 +162,8 @@ def triton(page_size: int, row: Row) -> Program:
 PEERS: dict[str, Callable[[Row], Program]] = {
     **{f"page {size}": functools.partial(over_pages, size) for size in (8, 16, 32, 64, 128, 256)},
     "cascade, page 16": functools.partial(over_pages, 16, is_cascade=True),
+    "last unit merges, page 16": functools.partial(over_pages, 16, merges_here=True),
+    "last unit merges, cascade": functools.partial(over_pages, 16, is_cascade=True, merges_here=True),
     "contiguous": contiguous,
     "cuDNN contiguous": cudnn,
     "JAX Triton page 16": functools.partial(triton, 16),

@@ -1,30 +1,28 @@
 """The consumer warpgroups of paged decode: the online softmax over a unit's tiles, transposed."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import (
-    LOG2_E,
-    broadcast_columns,
-    div,
-    load_columns,
-    pl,
-    plgpu,
-    reduce_rows,
-    store_deinterleaved,
-)
+from pallas_kernels.mosaic import LOG2_E, div, load_columns, pl, plgpu, reduce_rows
 from pallas_kernels.paged_attention import decode_codes, decode_tile
-from pallas_kernels.paged_attention.decode_plan import BUFFERS, Merge, Outputs, Plan, Scratch, Workspace
+from pallas_kernels.paged_attention.decode_plan import (
+    BUFFERS,
+    Inputs,
+    Merge,
+    Outputs,
+    Plan,
+    Scratch,
+    Workspace,
+)
+from pallas_kernels.paged_attention.decode_results import Destination, Result, merge_results, store_unit
 from pallas_kernels.paged_attention.decode_tile import MASKED, Softmax, Tile, UnitQueries, store_transposed
 from pallas_kernels.paged_attention.units import Schedule, Unit, for_each_unit
 
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
 
-def consume(plan: Plan, consumer, outputs: Outputs, scratch: Scratch):
+def consume(plan: Plan, consumer, inputs: Inputs, outputs: Outputs, scratch: Scratch):
     """A consumer warpgroup: every tile of its units, or every other tile; the first one stores."""
 
     def visit(unit: Unit, _, carry):
@@ -32,8 +30,11 @@ def consume(plan: Plan, consumer, outputs: Outputs, scratch: Scratch):
         buffer = lax.rem(units, jnp.int32(BUFFERS))
         plgpu.barrier_wait(scratch.queries.full.at[buffer])
         state, sinks = attend_unit(plan, consumer, scratch, unit, count, buffer)
+        if plan.has_numbers:
+            plgpu.commit_smem()  # all are read before a copy overwrites them, also where no tile came after
         plgpu.barrier_arrive(scratch.queries.empty.at[buffer])
-        finish_unit(plan, consumer, scratch, unit, count, units, state, sinks, outputs)
+        to = Destination(plan, unit, inputs, outputs, scratch)
+        finish_unit(to, consumer, count, units, state, sinks)
         return count + unit.num_tiles, units + 1
 
     schedule = Schedule(scratch.lengths, scratch.tickets, None)
@@ -90,21 +91,13 @@ def init_softmax(plan: Plan) -> Softmax:
     return Softmax(maximum, full(plan.config.tile, 0.0), full(plan.width, 0.0))
 
 
-class Result(NamedTuple):
-    """A softmax whose totals are summed over tokens."""
-
-    maximum: jax.Array  # f32[columns], in units of log2
-    total: jax.Array  # f32[columns]
-    values: jax.Array  # f32[H, columns]
-
-
-def finish_unit(plan: Plan, consumer, scratch: Scratch, unit: Unit, count, units, state, sinks, outputs):
+def finish_unit(to: Destination, consumer, count, units, state: Softmax, sinks):
     """Brings the consumers' results together; the first consumer stores them."""
-    total = reduce_rows("add", state.total, workspace_of(scratch.work, consumer).reduction)
+    total = reduce_rows("add", state.total, workspace_of(to.scratch.work, consumer).reduction)
     result = Result(state.maximum, total, state.values)
-    merge = scratch.merge
+    merge = to.scratch.merge
     if merge is None:
-        store_unit(plan, unit, result, sinks, outputs, scratch.out)
+        store_unit(to, result, sinks)
         return
 
     @pl.when(consumer == 1)
@@ -119,7 +112,7 @@ def finish_unit(plan: Plan, consumer, scratch: Scratch, unit: Unit, count, units
             Result(*[lax.select(lax.broadcast(is_first, x.shape), x, y) for x, y in zip(*pair, strict=True)])
             for pair in ((result, other), (other, result))
         ]
-        store_unit(plan, unit, merge_results(plan, *results), sinks, outputs, scratch.out)
+        store_unit(to, merge_results(to.plan, *results), sinks)
 
 
 def hand_over(merge: Merge, units, result: Result):
@@ -140,48 +133,3 @@ def take_over(merge: Merge) -> Result:
     result = Result(load_columns(merge.maximum), load_columns(merge.total), values)
     plgpu.barrier_arrive(merge.empty)
     return result
-
-
-def merge_results(plan: Plan, first: Result, second: Result) -> Result:
-    maximum = jnp.maximum(first.maximum, second.maximum)
-    decays = jnp.exp2(first.maximum - maximum), jnp.exp2(second.maximum - maximum)
-    values = first.values * broadcast_columns(decays[0], plan.width)
-    values += second.values * broadcast_columns(decays[1], plan.width)
-    return Result(maximum, first.total * decays[0] + second.total * decays[1], values)
-
-
-def store_unit(plan: Plan, unit: Unit, result: Result, sinks, outputs: Outputs, out_smem):
-    maximum, total, values = result
-    if sinks is not None and not plan.is_merged:  # else the sink joins where the parts are merged
-        maximum = jnp.maximum(result.maximum, sinks)
-        decay = jnp.exp2(result.maximum - maximum)
-        total = total * decay + jnp.exp2(sinks - maximum)
-        values = values * broadcast_columns(decay, plan.width)
-    norm = jnp.where(total > 0, 1 / total, 0.0)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the unit before may still be on its way
-    store = store_deinterleaved if plan.is_quantized else store_transposed
-    store(out_smem, values * broadcast_columns(norm, plan.width))
-    plgpu.commit_smem()
-    copy_heads(plan, unit, out_smem, outputs.out.at[unit.row, unit.split])
-    lse = (maximum + jnp.log2(total)) * (1 / LOG2_E)
-    outputs.lse[unit.row, unit.split, unit.head] = jnp.where(total > 0, lse, -jnp.inf)
-
-
-def copy_heads(plan: Plan, unit: Unit, out_smem, out):
-    """Starts the copies of a unit's heads to global memory."""
-    first_head = unit.head * plan.group
-    first_column = lax.rem(first_head, jnp.int32(8)) if plan.shares_columns else 0
-    if plan.width == plan.out_columns:
-        source = out_smem.at[pl.ds(first_column, plan.group)]
-        plgpu.copy_smem_to_gmem(source, out.at[pl.ds(first_head, plan.group)])
-        return
-    for i in range(plan.group):
-        copy_head(plan, out_smem.at[first_column + i], out.at[first_head + i])
-
-
-def copy_head(plan: Plan, out_smem, out):
-    """Starts the copies of one head's values [width] to global memory [H]."""
-    plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, plan.whole)], out.at[pl.ds(0, plan.whole)])
-    if rest := plan.head_dim - plan.whole:
-        source = out_smem.at[pl.ds(plan.width - rest, rest)]
-        plgpu.copy_smem_to_gmem(source, out.at[pl.ds(plan.whole, rest)])

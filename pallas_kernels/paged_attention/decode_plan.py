@@ -18,6 +18,13 @@ MAX_ROWS = 8192
 ROW_BLOCK = 8  # rows whose lengths are looked at together
 
 
+class Cut(NamedTuple):
+    """How the prefill kernel cut the keys that rows share."""
+
+    tile_q: int
+    splits: int  # at most
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan(LaunchPlan):
     """The static facts of one launch."""
@@ -25,7 +32,7 @@ class Plan(LaunchPlan):
     config: PagedConfig
     page_size: int | None  # None: caches instead of pages
     capacity: int  # tokens that a row has room for
-    has_shared: bool = False  # whether rows have shared pages too, attended elsewhere
+    cut: Cut | None = None  # of keys that rows share, attended elsewhere
 
     @property
     def num_programs(self) -> int:
@@ -36,6 +43,11 @@ class Plan(LaunchPlan):
     def weights_dtype(self) -> Any:
         """Codes of either kind are exact in fp16, and soonest made."""
         return jnp.float16 if self.is_quantized else self.query_dtype
+
+    @property
+    def has_numbers(self) -> bool:
+        """Whether a unit's queries come with numbers for each head."""
+        return self.is_quantized or self.has_sinks or self.has_slopes
 
     @property
     def query_rows(self) -> int:
@@ -49,7 +61,26 @@ class Plan(LaunchPlan):
     @property
     def is_merged(self) -> bool:
         """Whether a unit's result is one of several parts of a row's, merged in fp32."""
-        return self.num_splits > 1 or self.has_shared
+        return self.num_splits > 1 or self.cut is not None
+
+    @property
+    def merges_here(self) -> bool:
+        """Whether units merge the parts, the last of each row."""
+        return self.is_merged and self.config.merges_here
+
+    @property
+    def is_combined(self) -> bool:
+        """Whether a kernel after this one merges the parts."""
+        return self.is_merged and not self.config.merges_here
+
+    @property
+    def first_arrival(self) -> int:
+        """Of the counters: one for draws comes first."""
+        return int(self.config.dynamic)
+
+    @property
+    def num_counters(self) -> int:
+        return self.first_arrival + self.merges_here * self.num_rows * self.num_kv_heads
 
     @property
     def shares_columns(self) -> bool:
@@ -94,12 +125,12 @@ class Plan(LaunchPlan):
         return size if size <= MAX_BOX else -(-size // MAX_BOX) * MAX_BOX
 
     @property
-    def out_dtype(self) -> Any:
+    def part_dtype(self) -> Any:
         return jnp.float32 if self.is_merged else self.query_dtype
 
     @property
-    def out_columns(self) -> int:
-        """Parts lie in whole rows of transposed values."""
+    def part_columns(self) -> int:
+        """Parts that are merged lie in whole rows of transposed values."""
         return self.width if self.is_merged else self.head_dim
 
 
@@ -128,7 +159,7 @@ def padded_group(group: int) -> int:
     return -(-group // 8) * 8
 
 
-def make_plan(inputs: PagedInputs, spec: PagedSpec, has_shared: bool = False) -> Plan:
+def make_plan(inputs: PagedInputs, spec: PagedSpec, cut: Cut | None = None) -> Plan:
     facts, page_size, capacity = facts_of(inputs, spec), None, inputs.k_pages.shape[1]
     if inputs.block_tables is not None:
         page_size = inputs.k_pages.shape[3]
@@ -142,7 +173,21 @@ def make_plan(inputs: PagedInputs, spec: PagedSpec, has_shared: bool = False) ->
         inputs.k_pages.dtype.itemsize,
         page_size,
     )
-    return Plan(**facts, config=config, page_size=page_size, capacity=capacity, has_shared=has_shared)
+    return Plan(**facts, config=config, page_size=page_size, capacity=capacity, cut=cut)
+
+
+class Shared(NamedTuple):
+    """Parts of shared keys: the prefill kernel's results, where each token's lie, and each row's token.
+
+    Token t: item first_item[t] and the num_splits[t] - 1 after it, row of the tile head x tile_q + place[t].
+    """
+
+    out: Any  # f32[max_items, K, warpgroups, 64, width]
+    lse: Any  # f32[max_items, K, warpgroups, 64]
+    first_item: Any  # i32[tokens]
+    num_splits: Any
+    place: Any
+    token: Any  # i32[R]
 
 
 class Inputs(NamedTuple):
@@ -159,14 +204,17 @@ class Inputs(NamedTuple):
     v_scale: Any
     sinks: Any  # f32[K, columns]
     slopes: Any  # f32[K, columns]
-    counter: Any  # i32[1]: units drawn, zero at first
+    shared: Any  # Shared
+    counters: Any  # i32[num_counters], zero at first: units drawn; units of each row and KV head that ended
 
 
 class Outputs(NamedTuple):
-    """Results in global memory."""
+    """Results in global memory: of units, and of rows where their parts are merged here."""
 
-    out: Any  # [R, splits, N, H]
-    lse: Any  # f32[R, splits, K, columns]
+    part: Any  # [R, splits, N, H]; f32[R, splits, N, width] to be merged
+    part_lse: Any  # f32[R, splits, K, columns]
+    out: Any  # [R, N, H]
+    lse: Any  # f32[R, N]
 
 
 class Tiles(NamedTuple):
@@ -206,6 +254,14 @@ class Workspace(NamedTuple):
     reduction: Any  # f32[consumers, REDUCTION_SIZE]
 
 
+class Joined(NamedTuple):
+    """What a unit needs to merge the parts of its row."""
+
+    lse: Any  # f32[columns], of its own part
+    arrival: Any  # i32[1]: units of the row that ended before
+    out: Any  # [G, width]
+
+
 class Merge(NamedTuple):
     """What the second consumer hands to the first at the end of a unit."""
 
@@ -227,7 +283,8 @@ class Scratch(NamedTuple):
     tickets: Tickets | None
     work: Workspace
     merge: Merge | None
-    out: Any  # [columns, H]
+    out: Any  # [columns, width]
+    joined: Any  # Joined, where parts are merged here
 
 
 def scratch_types(plan: Plan) -> Scratch:
@@ -245,7 +302,8 @@ def scratch_types(plan: Plan) -> Scratch:
         tickets=_tickets(plan) if config.dynamic else None,
         work=Workspace(weights, reduction),
         merge=_merge(plan) if config.consumers == 2 else None,
-        out=plgpu.SMEM((columns, width), plan.out_dtype),
+        out=plgpu.SMEM((columns, width), plan.part_dtype),
+        joined=_joined(plan) if plan.merges_here else None,
     )
 
 
@@ -290,3 +348,11 @@ def _merge(plan: Plan) -> Merge:
     statistic = plgpu.SMEM((plan.columns,), jnp.float32)
     values = plgpu.SMEM((plan.columns, plan.width), jnp.float32)
     return Merge(values, statistic, statistic, plgpu.Barrier(), plgpu.Barrier())
+
+
+def _joined(plan: Plan) -> Joined:
+    return Joined(
+        lse=plgpu.SMEM((plan.columns,), jnp.float32),
+        arrival=plgpu.SMEM((1,), jnp.int32),
+        out=plgpu.SMEM((plan.group, plan.width), plan.query_dtype),
+    )

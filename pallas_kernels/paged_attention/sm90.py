@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.paged_attention import decode_plan, decode_sm90, prefill_plan, prefill_sm90
-from pallas_kernels.paged_attention.combine_sm90 import Cut, Shared, combine_parts
+from pallas_kernels.paged_attention.decode_plan import Cut, Shared
 from pallas_kernels.paged_attention.prefill_config import OCTET
 from pallas_kernels.paged_attention.prefill_plan import Outputs, PrefillPlan
 from pallas_kernels.paged_attention.prefill_work import WorkList, plan_work
@@ -55,13 +55,10 @@ def cascade(
     """Attends rows to their own pages and to those that groups of them share, where row r's query is token
     place[r]. Sinks are `own`'s. Returns out [R, N, H] and lse f32[R, N].
     """
-    plan = decode_plan.make_plan(own, spec, has_shared=True)
-    out, lse = decode_sm90.launch(plan, own)
     whole = dataclasses.replace(spec, is_causal=False)
-    prefilled, work, results = _launch_prefill(shared, whole, keeps_parts=True)
+    plan, work, results = _launch_prefill(shared, whole, keeps_parts=True)
     parts = Shared(*results, work.first_item, work.num_splits, work.place, place)
-    lengths, cut = own.kv_lengths.astype(jnp.int32), Cut(prefilled.tile_q, prefilled.config.splits)
-    return combine_parts(plan, out, lse, lengths, own.sinks, parts, cut)
+    return decode_sm90.forward(own, spec, parts, Cut(plan.tile_q, plan.config.splits))
 
 
 def prefill(

@@ -3,6 +3,7 @@
 JAXATTN_INTERPRETED_CASES sets how many are interpreted (JAXATTN_RANDOM_SEED: from where on).
 """
 
+import dataclasses
 import functools
 import os
 from typing import Any, NamedTuple
@@ -72,7 +73,9 @@ def draw(seed: int, max_rows: int, max_keys: int, max_queries: int) -> Call:
     splits = int(rng.choice([1, 1, 2, 3]))
     prefill = PrefillConfig(1 if head_dim > 128 else int(rng.integers(1, 3)), 64, 2, splits)
     dtype = jnp.float16 if pages is None and has() else jnp.bfloat16
-    return Call(shapes, pages, dtype, features, decode, prefill if is_ragged else None, int(rng.integers(9)))
+    padding = int(rng.integers(9))
+    decode = dataclasses.replace(decode, dynamic=has(0.5), merges_here=has(0.5))
+    return Call(shapes, pages, dtype, features, decode, prefill if is_ragged else None, padding)
 
 
 def check(seed: int) -> None:

@@ -4,6 +4,7 @@ sm_90a.
 
 import os
 import re
+import signal
 from pathlib import Path
 
 import jax
@@ -88,8 +89,10 @@ def test_worker_reports_errors_and_survives_a_deadlock():
     worker = Worker("interpret")
     with pytest.raises(AssertionError, match="KeyError"):
         worker.run("no such case", LIMIT_SECONDS)
+    assert worker.process is not None
+    worker.process.send_signal(signal.SIGSTOP)  # as a deadlock: it never answers
     with pytest.raises(AssertionError, match="no answer"):
-        worker.run("no such case", 0.0)
+        worker.run("no such case", 0.5)
     with pytest.raises(AssertionError, match="KeyError"):
         worker.run("no such case", LIMIT_SECONDS)
     worker.close()
