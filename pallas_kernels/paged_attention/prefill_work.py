@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.flash_attention.tiles import KvTiles
 from pallas_kernels.mosaic import ceil_div, div
@@ -42,25 +43,28 @@ def plan_work(plan: PrefillPlan, query_start, kv_lengths, skip) -> WorkList:
     segments = _segments(plan, query_start, kv_lengths, skip)
     num_items = segments.num_tiles * segments.num_splits
     item = jnp.arange(plan.max_items)[:, None]
-    is_own = (segments.first_item <= item) & (item < segments.first_item + num_items)
-    segment = jnp.argmax(is_own, axis=1)
+    segment = _last((segments.first_item <= item) & (item < segments.first_item + num_items))
     own = Segments(*(field[segment] for field in segments))
-    index = item[:, 0] - own.first_item
-    tile = own.num_tiles - 1 - index // own.num_splits
-    work = _cut(plan, segment, own, own.first_tile + tile * plan.tile_q, index % own.num_splits)
-    row = jnp.where(is_own.any(axis=1), work.row, NO_WORK)
+    index = jnp.maximum(item[:, 0] - own.first_item, 0)
+    tile = own.num_tiles - 1 - lax.div(index, own.num_splits)
+    work = _cut(plan, segment, own, own.first_tile + tile * plan.tile_q, lax.rem(index, own.num_splits))
+    row = jnp.where(segment < 0, NO_WORK, work.row)
 
     token = jnp.arange(plan.num_tokens)[:, None]
-    segment = jnp.argmax((segments.start <= token) & (token < segments.stop), axis=1)
-    own = Segments(*(field[segment] for field in segments))
+    own = Segments(*(field[_last((segments.start <= token) & (token < segments.stop))] for field in segments))
     distance = token[:, 0] - own.first_tile
-    tile = own.num_tiles - 1 - distance // plan.tile_q
+    tile = own.num_tiles - 1 - div(distance, plan.tile_q)
     return WorkList(
         units=_records(plan, work._replace(row=row)),
         first_item=own.first_item + tile * own.num_splits,
         num_splits=jnp.where(own.num_tiles > 0, own.num_splits, 0),
-        place=distance % plan.tile_q,
+        place=lax.rem(distance, jnp.int32(plan.tile_q)),
     )
+
+
+def _last(mask: jax.Array) -> jax.Array:
+    """The last column of each row where mask is true, or -1: one reduction says both where and whether."""
+    return jnp.where(mask, jnp.arange(mask.shape[1]), -1).max(axis=1)
 
 
 def _segments(plan: PrefillPlan, query_start, kv_lengths, skip) -> Segments:
@@ -69,10 +73,10 @@ def _segments(plan: PrefillPlan, query_start, kv_lengths, skip) -> Segments:
     stop = jnp.pad(query_start.astype(jnp.int32), (0, 1), constant_values=plan.num_tokens)
     kv_length = jnp.pad(jnp.minimum(kv_lengths.astype(jnp.int32), plan.table_width * plan.page_size), 1)
     is_work = (stop > start) & ~jnp.pad(skip, 1)
-    first_tile = start // OCTET * OCTET
-    num_tiles = jnp.where(is_work, -(-(stop - first_tile) // plan.tile_q), 0)
-    kv_tiles = -(-kv_length // plan.config.tile_kv)
-    num_splits = jnp.clip(-(-kv_tiles // MIN_SPLIT_TILES), 1, plan.config.splits)
+    first_tile = div(start, OCTET) * OCTET
+    num_tiles = jnp.where(is_work, ceil_div(stop - first_tile, plan.tile_q), 0)
+    kv_tiles = ceil_div(kv_length, plan.config.tile_kv)
+    num_splits = jnp.clip(ceil_div(kv_tiles, MIN_SPLIT_TILES), 1, plan.config.splits)
     weight = jnp.where(is_work, kv_length, -1)
     order = jnp.arange(plan.num_rows + 2)
     earlier = (weight[None] > weight[:, None]) | (
@@ -90,9 +94,9 @@ def _cut(plan: PrefillPlan, segment, own: Segments, token, split) -> Work:
     end = jnp.clip(stop + offset, 0, own.kv_length) if plan.spec.is_causal else own.kv_length
     begin = jnp.zeros_like(end)
     if plan.spec.window_left is not None:
-        begin = jnp.maximum(first + offset - plan.spec.window_left, 0) // tile_kv
-    end = jnp.maximum(-(-end // tile_kv), begin)
-    size = -(-(end - begin) // own.num_splits)
+        begin = div(jnp.maximum(first + offset - plan.spec.window_left, 0), tile_kv)
+    end = jnp.maximum(ceil_div(end, tile_kv), begin)
+    size = lax.div(end - begin + own.num_splits - 1, own.num_splits)
     begin = jnp.minimum(begin + split * size, end)
     row = jnp.clip(segment - 1, 0, plan.num_rows - 1)
     tile_stop, item = jnp.minimum(begin + size, end), jnp.arange(plan.max_items)
