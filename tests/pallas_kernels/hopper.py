@@ -6,10 +6,11 @@ JAX is used.
 
 import os
 import re
-import shutil
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 TARGET = Path(__file__).parent / "hopper_target.txtpb"  # an H200, as XLA describes one
 
@@ -20,13 +21,13 @@ class Assembled(NamedTuple):
     name: str
     registers: int
     spill_bytes: int
-    warnings: list[str]
 
 
 class Compiled(NamedTuple):
     """A compiled function: its kernels, and XLA's account of its memory."""
 
     kernels: list[Assembled]
+    warnings: list[str]  # of ptxas
     temp_bytes: int
     alias_bytes: int
     hlo: str
@@ -34,8 +35,7 @@ class Compiled(NamedTuple):
 
 def setup() -> None:
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # no cuDNN or cuBLAS here, and none needed
-    os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
-    os.environ["MOSAIC_GPU_DUMP_TO"] = tempfile.mkdtemp(prefix="ptxas-")
+    os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"  # to standard output: a folder would get every pass's dump
     import jax
 
     jax.config.update("jax_platforms", "cpu")
@@ -51,7 +51,6 @@ def compile_for_hopper(function, specs, donate=(), num_devices=1, partition=()) 
     from jax.experimental import topologies
     from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-    dump = Path(os.environ["MOSAIC_GPU_DUMP_TO"])
     topology = topologies.get_topology_desc(
         "", "cuda", topology=f"1x{num_devices}x1", target_config=TARGET.read_text()
     )
@@ -61,19 +60,42 @@ def compile_for_hopper(function, specs, donate=(), num_devices=1, partition=()) 
     mesh = AbstractMesh((), (), abstract_device=device)
     with jax.default_device(topology.devices[0]), jax.sharding.use_abstract_mesh(mesh):
         jitted = jax.jit(function, out_shardings=sharding, donate_argnums=donate)
-        compiled = jitted.trace(*specs).lower(lowering_platforms=("cuda",)).compile()
+        lowered = jitted.trace(*specs).lower(lowering_platforms=("cuda",))
+        compiled, output = _with_output(lowered.compile)
     memory = compiled.memory_analysis()
-    kernels = [_read_dump(path) for path in sorted(dump.glob("*.ptxas"))]
-    shutil.rmtree(dump)
-    dump.mkdir()
-    return Compiled(kernels, memory.temp_size_in_bytes, memory.alias_size_in_bytes, compiled.as_text())
-
-
-def _read_dump(path: Path) -> Assembled:
-    text = path.read_text()
-    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", text)
-    registers = re.findall(r"Used (\d+) registers", text)
-    warnings = [line.strip() for line in text.splitlines() if "warning" in line.lower() or "C75" in line]
-    return Assembled(
-        path.stem, max(map(int, registers), default=0), max(map(int, spills), default=0), warnings
+    return Compiled(
+        _kernels_in(output),
+        _warnings_in(output),
+        memory.temp_size_in_bytes,
+        memory.alias_size_in_bytes,
+        compiled.as_text(),
     )
+
+
+def _with_output(function: Callable[[], Any]) -> tuple[Any, str]:
+    """What function() returns, and what it writes to standard output, from C++ too."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 1)
+        try:
+            result = function()
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
+        file.seek(0)
+        return result, file.read().decode(errors="replace")
+
+
+def _kernels_in(output: str) -> list[Assembled]:
+    _, *parts = re.split(r"Compiling entry function '(\w+)'", output)
+    kernels = []
+    for name, text in zip(parts[::2], parts[1::2], strict=True):
+        spills = map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", text))
+        registers = map(int, re.findall(r"Used (\d+) registers", text))
+        kernels.append(Assembled(name, max(registers, default=0), max(spills, default=0)))
+    return kernels
+
+
+def _warnings_in(output: str) -> list[str]:
+    return [line.strip() for line in output.splitlines() if "warning" in line.lower() or "C75" in line]
