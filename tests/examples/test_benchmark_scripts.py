@@ -24,6 +24,7 @@ WRONG = {
     "quantized_pages": ["--rows", "1"],
     "page_layout": ["--prefill-tokens", "100"],
     "flash_attention": ["--rows", "no such row"],
+    "compile_time": ["--length", "0"],
 }
 
 
@@ -127,3 +128,15 @@ def test_ring_of_simulated_devices(monkeypatch, tmp_path):
     assert max(result["rms_difference"].values()) < 1e-2
     assert {row["num_devices"] for row in result["rows"]} == {1, 2}
     assert all(row["efficiency"] > 0 for row in result["rows"])
+
+
+def test_compile_times(monkeypatch, tmp_path, capsys):
+    compile_time = load("compile_time")
+    monkeypatch.setattr(report, "begin", lambda what: None)
+    out = tmp_path / "compile_time.json"
+    assert run(monkeypatch, compile_time, "--length", "32", "--out", str(out)) == 1  # no cuDNN on a CPU
+    good = [row for row in json.loads(out.read_text())["rows"] if "error" not in row]
+    assert [row["call"].split(",")[0] for row in good] == ["jaxattn"] * len(good)
+    assert len(good) == 10
+    assert all(row[name] > 0 for row in good for name in ("trace_s", "lower_s", "compile_s"))
+    assert "not measured: cudnn, H = 64" in capsys.readouterr().err
