@@ -1,10 +1,10 @@
 #!/bin/sh
 # Every benchmark, those that say most first, each with a time budget.
 #   examples/benchmarks/all.sh [NAME ...]     flash paged prefill writes training serving claims io layout ring
-#                                             quantized compile
+#                                             quantized compile configs
 # PYTHON: the interpreter (python3). RESULTS: the folder that is written to.
 cd "$(dirname "$0")/../.." || exit 1
-wanted=${*:-flash paged prefill writes training serving claims io layout ring quantized compile}
+wanted=${*:-flash paged prefill writes training serving claims io layout ring quantized compile configs}
 results=${RESULTS:-examples/benchmarks/results}
 export PYTHONPATH=".:$PYTHONPATH"
 mkdir -p "$results" || exit 1
@@ -23,7 +23,7 @@ run() {
 "
 }
 
-known=" flash paged prefill writes training serving claims io layout ring quantized compile "
+known=" flash paged prefill writes training serving claims io layout ring quantized compile configs "
 for name in $wanted; do
     case "$known" in *" $name "*) ;; *) echo "all.sh: no benchmark $name among$known" >&2 && exit 2 ;; esac
 done
@@ -43,6 +43,7 @@ if [ "$(nvidia-smi -L 2>/dev/null | wc -l)" -gt 1 ]; then
     run ring 200 ring_attention.py ring_attention.json --max-seconds 150
 fi
 run quantized 200 quantized_pages.py quantized_pages.json
+run configs 200 decode_configs.py decode_configs.json --max-seconds 180
 run compile 120 compile_time.py compile_time.json --max-seconds 100
 printf '\n%s' "$summary"
 exit $failed

@@ -7,8 +7,8 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from timing import milliseconds
 from pallas_kernels import PagedConfig, cascade_attention, contiguous_attention, paged_attention
 from pallas_kernels.paged_attention.config import default_config
 from pallas_kernels.paged_attention.decode_plan import padded_group
+
+MERGING = {"merges_here": True}
 
 
 class Row(NamedTuple):
@@ -79,15 +81,19 @@ def _tables(row: Row, page_size: int) -> np.ndarray:
     return tables
 
 
-def merging(row: Row, page_size: int) -> PagedConfig:
-    """The default config, but that the last unit of a row merges its parts."""
+def config_of(row: Row, page_size: int, changes: Mapping[str, Any]) -> PagedConfig:
+    """The default config with some fields changed."""
     group, itemsize = padded_group(row.num_heads // row.num_kv_heads), jnp.dtype(row.dtype).itemsize
     cuts = row.num_rows, row.num_kv_heads, row.head_dim, group, row.room, itemsize, page_size
-    return dataclasses.replace(default_config(*cuts), merges_here=True)
+    return dataclasses.replace(default_config(*cuts), **changes)
 
 
-def over_pages(page_size: int, row: Row, is_cascade: bool = False, merges_here: bool = False) -> Program:
-    """Our paged_attention, or cascade_attention; the caches are layers of one pool."""
+def over_pages(
+    page_size: int, row: Row, is_cascade: bool = False, changes: Mapping[str, Any] | None = None
+) -> Program:
+    """Our paged_attention, or cascade_attention, with changes to its config; the caches are layers of one
+    pool."""
+    config = config_of(row, page_size, changes) if changes else None
     if is_cascade and not row.prefix:
         raise NotImplementedError("no prefix is shared")
     tables = _tables(row, page_size)
@@ -98,7 +104,7 @@ def over_pages(page_size: int, row: Row, is_cascade: bool = False, merges_here: 
     def attend(index, query, k_pages, v_pages, scales, tables, lengths):
         options = dict(zip(("k_scale", "v_scale"), scales, strict=False))
         options |= {"layer": jnp.int32(index), "implementation": "sm90"}
-        options["config"] = merging(row, page_size) if merges_here else None
+        options["config"] = config
         if is_cascade:
             group = jnp.array([row.prefix]), jnp.zeros(row.num_rows, jnp.int32)
             return cascade_attention(query, k_pages, v_pages, tables, lengths, *group, **options)
@@ -162,8 +168,8 @@ def triton(page_size: int, row: Row) -> Program:
 PEERS: dict[str, Callable[[Row], Program]] = {
     **{f"page {size}": functools.partial(over_pages, size) for size in (8, 16, 32, 64, 128, 256)},
     "cascade, page 16": functools.partial(over_pages, 16, is_cascade=True),
-    "last unit merges, page 16": functools.partial(over_pages, 16, merges_here=True),
-    "last unit merges, cascade": functools.partial(over_pages, 16, is_cascade=True, merges_here=True),
+    "last unit merges, page 16": functools.partial(over_pages, 16, changes=MERGING),
+    "last unit merges, cascade": functools.partial(over_pages, 16, is_cascade=True, changes=MERGING),
     "contiguous": contiguous,
     "cuDNN contiguous": cudnn,
     "JAX Triton page 16": functools.partial(triton, 16),

@@ -5,6 +5,8 @@ import json
 import types
 from typing import NamedTuple
 
+import decode_configs
+import decode_peers
 import in_processes
 import jax.numpy as jnp
 import numpy as np
@@ -144,3 +146,26 @@ def test_shapes_come_from_the_command_line():
     assert rows[1] == Row("heads", 8, 2, 64, (100, 100, 100), dtype="int8")
     options.heads = None
     assert paged_attention.chosen_sections(options) is paged_attention.SECTIONS
+
+
+def test_configs_are_changed_as_their_names_say(capsys, monkeypatch):
+    assert decode_configs.changes_of("split=2048 merges_here=1") == {"split": 2048, "merges_here": True}
+    assert decode_configs.changes_of("default") == {}
+    names = ["default", *decode_configs.TRIED]
+    assert len(set(map(str, map(decode_configs.changes_of, names)))) == len(names)
+    (rows,) = decode_configs.SECTIONS.values()
+    for row in rows:
+        for name in names:
+            decode_peers.config_of(row, 16, decode_configs.changes_of(name))
+    part = {"microseconds": 50.0, "elapsed_us": 60.0}
+    figures = decode_configs.row_figures(
+        ROW, {"default": part, "stages=3": part | {"microseconds": 25.0}}, {}
+    )
+    table = decode_configs.tables({"device": "toy", "sections": {"Decode": [figures]}})
+    expected = ["25", "0.5", report.cell(figures["tb_per_s"]["stages=3"]), "60"]
+    assert table.splitlines()[4].split() == ["stages=3", *expected]
+    for wrong in ("split=100", "splits=128", "split"):
+        monkeypatch.setattr("sys.argv", ["x", "--try", wrong])
+        with pytest.raises(SystemExit, match="2"):
+            decode_configs.main()
+        assert "--try: " in capsys.readouterr().err
