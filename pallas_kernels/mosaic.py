@@ -391,15 +391,17 @@ def arrive(counter: Any, target: Any) -> None:
     to global memory before, TMA copies that it waited for among it.
     """
     fence = "fence.proxy.async.global; fence.acq_rel.gpu;"
-    _fetch_add(f"{fence} atom.add.relaxed.gpu.global.s32 $0, [$1], 1; {fence}", counter, target, 0)
+    ptx = f"{fence} atom.add.relaxed.gpu.global.s32 $0, [$1], 1; {fence}"
+    _fetch_add(ptx, counter, target, 0, after_all_threads=True)
 
 
-def _fetch_add(ptx: str, counter: Any, target: Any, offset: int) -> None:
+def _fetch_add(ptx: str, counter: Any, target: Any, offset: int, *, after_all_threads: bool = False) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
     def fetch_add(_, counter_ref, target_ref):
         i32 = ir.IntegerType.get_signless(32)
         zero = arith.constant(ir.IndexType.get(), 0)
-        mgpu_utils.warpgroup_barrier()  # what all threads did comes before
+        if after_all_threads:
+            mgpu_utils.warpgroup_barrier()
         with mgpu_utils.single_thread(scope=mgpu_utils.ThreadSubset.WARPGROUP):
             pointer = mgpu_utils.memref_ptr(counter_ref)
             found = mgpu_utils.inline_ptx(ptx, pointer, result_types=i32, has_side_effects=True)
