@@ -40,9 +40,11 @@ from pallas_kernels.mosaic import (
     LOG2_E,
     broadcast_rows,
     call_in_place,
+    div,
     pl,
     plgpu,
     register_zeros,
+    rem,
     row_full,
     row_iota,
     specialize,
@@ -142,7 +144,7 @@ def _find_work(plan: ForwardPlan, item, extras: Extras) -> Work:
         kv_length = lax.optimization_barrier(kv_length)
     first_row = tile * plan.block_rows
     tiles = _tiles_of_rows(plan, extras, batch, head, first_row, q_length, kv_length, plan.config.warpgroups)
-    return Work(batch, head, lax.div(head, jnp.int32(plan.group)), first_row, q_length, kv_length, tiles)
+    return Work(batch, head, div(head, plan.group), first_row, q_length, kv_length, tiles)
 
 
 def _tiles_of_rows(
@@ -214,7 +216,7 @@ def load_items(
 
 
 def _buffer_of(plan: ForwardPlan, turn, warpgroup):
-    stage = lax.rem(turn, jnp.int32(plan.config.q_stages)) if plan.config.q_stages > 1 else 0
+    stage = rem(turn, plan.config.q_stages) if plan.config.q_stages > 1 else 0
     return stage * plan.config.warpgroups + warpgroup
 
 
@@ -353,7 +355,7 @@ def finish_rows(plan: ForwardPlan, rows: Rows, acc, softmax: Softmax, out_smem, 
     if plan.has_q_lengths:
         live = live & (rows.first_row + row_iota(plan.config.tile_q) < rows.q_length)
     norm = jnp.where(live, 1 / ((1 - plan.dropout_rate) * softmax.sum), 0.0)
-    out_smem[...] = jnp.where(
-        broadcast_rows(live, plan.value_dim), acc * broadcast_rows(norm, plan.value_dim), 0.0
-    ).astype(plan.dtype)
+    result = jnp.where(broadcast_rows(live, plan.value_dim), acc * broadcast_rows(norm, plan.value_dim), 0.0)
+    # Selected before it is rounded: pairs of 16 bits would be taken apart.
+    out_smem[...] = lax.optimization_barrier(result).astype(plan.dtype)
     lse_smem[...] = jnp.where(live, (softmax.max + jnp.log2(softmax.sum)) * (1 / LOG2_E), -jnp.inf)
