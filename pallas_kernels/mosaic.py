@@ -40,7 +40,6 @@ __all__ = [
     "plgpu",
     "reduce_rows",
     "register_zeros",
-    "rem",
     "row_full",
     "row_iota",
     "specialize",
@@ -367,18 +366,8 @@ def traced(tree: Any) -> Any:
 
 
 def div(x: Any, y: int) -> jax.Array:
-    """x // y for x >= 0, of powers of two in one instruction: the compiler knows of no sign, and would handle
-    it."""
-    if y.bit_count() == 1:
-        return jnp.int32(x) >> (y.bit_length() - 1)
+    """x // y for x >= 0, without the sign handling of Python's floor division."""
     return lax.div(jnp.int32(x), jnp.int32(y))
-
-
-def rem(x: Any, y: int) -> jax.Array:
-    """x % y for x >= 0, as div."""
-    if y.bit_count() == 1:
-        return jnp.int32(x) & (y - 1)
-    return lax.rem(jnp.int32(x), jnp.int32(y))
 
 
 def ceil_div(x: Any, y: int) -> jax.Array:

@@ -10,7 +10,7 @@ from pallas_kernels.flash_attention.extras import Extras
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.scores import TilePlace
 from pallas_kernels.flash_attention.tiles import KvTiles, TileOrder, kv_tiles
-from pallas_kernels.mosaic import div, pl, plgpu, rem, swizzled_smem, traced
+from pallas_kernels.mosaic import div, pl, plgpu, swizzled_smem, traced
 
 WARPGROUPS = 2  # that compute
 HALF = 64  # keys of each: the rows of a wgmma
@@ -247,4 +247,4 @@ def end(plan: AttentionPlan, num_items: int | None, num_tiles, buffers: Buffers,
 
 def slot_of(plan: AttentionPlan, number):
     """Where a tile of queries lies."""
-    return rem(number, plan.fused.stages)
+    return lax.rem(number, jnp.int32(plan.fused.stages))

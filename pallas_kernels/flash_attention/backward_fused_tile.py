@@ -142,7 +142,6 @@ def by_column(statistic):
 
 def turn_of(number):
     """Which of the two buffers of dS a tile of queries uses."""
-    # Of a mask of bits (rem) the compiler would know more, and keep more: 12 bytes of spills.
     return lax.rem(number, jnp.int32(2))
 
 

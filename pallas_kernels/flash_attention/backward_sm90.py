@@ -26,12 +26,10 @@ from pallas_kernels.flash_attention.tiles import NO_TILES, KvTiles, TileOrder, k
 from pallas_kernels.mosaic import (
     broadcast_columns,
     broadcast_rows,
-    div,
     opaque,
     pl,
     plgpu,
     register_zeros,
-    rem,
     row_iota,
     specialize,
 )
@@ -154,10 +152,10 @@ def _keys_of(plan: AttentionPlan, block: Block, first_row, count: int) -> KvTile
 
 def _dq_stream(plan: AttentionPlan, block: Block, k, v, stream: Stream):
     config, tiles = plan.config.dq, block.tiles
-    kv_head = div(block.head, plan.group)
+    kv_head = lax.div(block.head, jnp.int32(plan.group))
 
     def load(tile, _):
-        slot = rem(tile - tiles.start, config.stages)
+        slot = lax.rem(tile - tiles.start, jnp.int32(config.stages))
         pl.when(tile - tiles.start >= config.stages)(lambda: stream.wait_consumed(slot))
         first_key = block.extras.tile_at(tile, block.batch, block.head, block.first_row, config.other)
         source = (block.batch, pl.ds(first_key * config.other, config.other), kv_head)
@@ -165,7 +163,7 @@ def _dq_stream(plan: AttentionPlan, block: Block, k, v, stream: Stream):
 
     lax.fori_loop(tiles.start, tiles.stop, load, None)
     first_unseen = jnp.maximum(tiles.start, tiles.stop - config.stages)
-    drain = lambda tile, _: stream.wait_consumed(rem(tile - tiles.start, config.stages))
+    drain = lambda tile, _: stream.wait_consumed(lax.rem(tile - tiles.start, jnp.int32(config.stages)))
     lax.fori_loop(first_unseen, tiles.stop, drain, None)
 
 
@@ -183,7 +181,7 @@ def _dq_rows(plan: AttentionPlan, block: Block, warpgroup, sources, d_q, owned: 
     ]
     own = _keys_of(plan, block, first_row, 1)
     step = functools.partial(_dq_tile, plan, block, warpgroup, statistics, all_owned, stream)
-    skip = lambda tile, _: stream.skip(rem(tile - block.tiles.start, config.stages))
+    skip = lambda tile, _: stream.skip(lax.rem(tile - block.tiles.start, jnp.int32(config.stages)))
     ragged = plan.has_kv_lengths or plan.has_segments or plan.num_keys % config.other > 0
     idle = plan.has_q_lengths or plan.num_queries % (config.own * config.warpgroups) > 0
     in_list = plan.has_block_mask  # its partial tiles come first
@@ -210,7 +208,9 @@ def _dq_tile(
     config = plan.config.dq
     lse2, delta = statistics
     shape = (config.own, config.other)
-    warpgroup, owned, slot = _opaque(warpgroup, owned, rem(tile - block.tiles.start, config.stages))
+    warpgroup, owned, slot = _opaque(
+        warpgroup, owned, lax.rem(tile - block.tiles.start, jnp.int32(config.stages))
+    )
     first_row = block.first_row + warpgroup * config.own
     extras, row = block.extras, (block.batch, block.head, first_row)
     first_key = extras.tile_at(tile, *row, config.other) * config.other
@@ -274,7 +274,7 @@ def _dkv_stream(plan: AttentionPlan, block: Block, sources, stream: Stream):
 
         def load(tile, _):
             index = group * per_head + tile - tiles.start
-            slot = rem(index, config.stages)
+            slot = lax.rem(index, jnp.int32(config.stages))
             pl.when(index >= config.stages)(lambda: stream.wait_consumed(slot))
             place = block.extras.tile_at(tile, block.batch, head, block.first_row, config.other)
             rows = pl.ds(place * config.other, config.other)
@@ -288,7 +288,7 @@ def _dkv_stream(plan: AttentionPlan, block: Block, sources, stream: Stream):
     else:
         load_head(0, None)
     total = plan.group * per_head
-    drain = lambda index, _: stream.wait_consumed(rem(index, config.stages))
+    drain = lambda index, _: stream.wait_consumed(lax.rem(index, jnp.int32(config.stages)))
     lax.fori_loop(jnp.maximum(0, total - config.stages), total, drain, None)
 
 
@@ -307,7 +307,7 @@ def _dkv_rows(
 
     def attend_head(group, carry):
         first_index = group * per_head - tiles.start
-        slot_of = lambda tile: rem(first_index + tile, config.stages)
+        slot_of = lambda tile: lax.rem(first_index + tile, jnp.int32(config.stages))
         head = block.head * plan.group + group
         step = functools.partial(_dkv_tile, plan, which, block, head, warpgroup, slot_of, all_owned, stream)
         skip = lambda tile, _: stream.skip(slot_of(tile))

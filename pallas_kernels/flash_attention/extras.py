@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Int32, Integer
 
 from pallas_kernels.flash_attention.block_tiles import BlockTiles
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.spec import AttentionInputs
 from pallas_kernels.flash_attention.tiles import KvTiles
-from pallas_kernels.mosaic import div, pl, rem
+from pallas_kernels.mosaic import div, pl
 
 
 class TileLists(NamedTuple):
@@ -85,7 +86,7 @@ class Extras(NamedTuple):
             return place
         parts = self.lists.masks.shape[2] // other
         row = self.lists.row_of(batch, head, first_row)
-        return self.lists.index[*row, div(place, parts)] * parts + rem(place, parts)
+        return self.lists.index[*row, div(place, parts)] * parts + lax.rem(place, jnp.int32(parts))
 
     def elements_at(self, place, batch, head, first_row, shape: tuple[int, int]):
         """The element mask of a masked place of `visits`, as a reference; None without a block mask."""
@@ -94,8 +95,8 @@ class Extras(NamedTuple):
         parts = self.lists.masks.shape[2] // shape[1]
         row = self.lists.row_of(batch, head, first_row)
         mask = self.lists.masks.at[self.lists.mask[*row, div(place, parts)]]
-        first_row = rem(first_row, self.lists.masks.shape[1])
-        first_column = rem(place, parts) * shape[1]
+        first_row = lax.rem(first_row, jnp.int32(self.lists.masks.shape[1]))
+        first_column = lax.rem(place, jnp.int32(parts)) * shape[1]
         return mask.at[pl.ds(first_row, shape[0]), pl.ds(first_column, shape[1])]
 
     def _narrow(self, tiles: KvTiles, batch, first_tile, count: int) -> KvTiles:

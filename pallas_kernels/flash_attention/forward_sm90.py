@@ -40,11 +40,9 @@ from pallas_kernels.mosaic import (
     LOG2_E,
     broadcast_rows,
     call_in_place,
-    div,
     pl,
     plgpu,
     register_zeros,
-    rem,
     row_full,
     row_iota,
     specialize,
@@ -57,6 +55,7 @@ class Buffers(NamedTuple):
 
     q: Any  # [q_stages x warpgroups, tile_q, H]
     out: Any  # [q_stages x warpgroups, tile_q, Hv], or None where q's space serves
+    lse: Any  # f32[q_stages x warpgroups, tile_q]
 
 
 class Barriers(NamedTuple):
@@ -82,7 +81,7 @@ class Work(NamedTuple):
 def launch(plan: ForwardPlan, inputs: AttentionInputs, query, key, value):
     """Launches the kernel: (out [B, T, N, Hv], lse f32[B, N, T]); T and S come padded to multiples of 8.
 
-    A vector is stored without bounds: the log-sum-exp has whole row tiles.
+    A vector is copied without bounds: the log-sum-exp has whole row tiles.
     """
     config = plan.config
     num_buffers = config.q_stages * config.warpgroups
@@ -90,6 +89,7 @@ def launch(plan: ForwardPlan, inputs: AttentionInputs, query, key, value):
     buffers = Buffers(
         q=swizzled_smem(q_shape, plan.dtype),
         out=None if plan.head_dim == plan.value_dim else swizzled_smem(out_shape, plan.dtype),
+        lse=plgpu.SMEM((num_buffers, config.tile_q), jnp.float32),
     )
     turn = plgpu.Barrier(num_barriers=2) if config.ping_pong else None
     per_buffer = plgpu.Barrier(num_barriers=num_buffers)
@@ -142,7 +142,7 @@ def _find_work(plan: ForwardPlan, item, extras: Extras) -> Work:
         kv_length = lax.optimization_barrier(kv_length)
     first_row = tile * plan.block_rows
     tiles = _tiles_of_rows(plan, extras, batch, head, first_row, q_length, kv_length, plan.config.warpgroups)
-    return Work(batch, head, div(head, plan.group), first_row, q_length, kv_length, tiles)
+    return Work(batch, head, lax.div(head, jnp.int32(plan.group)), first_row, q_length, kv_length, tiles)
 
 
 def _tiles_of_rows(
@@ -214,7 +214,7 @@ def load_items(
 
 
 def _buffer_of(plan: ForwardPlan, turn, warpgroup):
-    stage = rem(turn, plan.config.q_stages) if plan.config.q_stages > 1 else 0
+    stage = lax.rem(turn, jnp.int32(plan.config.q_stages)) if plan.config.q_stages > 1 else 0
     return stage * plan.config.warpgroups + warpgroup
 
 
@@ -252,14 +252,15 @@ def attend_items(
         rows = Rows(work.batch, work.head, first_row, *lengths, extras, buffers.q.at[buffer], position)
         acc, softmax = attend_rows(plan, work.tiles, rows, ring, turn_of, release)
         out_smem = (buffers.q if buffers.out is None else buffers.out).at[buffer]
-        log_sum = finish_rows(plan, rows, acc, softmax, out_smem)
+        lse_smem = buffers.lse.at[buffer]
+        finish_rows(plan, rows, acc, softmax, out_smem, lse_smem)
         # Found again: where the item stands would take registers from the tiles.
         if plan.config.warpgroups > 2 or plan.draws_items:
             work = _find_work(plan, items.again(turn, item), extras)
         to = pl.ds(work.first_row + warpgroup * plan.config.tile_q, plan.config.tile_q)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_smem, out.at[work.batch, to, work.head])
-        lse[work.batch, work.head, to] = log_sum
+        plgpu.copy_smem_to_gmem(lse_smem, lse.at[work.batch, work.head, to])
         if plan.config.q_stages == 1:
             _release_buffer(plan, barriers, turn, warpgroup)
         return position + work.tiles.stop - work.tiles.start
@@ -344,8 +345,8 @@ def _attend_overlapped(plan: ForwardPlan, steps: Steps, tile: Tile, acc, softmax
     return lax.fori_loop(jnp.maximum(steps.stop - 1, steps.start), steps.stop, last, acc), softmax
 
 
-def finish_rows(plan: ForwardPlan, rows: Rows, acc, softmax: Softmax, out_smem):
-    """Divides by the sum of the weights; returns the log-sum-exp. Rows that saw nothing give 0 and -inf."""
+def finish_rows(plan: ForwardPlan, rows: Rows, acc, softmax: Softmax, out_smem, lse_smem):
+    """Divides by the sum of the weights; rows that saw nothing give 0 and -inf."""
     if rows.extras.sinks is not None:
         acc, softmax = add_sink(rows.extras.sinks[rows.head] * LOG2_E, acc, softmax)
     live = softmax.sum > 0
@@ -355,4 +356,4 @@ def finish_rows(plan: ForwardPlan, rows: Rows, acc, softmax: Softmax, out_smem):
     result = jnp.where(broadcast_rows(live, plan.value_dim), acc * broadcast_rows(norm, plan.value_dim), 0.0)
     # Selected before it is rounded: pairs of 16 bits would be taken apart.
     out_smem[...] = lax.optimization_barrier(result).astype(plan.dtype)
-    return jnp.where(live, (softmax.max + jnp.log2(softmax.sum)) * (1 / LOG2_E), -jnp.inf)
+    lse_smem[...] = jnp.where(live, (softmax.max + jnp.log2(softmax.sum)) * (1 / LOG2_E), -jnp.inf)

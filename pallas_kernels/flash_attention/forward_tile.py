@@ -14,7 +14,7 @@ from jax import lax
 from pallas_kernels.flash_attention.extras import Extras
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.scores import TilePlace, bend, survivors, visible
-from pallas_kernels.mosaic import broadcast_rows, pl, plgpu, rem, swizzled_smem
+from pallas_kernels.mosaic import broadcast_rows, pl, plgpu, swizzled_smem
 
 FLOOR = -1e30  # the running maximum before a key was seen: finite, so that no difference is NaN
 
@@ -75,7 +75,7 @@ class KeyValueRing(NamedTuple):
         return cls(k, v, loaded, loaded, consumed, consumed)
 
     def slot(self, position):
-        return rem(position, self.k.shape[0])
+        return lax.rem(position, jnp.int32(self.k.shape[0]))
 
     def load_keys(self, position, source):
         self._load(position, source, self.k, self.k_loaded, self.k_consumed)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import draw, pl, plgpu, rem
+from pallas_kernels.mosaic import draw, pl, plgpu
 
 SLOTS = 2  # of tickets: the loading warpgroup is an item ahead
 
@@ -104,4 +104,4 @@ class Items(NamedTuple):
 
 
 def _slot(turn):
-    return rem(turn, SLOTS)
+    return lax.rem(turn, jnp.int32(SLOTS))

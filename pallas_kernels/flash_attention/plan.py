@@ -4,9 +4,9 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.flash_attention.config import FlashConfig, FusedConfig
-from pallas_kernels.mosaic import div, rem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,4 +81,4 @@ class AttentionPlan:
 
     def split_heads(self, batch_head, num_heads: int):
         """(batch, head) of an index in [0, B x heads)."""
-        return div(batch_head, num_heads), rem(batch_head, num_heads)
+        return lax.div(batch_head, jnp.int32(num_heads)), lax.rem(batch_head, jnp.int32(num_heads))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.mosaic import ceil_div, div, rem
+from pallas_kernels.mosaic import ceil_div, div
 
 LATE_ITEMS = 264  # that are in the last section: two a multiprocessor
 
@@ -115,15 +115,15 @@ class TileOrder:
 
     def locate(self, block):
         """(tile, head) of a place in the order."""
-        size = self.num_tiles * self.section
-        index = rem(block, size)
+        size = jnp.int32(self.num_tiles * self.section)
+        index = lax.rem(block, size)
         tile = div(index, self.section)
-        head = div(block, size) * self.section + rem(index, self.section)
+        head = lax.div(block, size) * self.section + lax.rem(index, jnp.int32(self.section))
         if self.num_late:
-            num_early = self.num_heads - self.num_late
+            num_early, late = self.num_heads - self.num_late, jnp.int32(self.num_late)
             index = block - num_early * self.num_tiles
-            tile = jnp.where(index < 0, tile, div(index, self.num_late))
-            head = jnp.where(index < 0, head, num_early + rem(index, self.num_late))
+            tile = jnp.where(index < 0, tile, lax.div(index, late))
+            head = jnp.where(index < 0, head, num_early + lax.rem(index, late))
             # Else they are found again wherever they are used, which takes registers.
             tile, head = lax.optimization_barrier((tile, head))
         return self.num_tiles - 1 - tile if self.heavy_last else tile, head

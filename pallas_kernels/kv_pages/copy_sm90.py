@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.kv_pages.pool import NULL_PAGE, Arrays
-from pallas_kernels.mosaic import div, pl, plgpu, rem
+from pallas_kernels.mosaic import div, pl, plgpu
 
 BLOCK_BYTES = 32 * 1024  # of K, and again of V: three programs share a multiprocessor
 
@@ -115,7 +115,7 @@ def _move_pair(sources, src, destinations, dst, blocks, loaded):
     def move(index, _):
         part = (
             pl.ds(div(index, blocks_a_head) * heads, heads),
-            pl.ds(rem(index, blocks_a_head) * tokens, tokens),
+            pl.ds(lax.rem(index, jnp.int32(blocks_a_head)) * tokens, tokens),
         )
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the block before may still be on its way
         for source, block in zip(sources, blocks, strict=True):

@@ -14,7 +14,7 @@ from jax import lax
 
 from pallas_kernels.kv_pages.pool import Arrays
 from pallas_kernels.kv_pages.quantize import LIMITS, scale_and_inverse, to_codes
-from pallas_kernels.mosaic import TMA_ALIGNMENT, broadcast_rows, div, pl, plgpu, rem
+from pallas_kernels.mosaic import TMA_ALIGNMENT, broadcast_rows, div, pl, plgpu
 
 ROWS = 64  # rows of a register tile of one warpgroup
 MAX_BLOCK = 16  # tokens of a program, whose slots are held in registers
@@ -80,7 +80,7 @@ def _kernel(block: int, pitch: int, num_tokens: int, *refs):
 def _target(slot, pool_shape, is_token):
     """Page and offset of a slot, and whether to write there."""
     _, num_pages, _, page_size, _ = pool_shape
-    page, offset = div(slot, page_size), rem(slot, page_size)
+    page, offset = div(slot, page_size), lax.rem(slot, jnp.int32(page_size))
     return page, offset, is_token & (slot >= 0) & (page < num_pages)
 
 

@@ -12,7 +12,7 @@ from jax import lax
 
 from pallas_kernels.kv_pages import write_quantized_sm90
 from pallas_kernels.kv_pages.pool import Arrays
-from pallas_kernels.mosaic import TMA_ALIGNMENT, div, pl, plgpu, rem
+from pallas_kernels.mosaic import TMA_ALIGNMENT, div, pl, plgpu
 
 # Beyond so many, a program takes more tokens. Short programs keep more copies on their way: 8192 tokens of
 # 8 heads x 128 in bf16 take 19.2 us on an H200, and 20.2 us with 132 * 4.
@@ -68,7 +68,7 @@ def _kernel(block: int, num_tokens: int, k_pages, v_pages, key, value, slots, la
 
         @pl.when(is_ours)
         def _():
-            page, offset = div(slot, page_size), rem(slot, page_size)
+            page, offset = div(slot, page_size), lax.rem(slot, jnp.int32(page_size))
             plgpu.copy_smem_to_gmem(k_smem.at[index], k_pages.at[layer[0], page, :, offset])
             plgpu.copy_smem_to_gmem(v_smem.at[index], v_pages.at[layer[0], page, :, offset])
 

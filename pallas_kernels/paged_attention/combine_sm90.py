@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import div, plgpu, rem
+from pallas_kernels.mosaic import div, plgpu
 from pallas_kernels.paged_attention.decode_plan import Plan, Shared
 from pallas_kernels.paged_attention.decode_results import copy_head
 from pallas_kernels.paged_attention.parts import Parts, init_state, merge, shared_parts
@@ -69,7 +69,7 @@ def _own_parts(plan: Plan, row, out, lse, lengths) -> Parts:
 
     def part(index, head):
         split = first + index
-        kv_head, column = div(head, plan.group), rem(head, plan.column_period)
+        kv_head, column = div(head, plan.group), lax.rem(head, jnp.int32(plan.column_period))
         return lse[row, split, kv_head, column], out.at[row, split, head]
 
     return Parts(stop - first, plan.num_splits, part)

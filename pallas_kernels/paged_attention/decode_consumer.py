@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import LOG2_E, div, load_columns, pl, plgpu, reduce_rows, rem
+from pallas_kernels.mosaic import LOG2_E, div, load_columns, pl, plgpu, reduce_rows
 from pallas_kernels.paged_attention import decode_codes, decode_tile
 from pallas_kernels.paged_attention.decode_plan import (
     BUFFERS,
@@ -27,7 +27,7 @@ def consume(plan: Plan, consumer, inputs: Inputs, outputs: Outputs, scratch: Scr
 
     def visit(unit: Unit, _, carry):
         count, units = carry
-        buffer = rem(units, BUFFERS)
+        buffer = lax.rem(units, jnp.int32(BUFFERS))
         plgpu.barrier_wait(scratch.queries.full.at[buffer])
         state, sinks = attend_unit(plan, consumer, scratch, unit, count, buffer)
         if plan.has_numbers:
@@ -55,11 +55,11 @@ def attend_unit(plan: Plan, consumer, scratch: Scratch, unit: Unit, count, buffe
     attend_tile = decode_codes.attend_tile if plan.is_quantized else decode_tile.attend_tile
 
     # By turns over the borders of units: with an even number of slots each is always the same consumer's.
-    first = rem(consumer + count, consumers)
+    first = lax.rem(consumer + count, jnp.int32(consumers))
 
     def update(step, state):
         index = step * consumers + first
-        slot = rem(count + index, plan.config.stages)
+        slot = lax.rem(count + index, jnp.int32(plan.config.stages))
         start = unit.start + index * plan.config.tile
         return attend_tile(Tile(plan, scratch, work, queries, unit, slot, start), state)
 
@@ -107,7 +107,7 @@ def finish_unit(to: Destination, consumer, count, units, state: Softmax, sinks):
     @pl.when(consumer == 0)
     def _():
         # In the order of the tiles, so that bits do not depend on whose turn it was.
-        other, is_first = take_over(merge), rem(count, 2) == 0
+        other, is_first = take_over(merge), lax.rem(count, jnp.int32(2)) == 0
         results = [
             Result(*[lax.select(lax.broadcast(is_first, x.shape), x, y) for x, y in zip(*pair, strict=True)])
             for pair in ((result, other), (other, result))

@@ -5,7 +5,7 @@ import functools
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import div, pl, plgpu, rem
+from pallas_kernels.mosaic import div, pl, plgpu
 from pallas_kernels.paged_attention.decode_plan import BUFFERS, MAX_BOX, Inputs, Plan, Queries, Tiles
 from pallas_kernels.paged_attention.page_tiles import copy_by_warps
 from pallas_kernels.paged_attention.units import Schedule, Unit, drain, for_each_unit
@@ -40,7 +40,7 @@ def produce(
             fetch_ids_ahead(plan, inputs, tiles, unit, next_unit, units)
         if queries is not None:
             fetch_queries(plan, inputs, unit, queries, units)
-        buffer = rem(units, BUFFERS)
+        buffer = lax.rem(units, jnp.int32(BUFFERS))
         if plan.page_size is not None:
             plgpu.barrier_wait(tiles.ids_full.at[buffer])
         fetch = functools.partial(fetch_tile, plan, pages, scale, tiles, buffer, unit, count)
@@ -68,7 +68,7 @@ def fetch_ids_ahead(plan: Plan, inputs: Inputs, tiles: Tiles, unit: Unit, next_u
 
 def fetch_ids(plan: Plan, inputs: Inputs, unit: Unit, tiles: Tiles, units):
     """Starts the copy of a unit's part of its block table."""
-    buffer = rem(units, BUFFERS)
+    buffer = lax.rem(units, jnp.int32(BUFFERS))
     start = pl.multiple_of(first_id(plan, unit), 4)
     for box in range(0, plan.ids_per_split, MAX_BOX):
         size = min(MAX_BOX, plan.ids_per_split - box)
@@ -88,7 +88,7 @@ def first_id(plan: Plan, unit: Unit):
 
 def fetch_queries(plan: Plan, inputs: Inputs, unit: Unit, queries: Queries, units):
     """Starts the copies of a KV head's queries and of what is given for its heads."""
-    buffer = rem(units, BUFFERS)
+    buffer = lax.rem(units, jnp.int32(BUFFERS))
 
     @pl.when(units >= BUFFERS)
     def _():
@@ -113,7 +113,7 @@ def fetch_queries(plan: Plan, inputs: Inputs, unit: Unit, queries: Queries, unit
 
 def fetch_tile(plan: Plan, pages, scale, tiles: Tiles, buffer, unit: Unit, count, index, _):
     """Starts the copies of one tile into its slot of the ring."""
-    slot = rem(count + index, plan.config.stages)
+    slot = lax.rem(count + index, jnp.int32(plan.config.stages))
     token = unit.start + index * plan.config.tile
     if plan.page_size is None:
         wait_until_empty(plan, tiles, slot, count + index)
@@ -153,7 +153,7 @@ def copy_page(plan: Plan, pages, scale, tiles: Tiles, slot, unit: Unit, token, p
     assert plan.page_size is not None
     rows = pl.ds(0, plan.copy_rows)
     if plan.page_size > plan.copy_rows:
-        offset = rem(token, plan.page_size)
+        offset = lax.rem(token, jnp.int32(plan.page_size))
         rows = pl.ds(pl.multiple_of(offset, plan.copy_rows), plan.copy_rows)
     full, target = tiles.full.at[slot], pl.ds(place * plan.copy_rows, plan.copy_rows)
     source = pages.at[page, unit.head, rows]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import LOG2_E, arrive, broadcast_columns, pl, plgpu, rem, store_deinterleaved
+from pallas_kernels.mosaic import LOG2_E, arrive, broadcast_columns, pl, plgpu, store_deinterleaved
 from pallas_kernels.paged_attention.decode_plan import Inputs, Outputs, Plan, Scratch
 from pallas_kernels.paged_attention.decode_tile import store_transposed
 from pallas_kernels.paged_attention.parts import Parts, init_state, merge, shared_parts
@@ -46,7 +46,7 @@ class Destination(NamedTuple):
 
     def column(self, head):
         """The column of a query head among those of its unit."""
-        return rem(head, self.plan.column_period)
+        return lax.rem(head, jnp.int32(self.plan.column_period))
 
 
 def merge_results(plan: Plan, first: Result, second: Result) -> Result:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import LOG2_E, ceil_div, div, plgpu, rem
+from pallas_kernels.mosaic import LOG2_E, ceil_div, div, plgpu
 from pallas_kernels.paged_attention.decode_plan import Cut, Plan, Shared
 from pallas_kernels.paged_attention.prefill_config import WARPGROUP_ROWS
 
@@ -70,9 +70,9 @@ def shared_parts(plan: Plan, cut: Cut, row: Any, shared: Shared) -> Parts:
     first, row_place = shared.first_item[token], shared.place[token]
 
     def part(index, head):
-        kv_head, member = div(head, plan.group), rem(head, plan.group)
+        kv_head, member = div(head, plan.group), lax.rem(head, jnp.int32(plan.group))
         place = member * cut.tile_q + row_place
-        warpgroup, place = div(place, WARPGROUP_ROWS), rem(place, WARPGROUP_ROWS)
+        warpgroup, place = div(place, WARPGROUP_ROWS), lax.rem(place, jnp.int32(WARPGROUP_ROWS))
         where = first + index, kv_head, warpgroup, place
         return shared.lse[where], shared.out.at[where]
 

@@ -16,7 +16,6 @@ from pallas_kernels.mosaic import (
     LOG2_E,
     broadcast_columns,
     broadcast_rows,
-    div,
     fresh_iota,
     load_columns,
     load_rows,
@@ -24,7 +23,6 @@ from pallas_kernels.mosaic import (
     pl,
     plgpu,
     register_zeros,
-    rem,
     row_full,
     store_rows,
 )
@@ -64,7 +62,7 @@ class Unit(NamedTuple):
         return buffer_of(self.plan, opaque(self.turn), self.warpgroup)
 
     def slot(self, position):
-        return rem(position, self.plan.slots)
+        return lax.rem(position, jnp.int32(self.plan.slots))
 
     def first_key(self, position):
         return (self.work.tile_stop - (self.stop - position)) * self.plan.config.tile_kv
@@ -231,8 +229,8 @@ def round_weights(unit: Unit, slot, weights):
 def place_of_rows(unit: Unit):
     """Each row's head of the group, and its token in the tile."""
     row = fresh_iota(WARPGROUP_ROWS, axis=0)
-    head, first_token = octet_at(unit.plan, opaque(unit.warpgroup), div(row, OCTET))
-    return head, first_token + rem(row, OCTET)
+    head, first_token = octet_at(unit.plan, opaque(unit.warpgroup), lax.div(row, jnp.int32(OCTET)))
+    return head, first_token + lax.rem(row, jnp.int32(OCTET))
 
 
 def positions(unit: Unit):
@@ -298,7 +296,9 @@ def store_tokens(unit: Unit, values, out):
     """A tile whose rows of results end with a run leaves as it lies in swizzled memory, any other goes from
     registers, without the tokens that it shares its octets with."""
     plan, work = unit.plan, unit.work
-    is_whole = (work.first == work.token) & (rem(work.stop - work.token, plan.run * OCTET) == 0)
+    is_whole = (work.first == work.token) & (
+        lax.rem(work.stop - work.token, jnp.int32(plan.run * OCTET)) == 0
+    )
 
     @pl.when(is_whole)
     def _():

@@ -7,7 +7,7 @@ import math
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import div, draw, load_columns, opaque, pl, plgpu, rem
+from pallas_kernels.mosaic import div, draw, load_columns, opaque, pl, plgpu
 from pallas_kernels.paged_attention.page_tiles import copy_by_warps, widen, zero_invisible
 from pallas_kernels.paged_attention.prefill_config import OCTET, WARPGROUP_ROWS
 from pallas_kernels.paged_attention.prefill_plan import (
@@ -113,7 +113,7 @@ def wait_for_buffer(plan: PrefillPlan, scratch: Scratch, turn, warpgroup: int):
 
 def load_tile(plan: PrefillPlan, inputs: Inputs, pages, scale, ring: Ring, work: Work, index, position):
     """Starts the copies of a tile's pages into its slot, when the slot's last users have left it."""
-    slot = rem(position, plan.config.stages)
+    slot = lax.rem(position, jnp.int32(plan.config.stages))
     pl.when(position >= plan.config.stages)(lambda: plgpu.barrier_wait(ring.empty.at[slot]))
     token, layer = (work.tile_start + index) * plan.config.tile_kv, inputs.layer[0]
 
@@ -137,7 +137,7 @@ def find_page(plan: PrefillPlan, inputs: Inputs, work: Work, token, place: int, 
     page = inputs.tables[work.row * plan.table_width + column]
     rows = pl.ds(0, plan.copy_rows)
     if plan.page_size > plan.copy_rows:
-        offset = rem(token, plan.page_size)
+        offset = lax.rem(token, jnp.int32(plan.page_size))
         rows = pl.ds(pl.multiple_of(offset, plan.copy_rows), plan.copy_rows)
     return layer, jnp.clip(page, 0, plan.num_pages - 1), work.kv_head, rows
 
@@ -166,7 +166,7 @@ def widen_units(plan: PrefillPlan, scratch: Scratch):
 def widen_tile(plan: PrefillPlan, work: Work, codes: Ring, wide: Ring, index, position):
     """One tile of K or V: what no query sees, NaN as it may be, becomes zero."""
     tile_kv = plan.config.tile_kv
-    source, slot = (rem(position, size) for size in (plan.config.stages, plan.slots))
+    source, slot = (lax.rem(position, jnp.int32(size)) for size in (plan.config.stages, plan.slots))
     plgpu.barrier_wait(codes.full.at[source])
     pl.when(position >= plan.slots)(lambda: plgpu.barrier_wait(wide.empty.at[slot]))
     first_key = (work.tile_start + index) * tile_kv

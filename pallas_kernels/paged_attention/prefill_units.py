@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import plgpu, rem
+from pallas_kernels.mosaic import plgpu
 
 NO_WORK = -1  # the row of a record that is no unit: behind it there are only such
 RECORD = 12  # numbers in the record of a unit, in multiples of 16 bytes, as TMA copies them
@@ -64,7 +64,7 @@ class Records(NamedTuple):
 
 
 def slot_of(turn):
-    return rem(turn, RECORDS)
+    return lax.rem(turn, jnp.int32(RECORDS))
 
 
 def for_each_unit(records: Records, visit, carry):

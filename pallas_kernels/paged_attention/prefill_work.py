@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.flash_attention.tiles import KvTiles
-from pallas_kernels.mosaic import ceil_div, div, rem
+from pallas_kernels.mosaic import ceil_div, div
 from pallas_kernels.paged_attention.prefill_config import MIN_SPLIT_TILES, OCTET, WARPGROUP_ROWS
 from pallas_kernels.paged_attention.prefill_plan import PrefillPlan
 from pallas_kernels.paged_attention.prefill_units import NO_WORK, RECORD, Work
@@ -58,7 +58,7 @@ def plan_work(plan: PrefillPlan, query_start, kv_lengths, skip) -> WorkList:
         units=_records(plan, work._replace(row=row)),
         first_item=own.first_item + tile * own.num_splits,
         num_splits=jnp.where(own.num_tiles > 0, own.num_splits, 0),
-        place=rem(distance, plan.tile_q),
+        place=lax.rem(distance, jnp.int32(plan.tile_q)),
     )
 
 

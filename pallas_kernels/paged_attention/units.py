@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import ceil_div, div, draw, pl, plgpu, rem
+from pallas_kernels.mosaic import ceil_div, div, draw, pl, plgpu
 from pallas_kernels.paged_attention.decode_plan import BUFFERS, ROW_BLOCK, Plan, Tickets
 
 
@@ -70,7 +70,7 @@ def _next_index(plan: Plan, schedule: Schedule, index, units):
     if schedule.tickets is None:
         return index + plan.num_programs
     indices, full, empty = schedule.tickets
-    slot = rem(units, BUFFERS)
+    slot = lax.rem(units, jnp.int32(BUFFERS))
     if schedule.counter is None:
         plgpu.barrier_wait(full.at[slot])
         drawn = indices[slot]
@@ -90,7 +90,7 @@ def drain(barriers, size: int, total):
     """Waits for the last arrivals, so that none is pending when the program ends."""
 
     def wait(index, _):
-        plgpu.barrier_wait(barriers.at[rem(index, size)])
+        plgpu.barrier_wait(barriers.at[lax.rem(index, jnp.int32(size))])
 
     lax.fori_loop(jnp.maximum(total - size, 0), total, wait, None)
 
@@ -141,7 +141,7 @@ def _unit_at(plan: Plan, lengths, cursor: Cursor) -> Unit:
     """The cursor's unit; one without tiles if it stands beyond the last."""
     length = jnp.minimum(lengths[jnp.minimum(cursor.row, plan.num_rows)], plan.capacity)
     offset = cursor.index - cursor.first
-    head = rem(offset, plan.num_kv_heads)
+    head = lax.rem(offset, jnp.int32(plan.num_kv_heads))
     split = div(offset, plan.num_kv_heads) + split_range(plan, length)[0]
     first_visible = jnp.maximum(split * plan.config.split, _first_visible(plan, length))
     end = jnp.minimum(length, (split + 1) * plan.config.split)

@@ -91,9 +91,12 @@ def _kernels_in(output: str) -> list[Assembled]:
     _, *parts = re.split(r"Compiling entry function '(\w+)'", output)
     kernels = []
     for name, text in zip(parts[::2], parts[1::2], strict=True):
-        spills = map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", text))
-        registers = map(int, re.findall(r"Used (\d+) registers", text))
-        kernels.append(Assembled(name, max(registers, default=0), max(spills, default=0)))
+        # Behind the stack frame: a warning of spills stands before the name of its kernel.
+        spills = re.search(r"stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
+        registers = re.search(r"Used (\d+) registers", text)
+        assert spills, text
+        assert registers, text
+        kernels.append(Assembled(name, int(registers[1]), max(map(int, spills.groups()))))
     return kernels
 
 
