@@ -22,19 +22,17 @@ import report
 from pallas_kernels import flash_attention, paged_attention
 
 CASE_SECONDS = 120
+ATTENTION = {
+    "jaxattn": flash_attention,
+    "cuDNN": functools.partial(jax.nn.dot_product_attention, implementation="cudnn"),
+}
 
 
-def attention(
-    implementation: str | None, head_dim: int, is_causal: bool, *, with_gradients: bool, length: int
-):
+def attention(peer: str, head_dim: int, is_causal: bool, *, with_gradients: bool, length: int):
     """A call of attention on 4 x length tokens with 16 heads, and what it takes."""
-    if implementation == "cudnn":
-        attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
-    else:
-        attend = functools.partial(flash_attention, implementation=implementation)
 
     def call(*arrays):
-        return attend(*arrays, is_causal=is_causal)
+        return ATTENTION[peer](*arrays, is_causal=is_causal)
 
     def total(*arrays):
         return call(*arrays).astype(jnp.float32).sum()
@@ -43,7 +41,7 @@ def attention(
     return (jax.grad(total, argnums=(0, 1, 2)) if with_gradients else call), (array,) * 3
 
 
-def paged(implementation: str | None, *, num_tokens: int, num_rows: int = 16, context: int = 4096):
+def paged(*, num_tokens: int, num_rows: int = 16, context: int = 4096):
     """A call of paged attention in the shape of Llama-3-8B: decode, or, with more tokens, prompts too."""
     pages = jax.ShapeDtypeStruct((2, 1024, 8, 16, 128), jnp.bfloat16)
     query = jax.ShapeDtypeStruct((num_tokens, 32, 128), jnp.bfloat16)
@@ -52,26 +50,24 @@ def paged(implementation: str | None, *, num_tokens: int, num_rows: int = 16, co
 
     def call(query, k_pages, v_pages, tables, lengths, *starts):
         options = {"query_start": starts[0]} if starts else {}
-        return paged_attention(
-            query, k_pages, v_pages, tables, lengths, implementation=implementation, **options
-        )
+        return paged_attention(query, k_pages, v_pages, tables, lengths, **options)
 
     return call, (query, pages, pages, *integers, *starts)
 
 
-def make_cases(length: int, implementation: str | None = None) -> dict[str, Callable[[], tuple]]:
+def make_cases(length: int) -> dict[str, Callable[[], tuple]]:
     """Functions that make a call and the shapes it takes, by name."""
     cases: dict[str, Callable[[], tuple]] = {}
     for with_gradients in (False, True):
         for head_dim, is_causal in ((64, True), (128, True), (128, False), (256, True)):
-            for peer in (implementation, "cudnn") if head_dim <= 128 else (implementation,):
-                name = f"{peer or 'jaxattn'}, H = {head_dim}, {'causal' if is_causal else 'full'}"
+            for peer in ATTENTION if head_dim <= 128 else ("jaxattn",):
+                name = f"{peer}, H = {head_dim}, {'causal' if is_causal else 'full'}"
                 name += ", forward + backward" if with_gradients else ", forward"
                 cases[name] = functools.partial(
                     attention, peer, head_dim, is_causal, with_gradients=with_gradients, length=length
                 )
-    cases["jaxattn, paged decode"] = functools.partial(paged, implementation, num_tokens=16)
-    cases["jaxattn, paged prefill and decode"] = functools.partial(paged, implementation, num_tokens=1024)
+    cases["jaxattn, paged decode"] = functools.partial(paged, num_tokens=16)
+    cases["jaxattn, paged prefill and decode"] = functools.partial(paged, num_tokens=1024)
     return cases
 
 
@@ -97,7 +93,7 @@ def main() -> int:
     report.begin("tracing, lowering and compiling the kernels of one shape")
     jax.config.update("jax_enable_compilation_cache", False)
     cases = make_cases(options.length)
-    measure("", functools.partial(paged, None, num_tokens=2, num_rows=2, context=64))  # imports
+    measure("", functools.partial(paged, num_tokens=2, num_rows=2, context=64))  # imports
     calls = {name: functools.partial(measure, name, make) for name, make in cases.items()}
     facts = report.device_facts() | {"length": options.length}
     rows = in_turn.measured(options.out, facts, calls, CASE_SECONDS, options.max_seconds)

@@ -4,7 +4,7 @@
 
 The parts are the splits of a row's own keys, and those of the keys that it shares with other rows, which the
 prefill kernel attended for all of them together. Who merges them is one warpgroup: of a kernel of its own
-(combine_sm90.py), or of the decode kernel (decode_merge.py).
+(combine_sm90.py), or of the decode kernel (decode_results.py).
 """
 
 import functools

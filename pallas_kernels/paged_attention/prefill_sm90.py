@@ -47,9 +47,9 @@ def launch(plan: PrefillPlan, inputs: PagedInputs, work: WorkList) -> Outputs:
     out = jax.ShapeDtypeStruct((plan.num_tokens, plan.num_heads, plan.head_dim), plan.query_dtype)
     if plan.has_parts:
         out = jax.ShapeDtypeStruct((*unit_rows, plan.width), jnp.float32)
-    operands = operands_of(plan, inputs, work)
+    leaves, operands = jax.tree.flatten(operands_of(plan, inputs, work))
     kernel = plgpu.kernel(
-        functools.partial(_kernel, plan, [name for name, x in operands._asdict().items() if x is not None]),
+        functools.partial(_kernel, plan, operands),
         out_type=[out, jax.ShapeDtypeStruct(unit_rows, jnp.float32)],
         grid=(plan.num_programs,),
         grid_names=("program",),
@@ -60,7 +60,7 @@ def launch(plan: PrefillPlan, inputs: PagedInputs, work: WorkList) -> Outputs:
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         kernel_name="paged_prefill",
     )
-    return Outputs(*kernel(*[x for x in operands if x is not None]))
+    return Outputs(*kernel(*leaves))
 
 
 def operands_of(plan: PrefillPlan, inputs: PagedInputs, work: WorkList) -> Inputs:
@@ -79,9 +79,9 @@ def operands_of(plan: PrefillPlan, inputs: PagedInputs, work: WorkList) -> Input
     )
 
 
-def _kernel(plan: PrefillPlan, names, *refs):
-    refs, outputs, scratch = refs[:-3], Outputs(*refs[-3:-1]), refs[-1]
-    inputs = Inputs(**dict.fromkeys(Inputs._fields) | dict(zip(names, refs, strict=True)))
+def _kernel(plan: PrefillPlan, operands, *refs):
+    *refs, out, lse, scratch = refs
+    inputs, outputs = jax.tree.unflatten(operands, refs), Outputs(out, lse)
     warpgroup = lax.axis_index("warpgroup")
     specialize(
         plan.config.warpgroups,

@@ -139,4 +139,4 @@ def test_compile_times(monkeypatch, tmp_path, capsys):
     assert [row["call"].split(",")[0] for row in good] == ["jaxattn"] * len(good)
     assert len(good) == 10
     assert all(row[name] > 0 for row in good for name in ("trace_s", "lower_s", "compile_s"))
-    assert "not measured: cudnn, H = 64" in capsys.readouterr().err
+    assert "not measured: cuDNN, H = 64" in capsys.readouterr().err

@@ -141,7 +141,7 @@ def _arrive(counter, target):
     """Where blocks run one after the other."""
     target[...] = counter[...]
     counter[...] = counter[...] + 1
-    plgpu.inline_mgpu()(_publish)()
+    plgpu.inline_mgpu()(_publish)()  # which `install` calls in its place
 
 
 def _reduce_rows(kind, x, space):
