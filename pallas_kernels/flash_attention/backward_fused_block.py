@@ -122,15 +122,25 @@ class Block(NamedTuple):
         tile = self.extras.tile_at(index, self.batch, self.head, self.first_key, plan.fused.tile_q)
         return tile * plan.fused.tile_q
 
+    def queries_at(self, plan: AttentionPlan, index):
+        """Where the queries of an index lie in an Operand, and their statistics in an array."""
+        first_row, num_rows = self.row_at(plan, index), plan.fused.tile_q
+        by_row = (self.batch, first_row, num_rows, self.head, self.q_length)
+        return by_row, (self.batch, self.head, pl.ds(first_row, num_rows))
+
+    def keys_at(self, half: int = 0):
+        """Where HALF of the block's keys lie in an Operand."""
+        return self.batch, self.first_key + half * HALF, HALF, self.kv_head, self.kv_length
+
     def elements_at(self, plan: AttentionPlan, index, first_key):
         """The element mask of a masked index, from first_key on; None without a block mask."""
         shape = HALF, plan.fused.tile_q
         return self.extras.elements_at(index, self.batch, self.head, first_key, shape)
 
-    def place_at(self, plan: AttentionPlan, index, first_key, masked: bool, part: int = 0) -> TilePlace:
+    def place_at(self, plan: AttentionPlan, index, first_key, masked, part: int = 0) -> TilePlace:
         """Of HALF keys from first_key on, and a part of an index's queries."""
         first_query = self.row_at(plan, index)
-        elements = self.elements_at(plan, index, first_key) if masked else None
+        elements = None if masked is False else self.elements_at(plan, index, first_key)
         if elements is not None:
             elements = elements.at[:, pl.ds(part * PART, PART)]
         return TilePlace(
@@ -155,7 +165,10 @@ def visit_queries(plan: AttentionPlan, indices: KvTiles, take) -> None:
     second = jnp.minimum(start + 1, stop)
     full_start, full_stop = jnp.maximum(full_start, second), jnp.maximum(full_stop, second)
     masked = functools.partial(take, masked=True)
-    first = functools.partial(take, masked=masked_start or masked_stop, is_first=True)
+    first_masked = masked_start or masked_stop
+    if plan.has_block_mask:  # element masks are in global memory, and most tiles are whole
+        first_masked = (start < indices.full_start) | (start >= indices.full_stop)
+    first = functools.partial(take, masked=first_masked, is_first=True)
     lax.fori_loop(start, second, first, None)
     if masked_start:
         lax.fori_loop(second, full_start, masked, None)
@@ -204,16 +217,13 @@ def load_item(
     def load_tile(index, _):
         number = block.number(index)
         slot = slot_of(plan, number)
-        rows = pl.ds(block.row_at(plan, index), plan.fused.tile_q)
-        by_row, by_head = (block.batch, rows, block.head), (block.batch, block.head, rows)
+        by_row, by_head = block.queries_at(plan, index)
+        loaded = barriers.loaded.at[slot]
         pl.when(number >= plan.fused.stages)(lambda: plgpu.barrier_wait(barriers.consumed.at[slot]))
-        for source, target in (
-            (q.at[by_row], buffers.q.at[slot]),
-            (lse2.at[by_head], buffers.lse(slot)),
-            (d_out.at[by_row], buffers.d_out.at[slot]),
-            (delta.at[by_head], buffers.delta(slot)),
-        ):
-            plgpu.copy_gmem_to_smem(source, target, barriers.loaded.at[slot])
+        q.rows(*by_row)(buffers.q.at[slot], loaded)
+        plgpu.copy_gmem_to_smem(lse2.at[by_head], buffers.lse(slot), loaded)
+        d_out.rows(*by_row)(buffers.d_out.at[slot], loaded)
+        plgpu.copy_gmem_to_smem(delta.at[by_head], buffers.delta(slot), loaded)
 
     # In the order in which the item before releases them.
     lax.fori_loop(start, second, load_tile, None)
@@ -221,9 +231,7 @@ def load_item(
         if is_first is not True:
             pl.when(~is_first)(functools.partial(plgpu.barrier_wait, free))
         for half in range(WARPGROUPS):
-            keys = pl.ds(block.first_key + half * HALF, HALF)
-            source = gmem.at[block.batch, keys, block.kv_head]
-            plgpu.copy_gmem_to_smem(source, smem.at[half], barriers.item_loaded)
+            gmem.rows(*block.keys_at(half))(smem.at[half], barriers.item_loaded)
     buffers.item[0], buffers.item[1] = item
     plgpu.barrier_arrive(barriers.item_loaded)
     lax.fori_loop(second, stop, load_tile, None)

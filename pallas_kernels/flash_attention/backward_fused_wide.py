@@ -94,9 +94,8 @@ def _load(step: Step, sources):
     plan, block, _, buffers, barriers, _ = step
     q, k, v, d_out, lse2, delta = sources
     stages, (start, _, _, stop) = plan.fused.stages, block.indices
-    by_key = block.batch, pl.ds(block.first_key, HALF), block.kv_head
-    plgpu.copy_gmem_to_smem(k.at[by_key], buffers.keys.at[K], barriers.k_loaded)
-    plgpu.copy_gmem_to_smem(v.at[by_key], buffers.keys.at[V], barriers.v_loaded)
+    k.rows(*block.keys_at())(buffers.keys.at[K], barriers.k_loaded)
+    v.rows(*block.keys_at())(buffers.keys.at[V], barriers.v_loaded)
 
     def wait_q(index, _=None):
         plgpu.barrier_wait(barriers.q_consumed.at[slot_of(plan, index)])
@@ -106,13 +105,12 @@ def _load(step: Step, sources):
 
     def load_tile(index, _):
         slot = slot_of(plan, index)
-        rows = pl.ds(block.row_at(plan, index), plan.fused.tile_q)
-        by_row, by_head = (block.batch, rows, block.head), (block.batch, block.head, rows)
+        by_row, by_head = block.queries_at(plan, index)
         pl.when(index - start >= stages)(lambda: wait_q(index))
-        plgpu.copy_gmem_to_smem(q.at[by_row], buffers.q.at[slot], barriers.q_loaded.at[slot])
+        q.rows(*by_row)(buffers.q.at[slot], barriers.q_loaded.at[slot])
         plgpu.copy_gmem_to_smem(lse2.at[by_head], buffers.lse.at[slot], barriers.q_loaded.at[slot])
         pl.when(index > start)(lambda: wait_d_out(index))
-        plgpu.copy_gmem_to_smem(d_out.at[by_row], buffers.d_out.at[0], barriers.d_out_loaded)
+        d_out.rows(*by_row)(buffers.d_out.at[0], barriers.d_out_loaded)
         plgpu.copy_gmem_to_smem(delta.at[by_head], buffers.delta, barriers.d_out_loaded)
 
     lax.fori_loop(start, stop, load_tile, None)

@@ -86,7 +86,7 @@ def take_weights(step: Step, sum_dv, index, _, masked=False, is_first=False):
     """Adds a tile of queries to dV and hands its weights on; multiplies our half of dQ of the tile before."""
     index = opaque(index)
     plan, buffers, barriers = step.plan, step.buffers, step.barriers
-    slot, is_crowded = slot_of(plan, index), masked or _has_more(plan, step.block.extras)
+    slot, is_crowded = slot_of(plan, index), masked is not False or _has_more(plan, step.block.extras)
 
     def sum_weights(logits_acc, d_q_acc):
         place = step.block.place_at(plan, index, step.block.first_key, masked)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.flash_attention.extras import Extras, Footprint, prepare
+from pallas_kernels.flash_attention.operands import Operand
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.scores import TilePlace, logit_gradients, weigh
 from pallas_kernels.flash_attention.spec import AttentionInputs
@@ -61,6 +62,11 @@ def _launch(plan: AttentionPlan, inputs: AttentionInputs, which: str, like, arra
     owns_queries = which == "dq"
     body, config = (_dq_body, plan.config.dq) if owns_queries else (_dkv_body, plan.config.dkv)
     num_rows = plan.num_queries if owns_queries else plan.num_keys
+    query, key, value, out_grad, lse2, delta = arrays
+    q_tile, kv_tile = (config.own, config.other) if owns_queries else (config.other, config.own)
+    queries, keys = (inputs.q_lengths, q_tile), (inputs.kv_lengths, kv_tile)
+    pairs = ((query, queries), (key, keys), (value, keys), (out_grad, queries))
+    operands = [Operand.of(x, *of) for x, of in pairs]
     extras = prepare(plan, inputs, Footprint(config.own, config.other, config.warpgroups, owns_queries))
     num_heads = plan.num_heads if owns_queries else plan.num_kv_heads
     order = TileOrder.plan(
@@ -83,7 +89,7 @@ def _launch(plan: AttentionPlan, inputs: AttentionInputs, which: str, like, arra
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name=f"flash_attention_{which}",
-    )(*arrays, extras)
+    )(*operands, lse2, delta, extras)
 
 
 class Block(NamedTuple):
@@ -158,8 +164,8 @@ def _dq_stream(plan: AttentionPlan, block: Block, k, v, stream: Stream):
         slot = lax.rem(tile - tiles.start, jnp.int32(config.stages))
         pl.when(tile - tiles.start >= config.stages)(lambda: stream.wait_consumed(slot))
         first_key = block.extras.tile_at(tile, block.batch, block.head, block.first_row, config.other)
-        source = (block.batch, pl.ds(first_key * config.other, config.other), kv_head)
-        stream.load(slot, k.at[source], v.at[source])
+        place = (block.batch, first_key * config.other, config.other, kv_head, block.kv_length)
+        stream.load(slot, k.rows(*place), v.rows(*place))
 
     lax.fori_loop(tiles.start, tiles.stop, load, None)
     first_unseen = jnp.maximum(tiles.start, tiles.stop - config.stages)
@@ -174,7 +180,8 @@ def _dq_rows(plan: AttentionPlan, block: Block, warpgroup, sources, d_q, owned: 
     rows = pl.ds(first_row, config.own)
     q, d_out, lse2, delta = sources
     by_row, by_head = (block.batch, rows, block.head), (block.batch, block.head, rows)
-    owned.load(q.at[by_row], d_out.at[by_row], lse2.at[by_head], delta.at[by_head])
+    place = (block.batch, first_row, config.own, block.head, block.q_length)
+    owned.load(q.rows(*place), d_out.rows(*place), lse2.at[by_head], delta.at[by_head])
     statistics = [
         broadcast_rows(plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1)), config.other)
         for ref in (owned.lse, owned.delta)
@@ -277,9 +284,10 @@ def _dkv_stream(plan: AttentionPlan, block: Block, sources, stream: Stream):
             slot = lax.rem(index, jnp.int32(config.stages))
             pl.when(index >= config.stages)(lambda: stream.wait_consumed(slot))
             place = block.extras.tile_at(tile, block.batch, head, block.first_row, config.other)
-            rows = pl.ds(place * config.other, config.other)
-            by_row, by_head = (block.batch, rows, head), (block.batch, head, rows)
-            stream.load(slot, q.at[by_row], d_out.at[by_row], lse2.at[by_head], delta.at[by_head])
+            first_query = place * config.other
+            by_row = (block.batch, first_query, config.other, head, block.q_length)
+            by_head = (block.batch, head, pl.ds(first_query, config.other))
+            stream.load(slot, q.rows(*by_row), d_out.rows(*by_row), lse2.at[by_head], delta.at[by_head])
 
         lax.fori_loop(tiles.start, tiles.stop, load, None)
 
@@ -299,7 +307,8 @@ def _dkv_rows(
     all_owned, owned = owned, owned.at(warpgroup)
     first_key = block.first_row + warpgroup * config.own
     by_row = (block.batch, pl.ds(first_key, config.own), block.head)
-    owned.load(*(source.at[by_row] for source in sources))
+    place = (block.batch, first_key, config.own, block.head, block.kv_length)
+    owned.load(*(source.rows(*place) for source in sources))
     own = _queries_of(plan, block, first_key, 1)
     idle = plan.has_kv_lengths or plan.num_keys % (config.own * config.warpgroups) > 0
     ends = Ends(plan.has_masked_tail or plan.has_block_mask, plan.has_masked_start, idle)

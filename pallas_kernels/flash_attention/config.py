@@ -137,33 +137,38 @@ def default_config(
     busy: int = 0,
     has_lengths: bool = False,
     all_visible: bool = False,
+    starts_light: bool = False,
     few: bool = False,
 ) -> FlashConfig:
     """The tiles for a (padded) head dim; crowded: more than products and a causal mask needs registers
     too; in_blocks: thread blocks that divide the 128 x 128 of a block mask, and most lengths, so that no
     bias need be padded; busy: how much each tile does beside (dropout's hash, segment ids, a bias): it
     takes the registers that overlap needs, and two of them those of three warpgroups; has_lengths: they
-    take registers, too many for three warpgroups at H = 128; all_visible: nothing is masked; few: there
-    is a multiprocessor for every 64 queries of a head.
+    take registers, too many for three warpgroups at H = 128; all_visible: nothing is masked; starts_light:
+    the first queries see the fewest keys, and the block that is not full is the first (num_spare_rows of
+    ForwardPlan); few: there is a multiprocessor for every 64 queries of a head.
 
-    Measured on an H200 (forward, causal, T = 16384): at H = 64 three warpgroups that overlap reach 538
-    TFLOP/s, without overlap 500, two 421. At H = 128 three, with no registers to overlap, reach 728, two
-    that overlap 706; but a crowded kernel would spill the 160 registers a thread that three leave. At H =
-    256 two hold the accumulators, and overlap: 751, in turn 734, without overlap 703 (T = 4,096: 684, 645,
-    652). At H = 128 and num_queries = 1024 blocks of 192 rows leave most of a last block empty: two that
-    overlap reach 494 causal, two that do not 467 (full, on an H100: 624 and 560).
-    512 queries on 8,192 keys reach 665 overlapped and in turn, 621 overlapped, 649 without; on 2,048 keys
-    608, 585, 594. At H = 64 and T = 1024, full, two that take turns at 256 keys reach 466, three 448; at T =
-    2048 488 and 498; causal, on an H100, two that overlap 326 and 380, three 317 and 433. In blocks
-    (a quarter of all tiles, T = 8,192): at H = 64 428 in turn, 386 overlapped, at H = 128 605 and 608, an
-    eighth of them 554 and 537, half 635 and 658. Few: blocks of one compute warpgroup take 6.2 us where
-    those of two take 8.6 (T = 512, N = 8, H = 64), with gradients 22.7 instead of 27.
+    Forward TFLOP/s on an H200:
+    H = 64, causal, T = 16,384: three warpgroups that overlap 538, without overlap 500, two 421. Causal T =
+    256, 512, 768, 1,024: two that overlap 174, 258, 301, 328, three 164, 274, 345, 360. Full T = 1,024: two
+    that take turns at 256 keys 492, three 448; T = 2,048 488 and 498.
+    H = 128, causal, T = 16,384: three, with no registers to overlap, 728, two that overlap 706; but a crowded
+    kernel would spill the 160 registers a thread that three leave. Causal T = 256 to 1,024: two that overlap
+    239, 383, 449, 495, three 229, 384, 466, 500. Full T = 1,024, where 192 rows leave most of a last block
+    empty: 624 and 560 (an H100). 512 queries on 8,192 keys: two that overlap and take turns 677, that overlap
+    621, that take turns 649; on 2,048 keys 608, 585, 594.
+    H = 256: two hold the accumulators, and overlap: 751, in turn 734, neither 703 (T = 4,096: 684, 645, 652).
+    In blocks, T = 8,192: H = 64, a quarter of them: in turn 428, overlapped 386; H = 128, half, a quarter, an
+    eighth: in turn 635, 605, 554, overlapped 658, 608, 537 before its present loops (687, 663, 615).
+    Few: blocks of one compute warpgroup take 6.2 us (T = 512, N = 8, H = 64), those of two 8.6; 22.7 and 27
+    with gradients.
     """
     ahead = {"q_stages": 2, "ping_pong": False}
     if few and head_dim <= 128 and not (crowded or in_blocks or has_lengths):
         gradient = GradientConfig(other=128 if head_dim <= 64 else 64, warpgroups=1)
         return FlashConfig(warpgroups=1, ping_pong=False, dq=gradient, dkv=gradient)
-    short = has_lengths or (num_queries is not None and num_queries <= SHORT)
+    longest = SHORT // 4 if starts_light else SHORT
+    short = has_lengths or (num_queries is not None and num_queries <= longest)
     if in_blocks and head_dim <= 128:
         gradient = GradientConfig(other=64 if crowded or head_dim > 64 else 128)
         wide = head_dim > 64

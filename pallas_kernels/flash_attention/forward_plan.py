@@ -23,6 +23,18 @@ class ForwardPlan(AttentionPlan):
         return math.ceil(self.num_queries / self.block_rows)
 
     @property
+    def num_spare_rows(self) -> int:
+        """Rows before the first query in the first thread block: whole row tiles, whose warpgroups stay idle.
+
+        Where later queries see more keys, the block that is not full had better be the first: T = 1024 in
+        blocks of 192 rows would end with 64 rows that keep a thread block for all 1024 keys.
+        """
+        if self.has_unknown_ends or self.reach[0] is not None or self.reach[1] is None:
+            return 0
+        spare = self.num_row_tiles * self.block_rows - self.num_queries
+        return spare // self.config.tile_q * self.config.tile_q
+
+    @property
     def has_masked_end(self) -> bool:
         """Whether the last KV tiles of some rows need a mask."""
         return self.has_masked_tail or self.has_kv_lengths or self.num_keys % self.config.tile_kv > 0
@@ -48,11 +60,15 @@ class ForwardPlan(AttentionPlan):
         )
 
     @property
+    def has_unknown_ends(self) -> bool:
+        """Whether the KV tiles of an item are not known before the kernel runs."""
+        return self.has_segments or self.has_block_mask or self.has_q_lengths or self.has_kv_lengths
+
+    @property
     def draws_items(self) -> bool:
-        """Whether what is left of each item is not known before the kernel runs; where there is room to pass
-        on what was drawn."""
-        is_unknown = self.has_segments or self.has_block_mask or self.has_q_lengths or self.has_kv_lengths
-        return is_unknown and self.tile_bytes <= SMEM_BYTES - STATISTICS_BYTES
+        """Whether items are drawn, for what is left of each is unknown; where there is room to pass on what
+        was drawn."""
+        return self.has_unknown_ends and self.tile_bytes <= SMEM_BYTES - STATISTICS_BYTES
 
     @property
     def tile_bytes(self) -> int:
@@ -70,7 +86,8 @@ class ForwardPlan(AttentionPlan):
     def num_kv_tiles(self, row_tile: int) -> int:
         """How many KV tiles the rows of a block see, where no lengths are given."""
         left, right = self.reach
-        first = row_tile * self.block_rows + (self.num_keys - self.num_queries if self.bottom_right else 0)
+        first = row_tile * self.block_rows - self.num_spare_rows
+        first += self.num_keys - self.num_queries if self.bottom_right else 0
         stop = self.num_keys if right is None else min(first + self.block_rows + right, self.num_keys)
         start = 0 if left is None else max(first - left, 0)
         return max(0, math.ceil(stop / self.config.tile_kv) - start // self.config.tile_kv)

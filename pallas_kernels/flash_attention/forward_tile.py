@@ -13,7 +13,7 @@ from jax import lax
 
 from pallas_kernels.flash_attention.extras import Extras
 from pallas_kernels.flash_attention.plan import AttentionPlan
-from pallas_kernels.flash_attention.scores import TilePlace, bend, survivors, visible
+from pallas_kernels.flash_attention.scores import TilePlace, bend, hide, survivors
 from pallas_kernels.mosaic import broadcast_rows, pl, plgpu, swizzled_smem
 
 FLOOR = -1e30  # the running maximum before a key was seen: finite, so that no difference is NaN
@@ -77,18 +77,18 @@ class KeyValueRing(NamedTuple):
     def slot(self, position):
         return lax.rem(position, jnp.int32(self.k.shape[0]))
 
-    def load_keys(self, position, source):
-        self._load(position, source, self.k, self.k_loaded, self.k_consumed)
+    def load_keys(self, position, copy):
+        self._load(position, copy, self.k, self.k_loaded, self.k_consumed)
 
-    def load_values(self, position, source):
-        self._load(position, source, self.v, self.v_loaded, self.v_consumed)
+    def load_values(self, position, copy):
+        self._load(position, copy, self.v, self.v_loaded, self.v_consumed)
 
-    def _load(self, position, source, smem, loaded, consumed):
+    def _load(self, position, copy, smem, loaded, consumed):
         """Starts the copy into a slot, when its last user has left."""
         slot = self.slot(position)
         wait = functools.partial(plgpu.barrier_wait, consumed.at[slot])
         pl.when(position >= smem.shape[0])(wait)
-        plgpu.copy_gmem_to_smem(source, smem.at[slot], loaded.at[slot])
+        copy(smem.at[slot], loaded.at[slot])
 
     def drain(self, stop):
         """Sees every arrival, before the block ends."""
@@ -102,7 +102,8 @@ class KeyValueRing(NamedTuple):
 
 class Turn(NamedTuple):
     """Of two warpgroups, whose time on the tensor cores it is: one queues P V of a tile, Q K^T of the next,
-    and the other does while the first one's softmax runs.
+    and the other does while the first one's softmax runs. An item ends with P V, and its first Q K^T takes no
+    turn: between items it is the other's.
     """
 
     ours: Any  # barriers
@@ -113,6 +114,10 @@ class Turn(NamedTuple):
 
     def give(self):
         plgpu.barrier_arrive(self.theirs)
+
+    def give_after_keys(self, step):
+        """Once Q K^T of a step is queued."""
+        pl.when(step > 0)(self.give)
 
 
 class Tile(NamedTuple):
@@ -127,12 +132,12 @@ class Tile(NamedTuple):
     def slot(self, step):
         return self.ring.slot(self.rows.position + step)
 
-    def place(self, step, masked: bool) -> TilePlace:
+    def place(self, step, masked: bool | jax.Array) -> TilePlace:
         """Where the logits of a step lie."""
         rows, shape = self.rows, (self.plan.config.tile_q, self.plan.config.tile_kv)
         extras, row = rows.extras, (rows.batch, rows.head, rows.first_row)
         first_key = extras.tile_at(self.last - step, *row, shape[1]) * shape[1]
-        elements = extras.elements_at(self.last - step, *row, shape) if masked else None
+        elements = None if masked is False else extras.elements_at(self.last - step, *row, shape)
         return TilePlace(*row, first_key, rows.q_length, rows.kv_length, shape, elements=elements)
 
 
@@ -142,7 +147,7 @@ def skip_tile(ring: KeyValueRing, rows: Rows, turn, step, _):
     plgpu.barrier_wait(ring.k_loaded.at[slot])
     plgpu.barrier_arrive(ring.k_consumed.at[slot])
     if turn is not None:
-        turn.give()
+        turn.give_after_keys(step)
     plgpu.barrier_wait(ring.v_loaded.at[slot])
     if turn is not None:
         turn.wait()
@@ -153,7 +158,7 @@ def attend_tile(tile: Tile, step, carry, masked=False):
     """One tile of the online softmax; the other warpgroups' matmuls run while this one has none."""
     acc, softmax = carry
     plan, slot = tile.plan, tile.slot(step)
-    logits = multiply_keys(tile, slot)
+    logits = multiply_keys(tile, step)
     logits, scale = modify_logits(tile, step, logits, masked)
     weights, decay, softmax = softmax_update(softmax, logits, scale)
     acc *= broadcast_rows(decay, plan.value_dim)
@@ -174,7 +179,7 @@ def attend_first(tile: Tile, step, carry, masked=False):
     """The weights of the first tile, for attend_ahead of the second or attend_last."""
     softmax, _ = carry
     slot = tile.slot(step)
-    logits = multiply_keys(tile, slot)
+    logits = multiply_keys(tile, step)
     logits, scale = modify_logits(tile, step, logits, masked)
     weights, _, softmax = softmax_update(softmax, logits, scale)
     plgpu.barrier_wait(tile.ring.v_loaded.at[slot])
@@ -234,14 +239,15 @@ def attend_last(tile: Tile, weights16, step, acc):
     return multiply_values(tile, tile.slot(step), weights16, acc)
 
 
-def multiply_keys(tile: Tile, slot):
+def multiply_keys(tile: Tile, step):
     """Q K^T, f32[tile_q, tile_kv]."""
+    slot = tile.slot(step)
     plgpu.barrier_wait(tile.ring.k_loaded.at[slot])
 
     def multiply(acc):
         plgpu.wgmma(acc, tile.rows.q_smem, tile.ring.k.at[slot].transpose((1, 0)))
         if tile.turn is not None:
-            tile.turn.give()
+            tile.turn.give_after_keys(step)
         return acc[...]
 
     logits = pl.run_scoped(multiply, _logits_type(tile.plan))
@@ -249,13 +255,11 @@ def multiply_keys(tile: Tile, slot):
     return logits
 
 
-def modify_logits(tile: Tile, step, logits, masked: bool):
+def modify_logits(tile: Tile, step, logits, masked: bool | jax.Array):
     """(logits, scale): softmax sees logits * scale, in base 2; -inf where a row does not see a key."""
     place, extras = tile.place(step, masked), tile.rows.extras
     logits, scale, _ = bend(tile.plan, extras, place, logits)
-    if masked:
-        logits = jnp.where(visible(tile.plan, extras, place), logits, -jnp.inf)
-    return logits, scale
+    return hide(tile.plan, extras, place, logits, -jnp.inf, masked), scale
 
 
 def drop_weights(tile: Tile, step, weights):

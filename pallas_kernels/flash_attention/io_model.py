@@ -18,6 +18,7 @@ from pallas_kernels import checks
 from pallas_kernels.flash_attention import sm90
 from pallas_kernels.flash_attention.backward_fused_block import block_keys
 from pallas_kernels.flash_attention.config import FlashConfig
+from pallas_kernels.flash_attention.forward_plan import ForwardPlan
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.spec import AttentionInputs, AttentionSpec
 from pallas_kernels.flash_attention.tiles import kv_tiles
@@ -85,21 +86,25 @@ def io_bytes(
     inputs = AttentionInputs(*arrays)
     if reason := sm90.unsupported(inputs, spec):
         raise NotImplementedError(f"the Hopper kernels cannot serve this call: {reason}")
-    forward = sm90.plan_of(inputs, spec, is_forward=True)
+    forward = sm90.forward_plan_of(inputs, spec)
     plan = sm90.plan_of(inputs, spec)
     is_fused = sm90.is_fused(plan, inputs, spec)
     return IoBytes(_forward(forward), _fused_backward(plan) if is_fused else _backward(plan))
 
 
-def _forward(plan: AttentionPlan) -> Traffic:
-    config = plan.config
-    block = config.tile_q * config.warpgroups
-    streamed = _streamed_rows(plan, block, config.tile_kv) * plan.num_heads * plan.token_bytes
+def _forward(plan: ForwardPlan) -> Traffic:
+    block = plan.block_rows
+    streamed = (
+        _streamed_rows(plan, block, plan.config.tile_kv, num_spare=plan.num_spare_rows)
+        * plan.num_heads
+        * plan.token_bytes
+    )
     rows = plan.num_queries * plan.num_heads * _itemsize(plan)
     lse = plan.num_heads * FP32_BYTES
     return Traffic(
         l2_to_sm=plan.batch * (rows * plan.head_dim + streamed),
-        sm_to_l2=plan.batch * (rows * plan.value_dim + lse * _padded(plan.num_queries, block)),
+        sm_to_l2=plan.batch
+        * (rows * plan.value_dim + lse * (plan.num_row_tiles * block - plan.num_spare_rows)),
         dram_read=plan.batch * rows * plan.head_dim + _kv_bytes(plan),
         dram_write=plan.batch * (rows * plan.value_dim + lse * plan.num_queries),
     )
@@ -155,17 +160,23 @@ def _streamed_queries(plan: AttentionPlan, block: int, tile: int) -> int:
 
 
 def _streamed_rows(
-    plan: AttentionPlan, block: int, tile: int, own_keys: bool = False, whole_tiles: bool = False
+    plan: AttentionPlan,
+    block: int,
+    tile: int,
+    own_keys: bool = False,
+    whole_tiles: bool = False,
+    num_spare: int = 0,
 ) -> int:
     """Rows of the other operand that the blocks of one head stream, those past its end not counted.
 
-    Vectors have whole tiles and no end: whole_tiles counts those rows too.
+    Vectors have whole tiles and no end: whole_tiles counts those rows too. num_spare: rows of the first block
+    before the first one owned.
     """
     owned, other = plan.num_queries, plan.num_keys
     offset, reach = (plan.num_keys - plan.num_queries if plan.bottom_right else 0), plan.reach
     if own_keys:
         owned, other, offset, reach = other, owned, -offset, reach[::-1]
-    first_rows = jnp.arange(math.ceil(owned / block), dtype=jnp.int32) * block
+    first_rows = jnp.arange(math.ceil(owned / block), dtype=jnp.int32) * block - num_spare
     tiles = jax.vmap(
         lambda first: kv_tiles(first, block, offset, jnp.int32(owned), jnp.int32(other), reach, tile)
     )(first_rows)

@@ -5,6 +5,7 @@ functions for all kernels: pure, of the tile's place and the extras.
 import functools
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -138,6 +139,17 @@ def visible(plan: AttentionPlan, extras: Extras, tile: TilePlace):
     return functools.reduce(jnp.logical_and, conditions)
 
 
+def hide(plan: AttentionPlan, extras: Extras, tile: TilePlace, x, value: float, masked: bool | jax.Array):
+    """x, and `value` where a query does not see a key.
+
+    masked: whether there are such; where it is an array, the mask is found only if it is true.
+    """
+    hidden = lambda x: jnp.where(visible(plan, extras, tile), x, value)
+    if isinstance(masked, jax.Array):
+        return lax.cond(masked, hidden, lambda x: x, x)
+    return hidden(x) if masked else x
+
+
 def survivors(plan: AttentionPlan, extras: Extras, tile: TilePlace):
     """bool of the tile's shape: which weights dropout leaves."""
     row = hash_row(extras.dropout_seed, tile.batch, tile.head, tile.queries())
@@ -158,11 +170,11 @@ def weigh(
     tile: TilePlace,
     logits,
     lse2,
-    masked: bool,
+    masked: bool | jax.Array,
     rounds_slope: bool = False,
 ) -> Weights:
-    """P = exp(S - lse) from Q K^T; rounds_slope: the soft cap's slope takes 16 bits beside the weights, to
-    save registers.
+    """P = exp(S - lse) from Q K^T; masked as in hide; rounds_slope: the soft cap's slope takes 16 bits beside
+    the weights, to save registers.
     """
     logits, scale, slope = bend(plan, extras, tile, logits)
     if slope is not None and rounds_slope:
@@ -170,8 +182,7 @@ def weigh(
     weights = jnp.exp2(logits * scale - lse2)
     if extras.bias is not None:  # of queries that see nothing, padding among them, it may be NaN
         weights = jnp.where(lse2 == jnp.inf, 0.0, weights)
-    if masked:
-        weights = jnp.where(visible(plan, extras, tile), weights, 0.0)
+    weights = hide(plan, extras, tile, weights, 0.0, masked)
     kept = weights
     if plan.dropout_rate > 0:
         kept = jnp.where(survivors(plan, extras, tile), weights, 0.0)

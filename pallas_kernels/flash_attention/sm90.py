@@ -57,11 +57,9 @@ def _why_not_block_mask(inputs: AttentionInputs, config: FlashConfig) -> str | N
 
 def forward(inputs: AttentionInputs, spec: AttentionSpec) -> tuple[jax.Array, jax.Array]:
     """The output [B, T, N, Hv] and the log-sum-exp f32[B, N, T]."""
-    plan = ForwardPlan(**_plan_fields(inputs, spec, is_forward=True))
+    plan = forward_plan_of(inputs, spec)
     num_queries, value_dim = inputs.query.shape[1], inputs.value.shape[-1]
-    # Weights beyond the lengths are 0, but 0 x NaN is NaN.
-    value = reference.zero_beyond(inputs.value, inputs.kv_lengths)
-    arrays = [_pad(x, is_forward=True) for x in (inputs.query, inputs.key, value)]
+    arrays = [_pad(x, is_forward=True) for x in inputs[:3]]
     out, lse = forward_sm90.launch(plan, inputs, *arrays)
     return out[:, :num_queries, :, :value_dim], lse[:, :, :num_queries]
 
@@ -76,12 +74,9 @@ def backward(
 ) -> AttentionGradients:
     """Gradients of query, key and value."""
     plan = plan_of(inputs, spec)
-    out_grad = reference.zero_beyond(out_grad, inputs.q_lengths)
-    query = reference.zero_beyond(inputs.query, inputs.q_lengths)
-    key, value = (reference.zero_beyond(x, inputs.kv_lengths) for x in (inputs.key, inputs.value))
     delta = reference.row_terms(out, lse, out_grad, lse_grad)
     lse2 = jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2_E)  # exp2(logits - inf) = 0
-    arrays = [_pad(x, is_forward=False) for x in (query, key, value, out_grad)]
+    arrays = [_pad(x, is_forward=False) for x in (*inputs[:3], out_grad)]
     kernels = backward_fused_sm90 if is_fused(plan, inputs, spec) else backward_sm90
     tile = math.lcm(kernels.statistics_multiple(plan), backward_sm90.statistics_multiple(plan))
     if inputs.block_mask is not None:  # whole tiles of it are visited, beyond the end too
@@ -90,6 +85,8 @@ def backward(
     gradients = kernels.launch(plan, inputs, *arrays, *statistics)
     d_bias = None
     if inputs.bias is not None:
+        lengths = inputs.q_lengths, inputs.kv_lengths, inputs.kv_lengths, inputs.q_lengths
+        arrays = [reference.zero_beyond(x, n) for x, n in zip(arrays, lengths, strict=True)]
         d_bias = bias_gradient_sm90.launch(plan, inputs, *arrays, *statistics)
     d_query, d_key, d_value = (
         g[:, : x.shape[1], :, : x.shape[3]] for g, x in zip(gradients, inputs[:3], strict=True)
@@ -102,11 +99,14 @@ def is_fused(plan: AttentionPlan, inputs: AttentionInputs, spec: AttentionSpec) 
     return not spec.deterministic and backward_fused_sm90.serves(plan, inputs)
 
 
-def plan_of(inputs: AttentionInputs, spec: AttentionSpec, is_forward: bool = False) -> AttentionPlan:
-    """What the kernels of a call are built from, those of the backward pass by default; reads only the shapes
-    and dtypes of the inputs.
-    """
-    return AttentionPlan(**_plan_fields(inputs, spec, is_forward))
+def forward_plan_of(inputs: AttentionInputs, spec: AttentionSpec) -> ForwardPlan:
+    """What the forward kernel of a call is built from; reads only the shapes and dtypes of the inputs."""
+    return ForwardPlan(**_plan_fields(inputs, spec, is_forward=True))
+
+
+def plan_of(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionPlan:
+    """The same of the kernels of the backward pass."""
+    return AttentionPlan(**_plan_fields(inputs, spec, is_forward=False))
 
 
 def _plan_fields(inputs: AttentionInputs, spec: AttentionSpec, is_forward: bool) -> dict[str, Any]:
@@ -142,9 +142,10 @@ def _config(inputs: AttentionInputs, spec: AttentionSpec, head_dim: int, value_d
     busy = len(features & {"bias", "dropout", "segments"})
     masks = features & {"block_mask", "lengths", "segments", "window"}
     has_bias_rows = inputs.bias is not None and inputs.bias.shape[2] > 1
+    left, right = spec.reach
     config = default_config(
         max(head_dim, value_dim),
-        crowded=bool(busy or features & {"slopes", "soft_cap"} or spec.reach[0] is not None),
+        crowded=bool(busy or features & {"slopes", "soft_cap"} or left is not None),
         num_queries=num_queries,
         num_keys=num_keys,
         in_blocks="block_mask" in features or has_bias_rows,
@@ -152,6 +153,7 @@ def _config(inputs: AttentionInputs, spec: AttentionSpec, head_dim: int, value_d
         has_lengths="lengths" in features,
         few=batch * num_heads * math.ceil(num_queries / 64) <= num_multiprocessors(),
         all_visible=not (spec.is_causal or num_keys % 64 or masks),
+        starts_light=left is None and right is not None and not masks - {"window"},
     )
     group = num_heads // num_kv_heads
     fused = default_fused(max(head_dim, value_dim), num_keys, spec.is_causal, group, features)

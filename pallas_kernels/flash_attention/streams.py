@@ -34,10 +34,13 @@ class Stream(NamedTuple):
         return cls(first, second, statistic, statistic, loaded, consumed)
 
     def load(self, slot, first, second, lse=None, delta=None):
-        """Starts the copies into a slot."""
-        for source, target in zip((first, second, lse, delta), self[:4], strict=True):
-            if source is not None:
-                plgpu.copy_gmem_to_smem(source, target.at[slot], self.loaded.at[slot])
+        """Starts the copies into a slot: of two operands' rows, and of statistics."""
+        loaded = self.loaded.at[slot]
+        first(self.first.at[slot], loaded)
+        second(self.second.at[slot], loaded)
+        if lse is not None:
+            plgpu.copy_gmem_to_smem(lse, self.lse.at[slot], loaded)
+            plgpu.copy_gmem_to_smem(delta, self.delta.at[slot], loaded)
 
     def wait_loaded(self, slot):
         plgpu.barrier_wait(self.loaded.at[slot])
@@ -80,9 +83,11 @@ class Owned(NamedTuple):
     def at(self, warpgroup) -> "Owned":
         return Owned(*(None if ref is None else ref.at[warpgroup] for ref in self))
 
-    def load(self, *sources):
+    def load(self, first, second, *statistics):
         """Copies this warpgroup's rows in and waits for them."""
-        for source, target in zip(sources, self[:4], strict=False):
+        first(self.first, self.loaded)
+        second(self.second, self.loaded)
+        for source, target in zip(statistics, self[2:4], strict=False):
             plgpu.copy_gmem_to_smem(source, target, self.loaded)
         plgpu.barrier_wait(self.loaded)
 

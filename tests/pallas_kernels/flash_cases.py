@@ -14,6 +14,7 @@ from pallas_kernels.flash_attention.config import FusedConfig, GradientConfig, d
 from tests.pallas_kernels.interpreter import interpreted
 from tests.pallas_kernels.tables import CompileCase
 
+THREE = FlashConfig(tile_q=64, tile_kv=64, stages=2, warpgroups=3, ping_pong=False)
 AHEAD = FlashConfig(tile_q=64, tile_kv=64, stages=2, overlap=True, ping_pong=False)
 SMALL = FlashConfig(tile_q=64, tile_kv=64, stages=2, q_stages=2)
 IN_BLOCKS = default_config(128, crowded=True, in_blocks=True, busy=1)  # serves block masks, and all else
@@ -202,9 +203,14 @@ FORWARD_CASES: dict[str, dict[str, Any]] = {
         **{"batch": 10, "t": 5, "s": 5, "config": SMALL},
         "q_lengths": jnp.array([5, 5, 0, 0, 0, 0, 0, 0, 5, 5]),
     },
-    "three warpgroups": {
-        "is_causal": True,
-        "config": FlashConfig(tile_q=64, tile_kv=64, stages=2, warpgroups=3, ping_pong=False),
+    "three warpgroups": {"is_causal": True, "config": THREE},
+    # The first thread block of a head has 64 rows for three warpgroups: the first two stay idle.
+    "three warpgroups, idle ones first": {
+        **{"t": 250, "s": 310, "is_causal": True, "causal_alignment": "bottom_right"},
+        "config": dataclasses.replace(THREE, overlap=True, q_stages=2),
+    },
+    "three warpgroups, idle ones first, keys ahead": {
+        **{"t": 130, "s": 100, "local_window_size": (None, 70), "config": THREE},
     },
     **FEATURES,
 }

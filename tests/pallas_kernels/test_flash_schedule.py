@@ -72,17 +72,21 @@ def test_blocks_end_together(causal):
 
 
 @pytest.mark.parametrize(
-    ("reach", "bottom_right", "keys", "expected"),
+    ("warpgroups", "reach", "bottom_right", "keys", "expected"),
     [
-        ((None, None), False, 512, [4, 4]),
-        ((None, 0), False, 512, [1, 2]),
-        ((None, 0), True, 512, [3, 4]),
-        ((127, 0), False, 512, [1, 2]),
-        ((0, 0), False, 100, [1, 0]),
+        (2, (None, None), False, 512, [4, 4]),
+        (2, (None, 0), False, 512, [1, 2]),
+        (2, (None, 0), True, 512, [3, 4]),
+        (2, (127, 0), False, 512, [1, 2]),
+        (2, (0, 0), False, 100, [1, 0]),
+        (3, (None, None), False, 512, [4, 4]),  # rows 0 to 191, 192 to 255
+        (3, (None, 0), False, 512, [1, 2]),  # 0 to 63, 64 to 255
+        (3, (None, 0), True, 512, [3, 4]),
     ],
 )
-def test_costs_are_the_tiles_that_rows_see(reach, bottom_right, keys, expected):
+def test_costs_are_the_tiles_that_rows_see(warpgroups, reach, bottom_right, keys, expected):
+    config = FlashConfig(warpgroups=warpgroups, ping_pong=False)
     plan = dataclasses.replace(
-        PLAN, reach=reach, bottom_right=bottom_right, num_keys=keys, num_queries=256, config=FlashConfig()
+        PLAN, reach=reach, bottom_right=bottom_right, num_keys=keys, num_queries=256, config=config
     )
     assert [cost - ITEM_COST for cost in plan.schedule.costs] == expected
