@@ -23,7 +23,6 @@ __all__ = [
     "REDUCTION_SIZE",
     "SMEM_BYTES",
     "TMA_ALIGNMENT",
-    "arrive",
     "broadcast_columns",
     "broadcast_rows",
     "call_in_place",
@@ -383,29 +382,19 @@ def draw(counter: Any, target: Any, offset: int, previous: Any) -> None:
     previous + offset.
     """
     del previous
-    _fetch_add("atom.add.relaxed.gpu.global.s32 $0, [$1], 1;", counter, target, offset)
 
-
-def arrive(counter: Any, target: Any) -> None:
-    """target[0] = counter[0]++, as draw: how many came before. Who comes later sees what this warpgroup wrote
-    to global memory before, TMA copies that it waited for among it.
-    """
-    fence = "fence.proxy.async.global; fence.acq_rel.gpu;"
-    ptx = f"{fence} atom.add.relaxed.gpu.global.s32 $0, [$1], 1; {fence}"
-    _fetch_add(ptx, counter, target, 0, after_all_threads=True)
-
-
-def _fetch_add(ptx: str, counter: Any, target: Any, offset: int, *, after_all_threads: bool = False) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
     def fetch_add(_, counter_ref, target_ref):
         i32 = ir.IntegerType.get_signless(32)
         zero = arith.constant(ir.IndexType.get(), 0)
-        if after_all_threads:
-            mgpu_utils.warpgroup_barrier()
         with mgpu_utils.single_thread(scope=mgpu_utils.ThreadSubset.WARPGROUP):
-            pointer = mgpu_utils.memref_ptr(counter_ref)
-            found = mgpu_utils.inline_ptx(ptx, pointer, result_types=i32, has_side_effects=True)
-            memref.store(arith.addi(found, arith.constant(i32, offset)), target_ref, [zero])
+            drawn = mgpu_utils.inline_ptx(
+                "atom.add.relaxed.gpu.global.s32 $0, [$1], 1;",
+                mgpu_utils.memref_ptr(counter_ref),
+                result_types=i32,
+                has_side_effects=True,
+            )
+            memref.store(arith.addi(drawn, arith.constant(i32, offset)), target_ref, [zero])
         mgpu_utils.warpgroup_barrier()
 
     fetch_add(counter, target)

@@ -1,7 +1,7 @@
 """Paged decode under other configs than the default: what the rules of default_config rest on.
 
     python examples/benchmarks/decode_configs.py --out decode_configs.json
-    python examples/benchmarks/decode_configs.py --rows "Yi-6B" --try split=2048 "split=2048 merges_here=1"
+    python examples/benchmarks/decode_configs.py --rows "Yi-6B" --try split=2048 "split=2048 dynamic=1"
 
 Each row of decode, page size 16, takes the default PagedConfig and it with fields changed, measured in turn
 in fresh processes; rows that share a prefix go through cascade_attention. Time is kernel time by CUPTI, the
@@ -28,11 +28,8 @@ ceiling = decode_peers.ceiling  # for row_worker.py, as Row and PEERS
 DEFAULT = "default"
 FIELDS = {field.name: type(field.default) for field in dataclasses.fields(PagedConfig)}
 TRIED = [
-    *("merges_here=1", "stages=3", "stages=4"),
-    *(
-        f"split={split} dynamic={dynamic} merges_here={merges_here}"
-        for split, dynamic, merges_here in itertools.product((1024, 2048, 4096, 8192), (0, 1), (0, 1))
-    ),
+    *("stages=3", "stages=4"),
+    *(f"split={split} dynamic={dynamic}" for split in (1024, 2048, 4096, 8192) for dynamic in (0, 1)),
 ]
 SECTIONS = {
     "Decode": [
@@ -59,7 +56,7 @@ def _program(changes: dict[str, Any], row: Row) -> Program:
 
 
 def changes_of(name: str) -> dict[str, Any]:
-    """ "split=2048 merges_here=1" as fields and values; of the default none."""
+    """ "split=2048 dynamic=1" as fields and values; of the default none."""
     if name == DEFAULT:
         return {}
     changes = {}

@@ -20,8 +20,6 @@ from pallas_kernels import PagedConfig, cascade_attention, contiguous_attention,
 from pallas_kernels.paged_attention.config import default_config
 from pallas_kernels.paged_attention.decode_plan import padded_group
 
-MERGING = {"merges_here": True}
-
 
 class Row(NamedTuple):
     """Heads of a model and the lengths of a batch; `dtype` of the cache."""
@@ -168,8 +166,6 @@ def triton(page_size: int, row: Row) -> Program:
 PEERS: dict[str, Callable[[Row], Program]] = {
     **{f"page {size}": functools.partial(over_pages, size) for size in (8, 16, 32, 64, 128, 256)},
     "cascade, page 16": functools.partial(over_pages, 16, is_cascade=True),
-    "last unit merges, page 16": functools.partial(over_pages, 16, changes=MERGING),
-    "last unit merges, cascade": functools.partial(over_pages, 16, is_cascade=True, changes=MERGING),
     "contiguous": contiguous,
     "cuDNN contiguous": cudnn,
     "JAX Triton page 16": functools.partial(triton, 16),

@@ -8,11 +8,10 @@ the level of kernels, batches of 1 to 32 rows of 16384 tokens in the shapes of Y
 other shapes; rows of very uneven lengths against even ones; rows that share a prefix, alone and as a layer of
 a step, whose layers share the work list (and here the queries' order); quantized pages. Every row's pages lie
 scattered over the pool. Time is kernel time by CUPTI, the median of several runs, the merging of splits
-included, in a kernel of its own or by the last unit of a row; caches that would fit in the L2 cache are taken
-in turn. Rates count the K and V of each row once, and the scales of quantized pages. `contiguous` is our
-kernel without pages: what the first page size takes longer is the tax of paging. Peers: cuDNN through
-jax.nn.dot_product_attention, and JAX's own paged attention (Pallas Triton, deprecated) while it can be
-imported.
+included; caches that would fit in the L2 cache are taken in turn. Rates count the K and V of each row once,
+and the scales of quantized pages. `contiguous` is our kernel without pages: what the first page size takes
+longer is the tax of paging. Peers: cuDNN through jax.nn.dot_product_attention, and JAX's own paged attention
+(Pallas Triton, deprecated) while it can be imported.
 """
 
 import argparse
@@ -54,16 +53,7 @@ SECTIONS: dict[str, list[Row]] = {
         for dtype in ("int8", "float8_e4m3fn")
     ],
 }
-NAMES = (
-    "page 16",
-    "page 128",
-    "last unit merges, page 16",
-    "cascade, page 16",
-    "last unit merges, cascade",
-    "contiguous",
-    "cuDNN contiguous",
-    "JAX Triton page 16",
-)
+NAMES = ("page 16", "page 128", "cascade, page 16", "contiguous", "cuDNN contiguous", "JAX Triton page 16")
 
 
 def row_figures(row: Row, parts: dict[str, dict], facts: dict) -> dict:

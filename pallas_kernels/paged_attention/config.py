@@ -18,7 +18,7 @@ class PagedConfig:
     tile: tokens a compute step takes. split: tokens after which a row is cut, a multiple of the tile; one
     split a row where the block table is no longer. stages: tiles of K, and of V, that are on their way from
     memory. consumers: warpgroups that compute. dynamic: programs draw their work instead of taking every
-    n-th piece. merges_here: the last piece of a row to end merges them all, instead of a kernel of its own.
+    n-th piece.
     """
 
     tile: int = 128
@@ -26,7 +26,6 @@ class PagedConfig:
     stages: int = 3
     consumers: int = 1
     dynamic: bool = False
-    merges_here: bool = False
 
     def __post_init__(self):
         if self.tile not in TILES:

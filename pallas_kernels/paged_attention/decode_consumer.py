@@ -1,28 +1,47 @@
 """The consumer warpgroups of paged decode: the online softmax over a unit's tiles, transposed."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import LOG2_E, div, load_columns, pl, plgpu, reduce_rows
-from pallas_kernels.paged_attention import decode_codes, decode_tile
-from pallas_kernels.paged_attention.decode_plan import (
-    BUFFERS,
-    Inputs,
-    Merge,
-    Outputs,
-    Plan,
-    Scratch,
-    Workspace,
+from pallas_kernels.mosaic import (
+    LOG2_E,
+    broadcast_columns,
+    div,
+    load_columns,
+    pl,
+    plgpu,
+    reduce_rows,
+    store_deinterleaved,
 )
-from pallas_kernels.paged_attention.decode_results import Destination, Result, merge_results, store_unit
+from pallas_kernels.paged_attention import decode_codes, decode_tile
+from pallas_kernels.paged_attention.decode_plan import BUFFERS, Merge, Outputs, Plan, Scratch, Workspace
 from pallas_kernels.paged_attention.decode_tile import MASKED, Softmax, Tile, UnitQueries, store_transposed
 from pallas_kernels.paged_attention.units import Schedule, Unit, for_each_unit
 
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
 
-def consume(plan: Plan, consumer, inputs: Inputs, outputs: Outputs, scratch: Scratch):
+class Destination(NamedTuple):
+    """Where the results of a unit go."""
+
+    plan: Plan
+    unit: Unit
+    outputs: Outputs
+    scratch: Scratch
+
+
+class Result(NamedTuple):
+    """A softmax whose totals are summed over tokens."""
+
+    maximum: jax.Array  # f32[columns], in units of log2
+    total: jax.Array  # f32[columns]
+    values: jax.Array  # f32[H, columns]
+
+
+def consume(plan: Plan, consumer, outputs: Outputs, scratch: Scratch):
     """A consumer warpgroup: every tile of its units, or every other tile; the first one stores."""
 
     def visit(unit: Unit, _, carry):
@@ -33,7 +52,7 @@ def consume(plan: Plan, consumer, inputs: Inputs, outputs: Outputs, scratch: Scr
         if plan.has_numbers:
             plgpu.commit_smem()  # all are read before a copy overwrites them, also where no tile came after
         plgpu.barrier_arrive(scratch.queries.empty.at[buffer])
-        to = Destination(plan, unit, inputs, outputs, scratch)
+        to = Destination(plan, unit, outputs, scratch)
         finish_unit(to, consumer, count, units, state, sinks)
         return count + unit.num_tiles, units + 1
 
@@ -133,3 +152,52 @@ def take_over(merge: Merge) -> Result:
     result = Result(load_columns(merge.maximum), load_columns(merge.total), values)
     plgpu.barrier_arrive(merge.empty)
     return result
+
+
+def merge_results(plan: Plan, first: Result, second: Result) -> Result:
+    maximum = jnp.maximum(first.maximum, second.maximum)
+    decays = jnp.exp2(first.maximum - maximum), jnp.exp2(second.maximum - maximum)
+    values = first.values * broadcast_columns(decays[0], plan.width)
+    values += second.values * broadcast_columns(decays[1], plan.width)
+    return Result(maximum, first.total * decays[0] + second.total * decays[1], values)
+
+
+def store_unit(to: Destination, result: Result, sinks):
+    plan, unit, out = to.plan, to.unit, to.scratch.out
+    if sinks is not None and not plan.is_merged:  # else the sink joins where the parts are merged
+        result = join_sinks(plan, result, sinks)
+    norm = jnp.where(result.total > 0, 1 / result.total, 0.0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the unit before may still be on its way
+    store = store_deinterleaved if plan.is_quantized else store_transposed
+    store(out, result.values * broadcast_columns(norm, plan.width))
+    plgpu.commit_smem()
+    copy_heads(plan, unit, out, to.outputs.out.at[unit.row, unit.split])
+    lse = (result.maximum + jnp.log2(result.total)) * (1 / LOG2_E)
+    to.outputs.lse[unit.row, unit.split, unit.head] = jnp.where(result.total > 0, lse, -jnp.inf)
+
+
+def join_sinks(plan: Plan, result: Result, sinks) -> Result:
+    maximum = jnp.maximum(result.maximum, sinks)
+    decay = jnp.exp2(result.maximum - maximum)
+    total = result.total * decay + jnp.exp2(sinks - maximum)
+    return Result(maximum, total, result.values * broadcast_columns(decay, plan.width))
+
+
+def copy_heads(plan: Plan, unit: Unit, source, out):
+    """Starts the copies of a unit's heads to global memory."""
+    first_head = unit.head * plan.group
+    first_column = lax.rem(first_head, jnp.int32(8)) if plan.shares_columns else 0
+    if plan.width == plan.out_columns:
+        source = source.at[pl.ds(first_column, plan.group)]
+        plgpu.copy_smem_to_gmem(source, out.at[pl.ds(first_head, plan.group)])
+        return
+    for i in range(plan.group):
+        copy_head(plan, source.at[first_column + i], out.at[first_head + i])
+
+
+def copy_head(plan: Plan, source, out):
+    """Starts the copies of one head's values [width] to global memory [H]."""
+    plgpu.copy_smem_to_gmem(source.at[pl.ds(0, plan.whole)], out.at[pl.ds(0, plan.whole)])
+    if rest := plan.head_dim - plan.whole:
+        source = source.at[pl.ds(plan.width - rest, rest)]
+        plgpu.copy_smem_to_gmem(source, out.at[pl.ds(plan.whole, rest)])

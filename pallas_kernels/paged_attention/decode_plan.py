@@ -64,25 +64,6 @@ class Plan(LaunchPlan):
         return self.num_splits > 1 or self.cut is not None
 
     @property
-    def merges_here(self) -> bool:
-        """Whether units merge the parts, the last of each row."""
-        return self.is_merged and self.config.merges_here
-
-    @property
-    def is_combined(self) -> bool:
-        """Whether a kernel after this one merges the parts."""
-        return self.is_merged and not self.config.merges_here
-
-    @property
-    def first_arrival(self) -> int:
-        """Of the counters: one for draws comes first."""
-        return int(self.config.dynamic)
-
-    @property
-    def num_counters(self) -> int:
-        return self.first_arrival + self.merges_here * self.num_rows * self.num_kv_heads
-
-    @property
     def shares_columns(self) -> bool:
         """Small groups that divide 8 are taken eight heads at a time as they lie in memory, a column each;
         columns of other KV heads are computed and not used. Other groups are padded."""
@@ -125,12 +106,12 @@ class Plan(LaunchPlan):
         return size if size <= MAX_BOX else -(-size // MAX_BOX) * MAX_BOX
 
     @property
-    def part_dtype(self) -> Any:
+    def out_dtype(self) -> Any:
         return jnp.float32 if self.is_merged else self.query_dtype
 
     @property
-    def part_columns(self) -> int:
-        """Parts that are merged lie in whole rows of transposed values."""
+    def out_columns(self) -> int:
+        """Parts lie in whole rows of transposed values."""
         return self.width if self.is_merged else self.head_dim
 
 
@@ -176,20 +157,6 @@ def make_plan(inputs: PagedInputs, spec: PagedSpec, cut: Cut | None = None) -> P
     return Plan(**facts, config=config, page_size=page_size, capacity=capacity, cut=cut)
 
 
-class Shared(NamedTuple):
-    """Parts of shared keys: the prefill kernel's results, where each token's lie, and each row's token.
-
-    Token t: item first_item[t] and the num_splits[t] - 1 after it, row of the tile head x tile_q + place[t].
-    """
-
-    out: Any  # f32[max_items, K, warpgroups, 64, width]
-    lse: Any  # f32[max_items, K, warpgroups, 64]
-    first_item: Any  # i32[tokens]
-    num_splits: Any
-    place: Any
-    token: Any  # i32[R]
-
-
 class Inputs(NamedTuple):
     """Operands in global memory; None where the plan has none."""
 
@@ -204,17 +171,14 @@ class Inputs(NamedTuple):
     v_scale: Any
     sinks: Any  # f32[K, columns]
     slopes: Any  # f32[K, columns]
-    shared: Any  # Shared
-    counters: Any  # i32[num_counters], zero at first: units drawn; units of each row and KV head that ended
+    counter: Any  # i32[1]: units drawn, zero at first
 
 
 class Outputs(NamedTuple):
-    """Results in global memory: of units, and of rows where their parts are merged here."""
+    """Results in global memory."""
 
-    part: Any  # [R, splits, N, H]; f32[R, splits, N, width] to be merged
-    part_lse: Any  # f32[R, splits, K, columns]
-    out: Any  # [R, N, H]
-    lse: Any  # f32[R, N]
+    out: Any  # [R, 1, N, H], or parts f32[R, splits, N, width]
+    lse: Any  # f32[R, splits, K, columns]
 
 
 class Tiles(NamedTuple):
@@ -254,14 +218,6 @@ class Workspace(NamedTuple):
     reduction: Any  # f32[consumers, REDUCTION_SIZE]
 
 
-class Joined(NamedTuple):
-    """What a unit needs to merge the parts of its row."""
-
-    lse: Any  # f32[columns], of its own part
-    arrival: Any  # i32[1]: units of the row that ended before
-    out: Any  # [G, width]
-
-
 class Merge(NamedTuple):
     """What the second consumer hands to the first at the end of a unit."""
 
@@ -284,7 +240,6 @@ class Scratch(NamedTuple):
     work: Workspace
     merge: Merge | None
     out: Any  # [columns, width]
-    joined: Any  # Joined, where parts are merged here
 
 
 def scratch_types(plan: Plan) -> Scratch:
@@ -302,8 +257,7 @@ def scratch_types(plan: Plan) -> Scratch:
         tickets=_tickets(plan) if config.dynamic else None,
         work=Workspace(weights, reduction),
         merge=_merge(plan) if config.consumers == 2 else None,
-        out=plgpu.SMEM((columns, width), plan.part_dtype),
-        joined=_joined(plan) if plan.merges_here else None,
+        out=plgpu.SMEM((columns, width), plan.out_dtype),
     )
 
 
@@ -348,11 +302,3 @@ def _merge(plan: Plan) -> Merge:
     statistic = plgpu.SMEM((plan.columns,), jnp.float32)
     values = plgpu.SMEM((plan.columns, plan.width), jnp.float32)
     return Merge(values, statistic, statistic, plgpu.Barrier(), plgpu.Barrier())
-
-
-def _joined(plan: Plan) -> Joined:
-    return Joined(
-        lse=plgpu.SMEM((plan.columns,), jnp.float32),
-        arrival=plgpu.SMEM((1,), jnp.int32),
-        out=plgpu.SMEM((plan.group, plan.width), plan.query_dtype),
-    )

@@ -23,18 +23,10 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.mosaic import pl, plgpu
-from pallas_kernels.paged_attention.combine_sm90 import combine_parts
+from pallas_kernels.paged_attention.combine_sm90 import Shared, combine_parts
 from pallas_kernels.paged_attention.decode_codes import split_query
 from pallas_kernels.paged_attention.decode_consumer import consume
-from pallas_kernels.paged_attention.decode_plan import (
-    Cut,
-    Inputs,
-    Outputs,
-    Plan,
-    Shared,
-    make_plan,
-    scratch_types,
-)
+from pallas_kernels.paged_attention.decode_plan import Cut, Inputs, Outputs, Plan, make_plan, scratch_types
 from pallas_kernels.paged_attention.decode_producer import fetch_lengths, produce
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 from pallas_kernels.paged_attention.units import Schedule
@@ -49,27 +41,24 @@ def forward(
     """Attends one query a row to the row's keys, and to those whose parts are `shared`; returns out [R, N, H]
     and lse f32[R, N]."""
     plan = make_plan(inputs, spec, cut)
-    results = launch(plan, inputs, shared)
-    if plan.merges_here:
-        return results.out, results.lse
-    if plan.is_combined:
-        lengths = inputs.kv_lengths.astype(jnp.int32)
-        return combine_parts(plan, results.part, results.part_lse, lengths, inputs.sinks, shared)
+    out, lse = launch(plan, inputs)
+    if plan.is_merged:
+        return combine_parts(plan, out, lse, inputs.kv_lengths.astype(jnp.int32), inputs.sinks, shared)
     heads = np.arange(plan.num_heads)
-    lse = results.part_lse[:, 0, heads // plan.group, heads % plan.column_period]
-    return results.part[:, 0], lse
+    return out[:, 0], lse[:, 0, heads // plan.group, heads % plan.column_period]
 
 
-def launch(plan: Plan, inputs: PagedInputs, shared: Shared | None = None) -> Outputs:
+def launch(plan: Plan, inputs: PagedInputs) -> Outputs:
     """Runs the kernel; splits without a visible token stay unwritten, except where there is one split a
     row."""
-    operands = operands_of(plan, inputs, shared if plan.merges_here else None)
-    outputs = output_types(plan)
-    leaves, structure = jax.tree.flatten(operands)
-    results, results_structure = jax.tree.flatten(outputs)
+    rows, splits, heads = plan.num_rows, plan.num_splits, plan.num_heads
+    leaves, operands = jax.tree.flatten(operands_of(plan, inputs))
     kernel = plgpu.kernel(
-        functools.partial(_kernel, plan, structure, results_structure),
-        out_type=results,
+        functools.partial(_kernel, plan, operands),
+        out_type=[
+            jax.ShapeDtypeStruct((rows, splits, heads, plan.out_columns), plan.out_dtype),
+            jax.ShapeDtypeStruct((rows, splits, plan.num_kv_heads, plan.columns), jnp.float32),
+        ],
         grid=(plan.num_programs,),
         grid_names=("program",),
         num_threads=FIRST_CONSUMER + plan.config.consumers,
@@ -78,22 +67,10 @@ def launch(plan: Plan, inputs: PagedInputs, shared: Shared | None = None) -> Out
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="paged_decode",
     )
-    return jax.tree.unflatten(results_structure, kernel(*leaves))
+    return Outputs(*kernel(*leaves))
 
 
-def output_types(plan: Plan) -> Outputs:
-    rows, splits, heads = plan.num_rows, plan.num_splits, plan.num_heads
-    return Outputs(
-        part=jax.ShapeDtypeStruct((rows, splits, heads, plan.part_columns), plan.part_dtype),
-        part_lse=jax.ShapeDtypeStruct((rows, splits, plan.num_kv_heads, plan.columns), jnp.float32),
-        out=jax.ShapeDtypeStruct((rows, heads, plan.head_dim), plan.query_dtype)
-        if plan.merges_here
-        else None,
-        lse=jax.ShapeDtypeStruct((rows, heads), jnp.float32) if plan.merges_here else None,
-    )
-
-
-def operands_of(plan: Plan, inputs: PagedInputs, shared: Shared | None) -> Inputs:
+def operands_of(plan: Plan, inputs: PagedInputs) -> Inputs:
     tables = inputs.block_tables
     query, factor = _query_operands(plan, inputs.query)
     return Inputs(
@@ -108,8 +85,7 @@ def operands_of(plan: Plan, inputs: PagedInputs, shared: Shared | None) -> Input
         v_scale=inputs.v_scale,
         sinks=_per_head(plan, inputs.sinks),
         slopes=_per_head(plan, inputs.alibi_slopes),
-        shared=shared,
-        counters=jax.new_ref(jnp.zeros(plan.num_counters, jnp.int32)) if plan.num_counters else None,
+        counter=jax.new_ref(jnp.zeros(1, jnp.int32)) if plan.config.dynamic else None,
     )
 
 
@@ -139,10 +115,9 @@ def _per_head(plan: Plan, x: jax.Array | None) -> jax.Array | None:
     return empty.at[heads // plan.group, heads % plan.column_period].set(x.astype(jnp.float32))
 
 
-def _kernel(plan: Plan, operands, results, *refs):
-    *refs, scratch = refs
-    inputs = jax.tree.unflatten(operands, refs[: operands.num_leaves])
-    outputs = jax.tree.unflatten(results, refs[operands.num_leaves :])
+def _kernel(plan: Plan, operands, *refs):
+    *refs, out, lse, scratch = refs
+    inputs, outputs = jax.tree.unflatten(operands, refs), Outputs(out, lse)
     warpgroup = lax.axis_index("warpgroup")
     schedule = Schedule(scratch.lengths, scratch.tickets, None)
     registers: Any = REGISTERS[plan.config.consumers]
@@ -156,7 +131,7 @@ def _kernel(plan: Plan, operands, results, *refs):
         def _():
             fetch_lengths(plan, inputs, scratch.lengths, scratch.lengths_full)
             plgpu.barrier_wait(scratch.lengths_full)
-            drawing = schedule._replace(counter=inputs.counters if plan.config.dynamic else None)
+            drawing = schedule._replace(counter=inputs.counter)
             produce(plan, inputs, inputs.k_pages, inputs.k_scale, scratch.k, drawing, scratch.queries)
 
         @pl.when(warpgroup == V_PRODUCER)
@@ -169,4 +144,4 @@ def _kernel(plan: Plan, operands, results, *refs):
         if registers:
             plgpu.set_max_registers(registers[1], action="increase")
         plgpu.barrier_wait(scratch.lengths_full)
-        consume(plan, warpgroup - FIRST_CONSUMER, inputs, outputs, scratch)
+        consume(plan, warpgroup - FIRST_CONSUMER, outputs, scratch)

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.paged_attention import decode_plan, decode_sm90, prefill_plan, prefill_sm90
-from pallas_kernels.paged_attention.decode_plan import Cut, Shared
+from pallas_kernels.paged_attention.combine_sm90 import Shared
+from pallas_kernels.paged_attention.decode_plan import Cut
 from pallas_kernels.paged_attention.prefill_config import OCTET
 from pallas_kernels.paged_attention.prefill_plan import Outputs, PrefillPlan
 from pallas_kernels.paged_attention.prefill_work import WorkList, plan_work

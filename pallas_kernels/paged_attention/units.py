@@ -44,8 +44,8 @@ def for_each_unit(plan: Plan, schedule: Schedule, visit, carry):
     """Calls carry = visit(unit, next_unit, carry) on this program's units: its place, then every
     `num_programs`th after it, or what it draws.
 
-    Splits without a visible token are not in the list. A row without any is, as one split, where nobody else
-    would write its zeros: where it cannot be cut, or where units merge.
+    Splits without a visible token are not in the list. A row that cannot be cut always is, however short:
+    nobody else would write its zeros.
     """
     program, lengths = lax.axis_index("program"), schedule.lengths
     zero = jnp.int32(0)
@@ -133,8 +133,7 @@ def _first_visible(plan: Plan, length):
 
 def _count_units(plan: Plan, length):
     first, stop = split_range(plan, jnp.minimum(length, plan.capacity))
-    num_splits = jnp.maximum(stop - first, 1) if plan.merges_here else stop - first
-    return num_splits * plan.num_kv_heads
+    return (stop - first) * plan.num_kv_heads
 
 
 def _unit_at(plan: Plan, lengths, cursor: Cursor) -> Unit:

@@ -149,7 +149,7 @@ def test_shapes_come_from_the_command_line():
 
 
 def test_configs_are_changed_as_their_names_say(capsys, monkeypatch):
-    assert decode_configs.changes_of("split=2048 merges_here=1") == {"split": 2048, "merges_here": True}
+    assert decode_configs.changes_of("split=2048 dynamic=1") == {"split": 2048, "dynamic": True}
     assert decode_configs.changes_of("default") == {}
     names = ["default", *decode_configs.TRIED]
     assert len(set(map(str, map(decode_configs.changes_of, names)))) == len(names)

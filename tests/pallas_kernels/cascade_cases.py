@@ -25,9 +25,7 @@ def share(case: Case, prefix_lengths, group_of_row) -> Case:
     return case
 
 
-def check_cascade(
-    prefixes, groups, heads=4, head_dim=64, pages=None, call=None, splits=2, merges_here=False, **shapes
-):
+def check_cascade(prefixes, groups, heads=4, head_dim=64, pages=None, call=None, splits=2, **shapes):
     """The interpreted kernels against the reference of paged_attention, which knows of no groups."""
     case = make_case(rows=len(groups), heads=heads, head_dim=head_dim, page_size=16, **shapes)
     case = cast(share(case, prefixes, groups), jnp.bfloat16)
@@ -40,7 +38,7 @@ def check_cascade(
         arguments["sinks"] = jnp.linspace(-0.5, 2.0, heads)
     arrays = [jnp.asarray(x) for x in arrays]
     expected, expected_lse = paged_attention(*arrays, implementation="reference", **arguments)
-    config = PagedConfig(64, 64, 2, 1, merges_here=merges_here)
+    config = PagedConfig(64, 64, 2, 1)
     prefill = PrefillConfig(warpgroups=1, tile_kv=64, stages=2, splits=splits)
     with mock.patch.object(decode_plan, "NUM_PROGRAMS", 3), interpreted():
         out, lse = cascade_attention(
@@ -61,8 +59,8 @@ CASES: dict[str, dict[str, Any]] = {
     "two groups, a row of none, an empty row, sinks": {
         "prefixes": [272, 16],
         "groups": [1, 0, -1, 0, -1],
-        "lengths": [20, 290, 70, 273, 0],
-        "width": 20,
+        "lengths": [20, 353, 70, 273, 0],
+        "width": 23,
         "call": {"sinks": None},
     },
     "head dim 96, group 5, no splits": {
@@ -73,14 +71,6 @@ CASES: dict[str, dict[str, Any]] = {
         "lengths": [70, 65],
         "width": 5,
         "splits": 1,
-    },
-    "the last unit merges": {
-        "prefixes": [272, 16],
-        "groups": [1, 0, -1, 0, -1],
-        "lengths": [20, 290, 200, 353, 0],
-        "width": 23,
-        "call": {"sinks": None},
-        "merges_here": True,
     },
     "int8 pages, soft cap": {
         "prefixes": [48],
@@ -97,9 +87,7 @@ INTERPRET = {
 }
 
 
-def cascade_case(
-    rows=64, heads=32, kv_heads=8, head_dim=128, capacity=8448, page_size=16, pages=None, config=None
-):
+def cascade_case(rows=64, heads=32, kv_heads=8, head_dim=128, capacity=8448, page_size=16, pages=None):
     pool = jax.ShapeDtypeStruct((2, 1024, kv_heads, page_size, head_dim), pages or jnp.bfloat16)
     scale = jax.ShapeDtypeStruct(pool.shape[:4], jnp.float32)
     query = jax.ShapeDtypeStruct((rows, heads, head_dim), jnp.bfloat16)
@@ -107,7 +95,7 @@ def cascade_case(
     def attend(query, k_pages, v_pages, tables, lengths, prefixes, groups, layer, *scales):
         named = dict(zip(("k_scale", "v_scale"), scales, strict=False))
         arrays = query, k_pages, v_pages, tables, lengths, prefixes, groups
-        return cascade_attention(*arrays, layer=layer, config=config, implementation="sm90", **named)
+        return cascade_attention(*arrays, layer=layer, implementation="sm90", **named)
 
     specs = (query, pool, pool, integers(rows, capacity // page_size), integers(rows), integers(1))
     specs += (integers(rows), integers(), *((scale,) * 2 if pages else ()))
@@ -116,9 +104,6 @@ def cascade_case(
 
 COMPILE = {
     "cascade_attention:Llama-3-8B": cascade_case(),
-    "cascade_attention:the last unit merges": cascade_case(
-        config=PagedConfig(128, 4096, 2, merges_here=True)
-    ),
     "cascade_attention:H=96, fp8 pages": cascade_case(
         heads=8, kv_heads=2, head_dim=96, pages=jnp.float8_e4m3fn
     ),

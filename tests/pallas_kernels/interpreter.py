@@ -40,7 +40,6 @@ from pallas_kernels.mosaic import TMA_ALIGNMENT, deinterleave, pl, plgpu
 from pallas_kernels.paged_attention import (
     decode_codes,
     decode_consumer,
-    decode_results,
     decode_tile,
     prefill_consumer,
     prefill_producer,
@@ -48,7 +47,6 @@ from pallas_kernels.paged_attention import (
 )
 
 Interpreter = jaxpr_interpret.JaxprInterpreter
-GLOBAL_MEMORY = shared_memory.get_memory_space_idx(mosaic_core.MemorySpace.GMEM)
 
 
 @contextlib.contextmanager
@@ -89,8 +87,6 @@ def install() -> None:
     jaxpr_interpret.gpu_primitives = names
 
     def inline_or_ours(self, eqn, token, get_invals):
-        if eqn.primitive is primitives.inline_mgpu_p and eqn.params["mgpu_fn"] is _publish:
-            return _publish(self, token), []
         return handlers.get(eqn.primitive, known_inline)(self, eqn, token, get_invals)
 
     def wgmma(self, eqn, token, get_invals):
@@ -118,9 +114,8 @@ def _plain_terms():
     """In JAX's terms, what kernels say in Mosaic's own."""
     places = {
         "reduce_rows": (_reduce_rows, decode_consumer, decode_tile),
-        "store_deinterleaved": (_store_deinterleaved, decode_results),
+        "store_deinterleaved": (_store_deinterleaved, decode_consumer),
         "load_codes_transposed": (_load_codes_transposed, decode_codes),
-        "arrive": (_arrive, decode_results),
         "draw": (_draw, units, items, backward_fused_items, prefill_producer),
         "fresh_iota": (_iota, prefill_consumer),
         "store_rows": (_store_rows, prefill_consumer),
@@ -135,13 +130,6 @@ def _plain_terms():
 def _draw(counter, target, offset, previous):
     """Where every block is as fast as the others."""
     target[...] = jnp.full((1,), previous + offset, jnp.int32)
-
-
-def _arrive(counter, target):
-    """Where blocks run one after the other."""
-    target[...] = counter[...]
-    counter[...] = counter[...] + 1
-    plgpu.inline_mgpu()(_publish)()  # which `install` calls in its place
 
 
 def _reduce_rows(kind, x, space):
@@ -181,22 +169,6 @@ def _check_alignment(key, transforms):
     place = dtype.itemsize * int(np.ravel_multi_index(starts, shape))
     multiple = TMA_ALIGNMENT if len(access.shape) > 1 else 16
     assert place % multiple == 0, f"a copy from byte {place} of a buffer {shape} {dtype} is misaligned"
-
-
-def _publish(interpreter, token):
-    """What a thread did to global memory, or waited for, comes before all that others do from now on."""
-
-    def publish(token, thread):
-        memory = gpu_callbacks._get_shared_memory()
-        now = memory.get_clock(thread).generic_clock.clock
-        detector = gpu_callbacks.get_races()
-        with detector.lock:
-            for accesses in (detector.reads, detector.writes):
-                for key in [key for key in accesses if key.memory_space_id == GLOBAL_MEMORY]:
-                    accesses[key] = [access for access in accesses[key] if (access[1].clock > now).any()]
-        return token
-
-    return callback.io_callback(publish, gpu_callbacks.TOKEN_SHAPE_DTYPE, token, interpreter.thread)
 
 
 class _Detector(race_detection_state.GPURaceDetectionState):

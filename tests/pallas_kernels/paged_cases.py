@@ -164,26 +164,6 @@ DECODE_CASES: dict[str, dict[str, Any]] = {
         "pages": jnp.int8,
         "config": PagedConfig(64, 128, 2, 2, dynamic=True),
     },
-    "the last unit merges, uneven rows, sinks": {
-        "rows": 4,
-        "heads": 8,
-        "page_size": 16,
-        "width": 21,
-        "lengths": [300, 0, 17, 129],
-        "call": {"sinks": None},
-        "config": PagedConfig(64, 128, 2, 1, dynamic=True, merges_here=True),
-    },
-    "the last unit merges, int8 pages, head dim 96, two consumers, a window": {
-        "rows": 3,
-        "heads": 10,
-        "head_dim": 96,
-        "page_size": 16,
-        "width": 18,
-        "lengths": [280, 0, 100],
-        "pages": jnp.int8,
-        "config": PagedConfig(64, 64, 2, 2, merges_here=True),
-        "call": {"local_window_size": 150},
-    },
     "short rows of an int8 consumer pair": {
         "rows": 5,
         "heads": 8,
@@ -298,17 +278,5 @@ COMPILE = {
         },
         "sinks and ALiBi": {"per_head": ("sinks", "alibi_slopes")},
         "units drawn": {"config": PagedConfig(128, 1024, 3, dynamic=True)},
-        **{
-            f"the last unit merges{name}": {
-                "config": PagedConfig(tile, 1024, 2, merges_here=True),
-                **arguments,
-            }
-            for name, tile, arguments in (
-                ("", 128, {"per_head": ("sinks",)}),
-                (", H=256, group 16", 64, {"heads": 16, "kv_heads": 1, "head_dim": 256}),
-                (", group 7, H=80", 128, {"heads": 7, "kv_heads": 1, "head_dim": 80}),
-                (", int8 pages", 128, {"pages": jnp.int8}),
-            )
-        },
     }.items()
 } | {"paged_attention:contiguous": contiguous_case()}

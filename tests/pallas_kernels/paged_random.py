@@ -3,7 +3,6 @@
 JAXATTN_INTERPRETED_CASES sets how many are interpreted (JAXATTN_RANDOM_SEED: from where on).
 """
 
-import dataclasses
 import functools
 import os
 from typing import Any, NamedTuple
@@ -69,13 +68,11 @@ def draw(seed: int, max_rows: int, max_keys: int, max_queries: int) -> Call:
         features["is_causal"] = False
     if has():
         features["logits_soft_cap"] = float(rng.uniform(2, 20))
-    decode = PagedConfig(64, 64 * int(rng.integers(1, 5)), 2, 2 if pages else 1)
+    decode = PagedConfig(64, 64 * int(rng.integers(1, 5)), 2, 2 if pages else 1, dynamic=has(0.5))
     splits = int(rng.choice([1, 1, 2, 3]))
     prefill = PrefillConfig(1 if head_dim > 128 else int(rng.integers(1, 3)), 64, 2, splits)
     dtype = jnp.float16 if pages is None and has() else jnp.bfloat16
-    padding = int(rng.integers(9))
-    decode = dataclasses.replace(decode, dynamic=has(0.5), merges_here=has(0.5))
-    return Call(shapes, pages, dtype, features, decode, prefill if is_ragged else None, padding)
+    return Call(shapes, pages, dtype, features, decode, prefill if is_ragged else None, int(rng.integers(9)))
 
 
 def check(seed: int) -> None:
