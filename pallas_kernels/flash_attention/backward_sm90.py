@@ -138,7 +138,8 @@ def _dq_body(plan: AttentionPlan, order: TileOrder, which: str, *refs):
     batch, head = plan.split_heads(batch_head, plan.num_heads)
     q_length, kv_length = plan.lengths_of(batch, extras)
     rows = config.own * config.warpgroups
-    block = Block(batch, head, tile * rows, q_length, kv_length, NO_TILES, extras)
+    first_row = tile * rows - plan.spare_rows(config.own, config.warpgroups)
+    block = Block(batch, head, first_row, q_length, kv_length, NO_TILES, extras)
     block = block._replace(tiles=_keys_of(plan, block, block.first_row, config.warpgroups))
     specialize(
         config.warpgroups,
@@ -153,6 +154,8 @@ def _keys_of(plan: AttentionPlan, block: Block, first_row, count: int) -> KvTile
     config, q_length, kv_length = plan.config.dq, block.q_length, block.kv_length
     offset, rows = plan.offset(q_length, kv_length), config.own * count
     tiles = kv_tiles(first_row, rows, offset, q_length, kv_length, plan.reach, config.other)
+    if count == 1 and plan.spare_rows(config.own, config.warpgroups):
+        tiles = tiles._replace(stop=jnp.where(first_row < 0, 0, tiles.stop))
     return block.extras.visits(tiles, block.batch, block.head, first_row, config.own, config.other, count)
 
 
@@ -177,10 +180,12 @@ def _dq_rows(plan: AttentionPlan, block: Block, warpgroup, sources, d_q, owned: 
     config = plan.config.dq
     all_owned, owned = owned, owned.at(warpgroup)
     first_row = block.first_row + warpgroup * config.own
-    rows = pl.ds(first_row, config.own)
+    num_spare = plan.spare_rows(config.own, config.warpgroups)
+    known_row = jnp.maximum(first_row, 0) if num_spare else first_row
+    rows = pl.ds(known_row, config.own)
     q, d_out, lse2, delta = sources
     by_row, by_head = (block.batch, rows, block.head), (block.batch, block.head, rows)
-    place = (block.batch, first_row, config.own, block.head, block.q_length)
+    place = (block.batch, known_row, config.own, block.head, block.q_length)
     owned.load(q.rows(*place), d_out.rows(*place), lse2.at[by_head], delta.at[by_head])
     statistics = [
         broadcast_rows(plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1)), config.other)
@@ -197,7 +202,8 @@ def _dq_rows(plan: AttentionPlan, block: Block, warpgroup, sources, d_q, owned: 
     acc = run_tiles(block.tiles, own, step, skip, acc, ends)
     owned.first[...] = (acc * plan.scale).astype(plan.dtype)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(owned.first, d_q.at[by_row])
+    copy = functools.partial(plgpu.copy_smem_to_gmem, owned.first, d_q.at[by_row])
+    pl.when(first_row >= 0)(copy) if num_spare else copy()
     plgpu.wait_smem_to_gmem(0)
 
 

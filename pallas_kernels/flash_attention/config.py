@@ -135,6 +135,7 @@ def default_config(
     num_keys: int = 0,
     in_blocks: bool = False,
     busy: int = 0,
+    hashes: bool = False,
     has_lengths: bool = False,
     all_visible: bool = False,
     starts_light: bool = False,
@@ -143,10 +144,11 @@ def default_config(
     """The tiles for a (padded) head dim; crowded: more than products and a causal mask needs registers
     too; in_blocks: thread blocks that divide the 128 x 128 of a block mask, and most lengths, so that no
     bias need be padded; busy: how much each tile does beside (dropout's hash, segment ids, a bias): it
-    takes the registers that overlap needs, and two of them those of three warpgroups; has_lengths: they
-    take registers, too many for three warpgroups at H = 128; all_visible: nothing is masked; starts_light:
-    the first queries see the fewest keys, and the block that is not full is the first (num_spare_rows of
-    ForwardPlan); few: there is a multiprocessor for every 64 queries of a head.
+    takes the registers that overlap needs, and two of them those of three warpgroups; hashes: dropout is
+    among it, which needs the most; has_lengths: they take registers, too many for three warpgroups at H =
+    128; all_visible: nothing is masked; starts_light: the first queries see the fewest keys, and the block
+    that is not full is the first (spare_rows of AttentionPlan); few: there is a multiprocessor for every 64
+    queries of a head.
 
     Forward TFLOP/s on an H200:
     H = 64, causal, T = 16,384: three warpgroups that overlap 538, without overlap 500, two 421. Causal T =
@@ -183,7 +185,7 @@ def default_config(
         warpgroups = 2 if short and not (busy or has_lengths) else 3
         return FlashConfig(stages=3, warpgroups=warpgroups, overlap=not busy, dq=dq, **ahead)
     if head_dim <= 128 and busy:
-        return FlashConfig(q_stages=2)
+        return FlashConfig(q_stages=2, overlap=not hashes, ping_pong=hashes and busy == 1)
     if head_dim <= 128 and (crowded or short):
         dq = GradientConfig() if crowded else GradientConfig(warpgroups=3)
         many_keys = all_visible and num_keys > SHORT

@@ -24,15 +24,8 @@ class ForwardPlan(AttentionPlan):
 
     @property
     def num_spare_rows(self) -> int:
-        """Rows before the first query in the first thread block: whole row tiles, whose warpgroups stay idle.
-
-        Where later queries see more keys, the block that is not full had better be the first: T = 1024 in
-        blocks of 192 rows would end with 64 rows that keep a thread block for all 1024 keys.
-        """
-        if self.has_unknown_ends or self.reach[0] is not None or self.reach[1] is None:
-            return 0
-        spare = self.num_row_tiles * self.block_rows - self.num_queries
-        return spare // self.config.tile_q * self.config.tile_q
+        """Rows before the first query in the first thread block."""
+        return self.spare_rows(self.config.tile_q, self.config.warpgroups)
 
     @property
     def has_masked_end(self) -> bool:
@@ -58,11 +51,6 @@ class ForwardPlan(AttentionPlan):
             section=self.group,
             is_uneven=self.is_uneven,
         )
-
-    @property
-    def has_unknown_ends(self) -> bool:
-        """Whether the KV tiles of an item are not known before the kernel runs."""
-        return self.has_segments or self.has_block_mask or self.has_q_lengths or self.has_kv_lengths
 
     @property
     def draws_items(self) -> bool:

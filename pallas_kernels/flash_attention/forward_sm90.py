@@ -271,10 +271,7 @@ def attend_items(
             plgpu.copy_smem_to_gmem(out_smem, out.at[work.batch, to, work.head])
             plgpu.copy_smem_to_gmem(lse_smem, lse.at[work.batch, work.head, to])
 
-        if plan.num_spare_rows:
-            pl.when(first_row >= 0)(store)
-        else:
-            store()
+        pl.when(first_row >= 0)(store) if plan.num_spare_rows else store()
         if plan.config.q_stages == 1:
             _release_buffer(plan, barriers, turn, warpgroup)
         return position + work.tiles.stop - work.tiles.start

@@ -93,20 +93,16 @@ def io_bytes(
 
 
 def _forward(plan: ForwardPlan) -> Traffic:
-    block = plan.block_rows
-    streamed = (
-        _streamed_rows(plan, block, plan.config.tile_kv, num_spare=plan.num_spare_rows)
-        * plan.num_heads
-        * plan.token_bytes
-    )
-    rows = plan.num_queries * plan.num_heads * _itemsize(plan)
-    lse = plan.num_heads * FP32_BYTES
+    heads, spare, size = plan.batch * plan.num_heads, plan.num_spare_rows, _itemsize(plan)
+    streamed = _streamed_rows(plan, plan.block_rows, plan.config.tile_kv, num_spare=spare) * plan.token_bytes
+    stored = plan.num_queries * size * plan.value_dim
+    lse_rows = plan.num_row_tiles * plan.block_rows - spare
     return Traffic(
-        l2_to_sm=plan.batch * (rows * plan.head_dim + streamed),
-        sm_to_l2=plan.batch
-        * (rows * plan.value_dim + lse * (plan.num_row_tiles * block - plan.num_spare_rows)),
-        dram_read=plan.batch * rows * plan.head_dim + _kv_bytes(plan),
-        dram_write=plan.batch * (rows * plan.value_dim + lse * plan.num_queries),
+        # Idle warpgroups load rows too.
+        l2_to_sm=heads * ((plan.num_queries + spare) * size * plan.head_dim + streamed),
+        sm_to_l2=heads * (stored + FP32_BYTES * lse_rows),
+        dram_read=heads * plan.num_queries * size * plan.head_dim + _kv_bytes(plan),
+        dram_write=heads * (stored + FP32_BYTES * plan.num_queries),
     )
 
 
@@ -139,9 +135,11 @@ def _fused_backward(plan: AttentionPlan) -> Traffic:
 def _dq(plan: AttentionPlan) -> Traffic:
     """Owns rows of Q and dO and their statistics, streams K and V."""
     config = plan.config.dq
-    block = config.own * config.warpgroups
-    streamed = _streamed_rows(plan, block, config.other) * plan.batch * plan.num_heads * plan.token_bytes
-    return Traffic(_q_bytes(plan, _padded(plan.num_queries, block)) + streamed, 0, 0, 0)
+    block, num_spare = config.own * config.warpgroups, plan.spare_rows(config.own, config.warpgroups)
+    streamed = _streamed_rows(plan, block, config.other, num_spare=num_spare)
+    streamed *= plan.batch * plan.num_heads * plan.token_bytes
+    owned = _q_bytes(plan, _padded(plan.num_queries, block), num_spare)
+    return Traffic(owned + streamed, 0, 0, 0)
 
 
 def _dkv(plan: AttentionPlan) -> Traffic:
@@ -185,9 +183,9 @@ def _streamed_rows(
     return int(np.maximum(end - start * tile, 0).sum())
 
 
-def _q_bytes(plan: AttentionPlan, statistics_rows: int) -> int:
-    """Of Q and dO, and of two statistics a row."""
-    rows = plan.num_queries * plan.token_bytes + 2 * FP32_BYTES * statistics_rows
+def _q_bytes(plan: AttentionPlan, statistics_rows: int, num_spare: int = 0) -> int:
+    """Of Q and dO, and of two statistics a row; idle warpgroups load rows too."""
+    rows = (plan.num_queries + num_spare) * plan.token_bytes + 2 * FP32_BYTES * statistics_rows
     return plan.batch * plan.num_heads * rows
 
 

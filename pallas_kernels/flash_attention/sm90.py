@@ -150,6 +150,7 @@ def _config(inputs: AttentionInputs, spec: AttentionSpec, head_dim: int, value_d
         num_keys=num_keys,
         in_blocks="block_mask" in features or has_bias_rows,
         busy=busy,
+        hashes="dropout" in features,
         has_lengths="lengths" in features,
         few=batch * num_heads * math.ceil(num_queries / 64) <= num_multiprocessors(),
         all_visible=not (spec.is_causal or num_keys % 64 or masks),

@@ -52,10 +52,13 @@ def fused_feature_cases(t=1024, n=4, batch=2):
         "wide, segments, lengths, dropout": (256, 1, ids | lengths | seed, causal | {"dropout_rate": 0.1}),
         "wide, block mask, segments": (256, 1, blocks | ids | lengths, causal),
     }
-    return {
+    cases = {
         f"flash_attention:backward fused H={h} {name}": fused_case(shapes(t, t, n, k, h, batch), *more)
         for name, (h, k, *more) in rows.items()
     }
+    # backward_fused_items.is_persistent says why they are not 0.
+    name = "flash_attention:backward fused H=128 block mask, grouped heads"
+    return cases | {name: cases[name]._replace(max_spill_bytes=24)}
 
 
 def fused_case(specs, arrays, options):
