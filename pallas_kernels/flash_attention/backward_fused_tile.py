@@ -154,14 +154,15 @@ def _multiply_dq(step: Step, acc, number):
     """acc += dS K, our part of the tile's rows or columns."""
     plan, buffers = step.plan, step.buffers
     turn = turn_of(number)
-    rows, columns = step.part_of_dq
+    num_rows, num_columns = step.part_of_dq
+    rows = columns = slice(None)
+    if num_rows < plan.fused.tile_q:
+        rows = pl.ds(step.warpgroup * num_rows, num_rows)
+    else:
+        columns = pl.ds(step.warpgroup * HALF, num_columns)
     for half in range(WARPGROUPS):
         half = opaque(half)
-        d_logits, keys = buffers.d_logits.at[turn, half], buffers.k.at[half]
-        if rows < plan.fused.tile_q:
-            d_logits = d_logits.at[:, pl.ds(step.warpgroup * rows, rows)]
-        else:
-            keys = keys.at[:, pl.ds(step.warpgroup * HALF, columns)]
+        d_logits, keys = buffers.d_logits.at[turn, half, :, rows], buffers.k.at[half, :, columns]
         plgpu.wgmma(acc, d_logits.transpose((1, 0)), keys)
 
 

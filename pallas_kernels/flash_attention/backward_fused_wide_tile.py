@@ -41,11 +41,11 @@ class Buffers(NamedTuple):
             d_q=swizzled_smem((WARPGROUPS, tile_q, COLUMNS), jnp.float32),
         )
 
-    def own(self, which: int):
+    def own(self, which: int, columns: Any = slice(None)):
         """Keys or values. Addresses are computed where they are used, instead of once, in registers that live
         through the loops.
         """
-        return self.keys.at[opaque(which)]
+        return self.keys.at[opaque(which), :, columns]
 
     def d_outs(self):
         return self.d_out.at[opaque(0)]
@@ -212,7 +212,7 @@ def _columns(step: Step) -> range:
 def _multiply_dq(step: Step, acc, index, columns: int):
     """acc += dS K, for COLUMNS columns."""
     d_logits = step.buffers.d_logits.at[turn_of(index)]
-    plgpu.wgmma(acc, d_logits.transpose((1, 0)), step.buffers.own(K).at[:, pl.ds(columns, COLUMNS)])
+    plgpu.wgmma(acc, d_logits.transpose((1, 0)), step.buffers.own(K, pl.ds(columns, COLUMNS)))
 
 
 def _dq_acc(step: Step):
