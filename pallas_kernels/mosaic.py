@@ -31,6 +31,7 @@ __all__ = [
     "div",
     "draw",
     "fresh_iota",
+    "load_by_column",
     "load_codes_transposed",
     "load_columns",
     "load_rows",
@@ -181,6 +182,23 @@ def load_rows(ref: Any) -> jax.Array:
 def load_columns(ref: Any) -> jax.Array:
     """A vector in memory, a number for each column of a wgmma accumulator."""
     return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+
+
+def load_by_column(ref: Any, rows: int) -> jax.Array:
+    """A vector in shared memory, a number for each column, as a wgmma accumulator of so many rows.
+
+    In one step, which tells the layout: one that is inferred takes time, and more of it in larger kernels.
+    """
+    shape = rows, ref.shape[0]
+    result = plgpu.ShapeDtypeStruct(shape, ref.dtype, layout=plgpu.Layout.WGMMA)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=result)
+    def load(_, source):
+        layout = fragmented_array.WGMMA_LAYOUT
+        columns = fragmented_array.FragmentedArray.load_untiled(source, layout=layout.reduce((0,)))
+        return columns.broadcast_in_dim(shape, (1,), layout)
+
+    return load(ref)
 
 
 def broadcast_rows(x: jax.Array, columns: int) -> jax.Array:

@@ -170,9 +170,10 @@ def visit_queries(plan: AttentionPlan, indices: KvTiles, take) -> None:
         first_masked = (start < indices.full_start) | (start >= indices.full_stop)
     first = functools.partial(take, masked=first_masked, is_first=True)
     lax.fori_loop(start, second, first, None)
-    if masked_start:
+    has_masked_second = masked_start and not plan.is_cut_once(block_keys(plan), plan.fused.tile_q)
+    if has_masked_second:
         lax.fori_loop(second, full_start, masked, None)
-    lax.fori_loop(full_start if masked_start else second, full_stop, take, None)
+    lax.fori_loop(full_start if has_masked_second else second, full_stop, take, None)
     if masked_stop:
         lax.fori_loop(full_stop, stop, masked, None)
 

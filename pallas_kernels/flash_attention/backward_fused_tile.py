@@ -17,7 +17,7 @@ from pallas_kernels.flash_attention.backward_fused_block import (
 )
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.scores import Weights, logit_gradients, weigh
-from pallas_kernels.mosaic import broadcast_columns, opaque, pl, plgpu
+from pallas_kernels.mosaic import load_by_column, opaque, pl, plgpu
 
 
 class Step(NamedTuple):
@@ -110,12 +110,12 @@ def _differentiate_logits(step: Step, sum_dv, index, part: int, masked: bool):
     def differentiate(logits_acc, d_weights_acc):
         plgpu.wgmma(logits_acc, buffers.k.at[step.warpgroup], queries.transpose((1, 0)))
         plgpu.wgmma(d_weights_acc, buffers.v.at[step.warpgroup], d_outs.transpose((1, 0)))
-        lse2 = by_column(buffers.lse(slot).at[rows])
+        lse2 = load_by_column(buffers.lse(slot).at[rows], HALF)
         logits = plgpu.wgmma_accumulator_load(logits_acc, wait_n=1)
         weights = weigh(plan, block.extras, place, logits, lse2, masked, rounds_slope=True)
         weights = rounded(plan, weights)
         plgpu.wgmma(sum_dv, weights.kept, d_outs)
-        delta = by_column(buffers.delta(slot).at[rows])
+        delta = load_by_column(buffers.delta(slot).at[rows], HALF)
         d_weights = plgpu.wgmma_accumulator_load(d_weights_acc, wait_n=1)
         weights = weights._replace(slopes=weights.slopes.astype(jnp.float32))
         return logit_gradients(plan, weights, d_weights, delta).astype(plan.dtype)
@@ -136,10 +136,6 @@ def _part(part: int):
     return pl.ds(part * PART, PART)
 
 
-def by_column(statistic):
-    return broadcast_columns(plgpu.load(statistic, layout=plgpu.Layout.WGMMA.reduce(0)), HALF)
-
-
 def turn_of(number):
     """Which of the two buffers of dS a tile of queries uses."""
     return lax.rem(number, jnp.int32(2))
@@ -158,14 +154,15 @@ def _multiply_dq(step: Step, acc, number):
     """acc += dS K, our part of the tile's rows or columns."""
     plan, buffers = step.plan, step.buffers
     turn = turn_of(number)
-    rows, columns = step.part_of_dq
+    num_rows, num_columns = step.part_of_dq
+    rows = columns = slice(None)
+    if num_rows < plan.fused.tile_q:
+        rows = pl.ds(step.warpgroup * num_rows, num_rows)
+    else:
+        columns = pl.ds(step.warpgroup * HALF, num_columns)
     for half in range(WARPGROUPS):
         half = opaque(half)
-        d_logits, keys = buffers.d_logits.at[turn, half], buffers.k.at[half]
-        if rows < plan.fused.tile_q:
-            d_logits = d_logits.at[:, pl.ds(step.warpgroup * rows, rows)]
-        else:
-            keys = keys.at[:, pl.ds(step.warpgroup * HALF, columns)]
+        d_logits, keys = buffers.d_logits.at[turn, half, :, rows], buffers.k.at[half, :, columns]
         plgpu.wgmma(acc, d_logits.transpose((1, 0)), keys)
 
 

@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels.flash_attention.backward_fused_block import HALF, WARPGROUPS, Block, slot_of
-from pallas_kernels.flash_attention.backward_fused_tile import by_column, rounded, turn_of
+from pallas_kernels.flash_attention.backward_fused_tile import rounded, turn_of
 from pallas_kernels.flash_attention.extras import Extras
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.scores import Weights, logit_gradients, weigh
-from pallas_kernels.mosaic import opaque, pl, plgpu, swizzled_smem
+from pallas_kernels.mosaic import load_by_column, opaque, pl, plgpu, swizzled_smem
 
 K, V = 0, 1
 COLUMNS = 64  # of dQ that a warpgroup multiplies at a time
@@ -41,11 +41,11 @@ class Buffers(NamedTuple):
             d_q=swizzled_smem((WARPGROUPS, tile_q, COLUMNS), jnp.float32),
         )
 
-    def own(self, which: int):
+    def own(self, which: int, columns: Any = slice(None)):
         """Keys or values. Addresses are computed where they are used, instead of once, in registers that live
         through the loops.
         """
-        return self.keys.at[opaque(which)]
+        return self.keys.at[opaque(which), :, columns]
 
     def d_outs(self):
         return self.d_out.at[opaque(0)]
@@ -90,7 +90,7 @@ def take_weights(step: Step, sum_dv, index, _, masked=False, is_first=False):
 
     def sum_weights(logits_acc, d_q_acc):
         place = step.block.place_at(plan, index, step.block.first_key, masked)
-        lse2 = by_column(buffers.lse.at[slot])
+        lse2 = load_by_column(buffers.lse.at[slot], HALF)
         logits = plgpu.wgmma_accumulator_load(logits_acc, wait_n=0 if d_q_acc is None else 1)
         weights = weigh(plan, step.block.extras, place, logits, lse2, masked, rounds_slope=True)
         weights = rounded(plan, weights)
@@ -122,7 +122,7 @@ def take_gradients(step: Step, sum_dk, index, _, is_first=False):
     slot = slot_of(plan, index)
 
     def sum_gradients(d_weights_acc, d_q_acc):
-        delta = by_column(buffers.delta)
+        delta = load_by_column(buffers.delta, HALF)
         d_weights = plgpu.wgmma_accumulator_load(d_weights_acc, wait_n=0 if d_q_acc is None else 1)
         plgpu.barrier_wait(barriers.weights_written)
         weights = _unsigned(plan, plgpu.load(buffers.weights, layout=plgpu.Layout.WGMMA))
@@ -212,7 +212,7 @@ def _columns(step: Step) -> range:
 def _multiply_dq(step: Step, acc, index, columns: int):
     """acc += dS K, for COLUMNS columns."""
     d_logits = step.buffers.d_logits.at[turn_of(index)]
-    plgpu.wgmma(acc, d_logits.transpose((1, 0)), step.buffers.own(K).at[:, pl.ds(columns, COLUMNS)])
+    plgpu.wgmma(acc, d_logits.transpose((1, 0)), step.buffers.own(K, pl.ds(columns, COLUMNS)))
 
 
 def _dq_acc(step: Step):

@@ -25,8 +25,8 @@ from pallas_kernels.flash_attention.spec import AttentionInputs
 from pallas_kernels.flash_attention.streams import Ends, Owned, Stream, run_tiles
 from pallas_kernels.flash_attention.tiles import NO_TILES, KvTiles, TileOrder, kv_tiles
 from pallas_kernels.mosaic import (
-    broadcast_columns,
     broadcast_rows,
+    load_by_column,
     opaque,
     pl,
     plgpu,
@@ -371,11 +371,10 @@ def _dkv_tile(
     place = TilePlace(
         block.batch, head, first_query, first_key, *lengths, shape, keys_first=True, elements=elements
     )
-    by_column = plgpu.Layout.WGMMA.reduce(0)
     queries, out_grads = stream.first.at[slot], stream.second.at[slot]
 
     def weigh_tile(logits):
-        lse2 = broadcast_columns(plgpu.load(stream.lse.at[slot], layout=by_column), config.own)
+        lse2 = load_by_column(stream.lse.at[slot], config.own)
         return weigh(plan, extras, place, logits, lse2, masked)
 
     stream.wait_loaded(slot)
@@ -392,7 +391,7 @@ def _dkv_tile(
 
         acc_type = plgpu.ACC(shape, jnp.float32)
         weights, d_weights = pl.run_scoped(multiply, acc_type, acc_type)
-        delta = broadcast_columns(plgpu.load(stream.delta.at[slot], layout=by_column), config.own)
+        delta = load_by_column(stream.delta.at[slot], config.own)
         d_logits = logit_gradients(plan, weights, d_weights, delta)
 
         def accumulate(refs):

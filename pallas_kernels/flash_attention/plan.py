@@ -42,6 +42,20 @@ class AttentionPlan:
         """Whether the last ones may, for another reason than the end of the keys."""
         return self.reach[1] is not None or self.has_segments
 
+    def is_cut_once(self, own: int, other: int) -> bool:
+        """Whether the right end of what rows see lies in one tile of `other` for all rows of a tile of `own`,
+        so that no second one needs a mask for it; own: queries and other: keys, or the reverse.
+        """
+        _, right = self.reach
+        if self.has_segments or self.has_block_mask:
+            return False
+        if right is None:
+            return True
+        if self.bottom_right and (self.has_q_lengths or self.has_kv_lengths):
+            return False
+        diagonal = right + (self.num_keys - self.num_queries if self.bottom_right else 0)
+        return other % own == 0 and diagonal % own == 0
+
     @property
     def is_uneven(self) -> bool:
         """Whether tiles of a head differ in how much they see: there is an end on one side alone."""

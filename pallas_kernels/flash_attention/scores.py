@@ -37,11 +37,11 @@ class TilePlace(NamedTuple):
     elements: Any = None  # int8 of this shape in global memory, where a block mask hides some
 
     def queries(self):
-        """The indices of its queries, laid out for by_query."""
-        return self.first_query + self._iota(1 if self.keys_first else 0)
+        """The indices of its queries; by_query, or what they meet, tells their layout."""
+        return self.first_query + lax.iota(jnp.int32, self.shape[1 if self.keys_first else 0])
 
     def keys(self):
-        return self.first_key + self._iota(0 if self.keys_first else 1)
+        return self.first_key + lax.iota(jnp.int32, self.shape[0 if self.keys_first else 1])
 
     def by_query(self, x):
         """[queries] -> the tile's shape."""
@@ -68,10 +68,6 @@ class TilePlace(NamedTuple):
     def _load(self, ref, first, axis: int):
         ref = ref.at[pl.ds(first, self.shape[axis])]
         return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1 - axis), optimized=False)
-
-    def _iota(self, axis: int):
-        layout = plgpu.Layout.WGMMA.reduce(1 - axis)
-        return plgpu.broadcasted_iota(jnp.int32, (self.shape[axis],), 0, layout=layout)
 
 
 def bend(plan: AttentionPlan, extras: Extras, tile: TilePlace, logits):

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.mosaic import (
     LOG2_E,
@@ -96,8 +97,8 @@ def bias_and_mask(tile: Tile, logits):
 
 
 def is_visible(tile: Tile, shape):
-    token = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA) + tile.start
-    return (token >= tile.unit.first_visible) & (token < tile.unit.end)
+    token = lax.iota(jnp.int32, shape[0]) + tile.start
+    return broadcast_rows((token >= tile.unit.first_visible) & (token < tile.unit.end), shape[1])
 
 
 def multiply_values(tile: Tile, weights, old):

@@ -7,8 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from pallas_kernels.mosaic import pl, plgpu, swizzle_bytes
+from pallas_kernels.mosaic import broadcast_rows, div, pl, plgpu, swizzle_bytes
 
 ROWS = 64  # of wgmma's layouts
 WARPS = 4  # of a warpgroup
@@ -60,14 +61,18 @@ def zero_invisible(values_ref: Any, start: Any, first: Any, stop: Any, share: tu
     rows, columns = values_ref.shape
     itemsize = jnp.dtype(values_ref.dtype).itemsize
     width = swizzle_bytes(columns * itemsize) // itemsize  # a few registers
-    blocks = itertools.product(range(0, rows, ROWS), range(0, columns, width))
-    for index, (row, column) in enumerate(blocks):
-        block = values_ref.at[pl.ds(row, ROWS), pl.ds(column, width)]
-        zero = functools.partial(_zero_block, block, start + row, first, stop)
-        if share[1] == 1:
-            zero()
-        else:
-            pl.when(share[0] == index % share[1])(zero)
+
+    def zero(row, column):
+        _zero_block(values_ref.at[pl.ds(row, ROWS), pl.ds(column, width)], start + row, first, stop)
+
+    if share[1] == 1:
+        in_row = columns // width
+        zero_at = lambda i, _: zero(div(i, in_row) * ROWS, lax.rem(i, jnp.int32(in_row)) * width)
+        lax.fori_loop(0, rows // ROWS * in_row, zero_at, None)
+        return
+    # No loop: it would spill registers of prefill's accumulators.
+    for index, place in enumerate(itertools.product(range(0, rows, ROWS), range(0, columns, width))):
+        pl.when(share[0] == index % share[1])(functools.partial(zero, *place))
 
 
 def _zero_block(block: Any, start: Any, first: Any, stop: Any):
@@ -76,6 +81,7 @@ def _zero_block(block: Any, start: Any, first: Any, stop: Any):
     values = plgpu.load(block, layout=layout)
     if is_code:  # there are no selects of 8 bits
         values = values.astype(jnp.float16).astype(jnp.float32)
-    token = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=layout) + start
-    values = jnp.where((token >= first) & (token < stop), values, jnp.zeros_like(values))
+    token = lax.iota(jnp.int32, values.shape[0]) + start
+    is_seen = broadcast_rows((token >= first) & (token < stop), values.shape[1])
+    values = jnp.where(is_seen, values, jnp.zeros_like(values))
     block[...] = values.astype(block.dtype)

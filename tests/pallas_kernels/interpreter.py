@@ -35,8 +35,15 @@ from jax._src.pallas.mosaic_gpu.interpret import (
 from jax._src.state import discharge
 from jax._src.state import types as state_types
 
-from pallas_kernels.flash_attention import backward_fused_items, items, mapped
-from pallas_kernels.mosaic import TMA_ALIGNMENT, deinterleave, pl, plgpu
+from pallas_kernels.flash_attention import (
+    backward_fused_items,
+    backward_fused_tile,
+    backward_fused_wide_tile,
+    backward_sm90,
+    items,
+    mapped,
+)
+from pallas_kernels.mosaic import TMA_ALIGNMENT, broadcast_columns, deinterleave, pl, plgpu
 from pallas_kernels.paged_attention import (
     decode_codes,
     decode_consumer,
@@ -118,6 +125,7 @@ def _plain_terms():
         "load_codes_transposed": (_load_codes_transposed, decode_codes),
         "draw": (_draw, units, items, backward_fused_items, prefill_producer),
         "fresh_iota": (_iota, prefill_consumer),
+        "load_by_column": (_load_by_column, backward_fused_tile, backward_fused_wide_tile, backward_sm90),
         "store_rows": (_store_rows, prefill_consumer),
     }
     with contextlib.ExitStack() as stack:
@@ -147,6 +155,10 @@ def _store_deinterleaved(ref, x):
 
 def _iota(size, axis):
     return jnp.arange(size, dtype=jnp.int32)
+
+
+def _load_by_column(ref, rows):
+    return broadcast_columns(ref[...], rows)
 
 
 def _store_rows(ref, x, row):

@@ -7,7 +7,7 @@ import pytest
 
 from pallas_kernels import FlashConfig
 from pallas_kernels.flash_attention.forward_plan import ITEM_COST, ForwardPlan
-from pallas_kernels.flash_attention.tiles import Schedule, TileOrder
+from pallas_kernels.flash_attention.tiles import Schedule, TileOrder, kv_tiles
 
 PLAN = ForwardPlan(
     batch=2,
@@ -90,3 +90,27 @@ def test_costs_are_the_tiles_that_rows_see(warpgroups, reach, bottom_right, keys
         PLAN, reach=reach, bottom_right=bottom_right, num_keys=keys, num_queries=256, config=config
     )
     assert [cost - ITEM_COST for cost in plan.schedule.costs] == expected
+
+
+@pytest.mark.parametrize("own", [64, 128])
+@pytest.mark.parametrize("other", [64, 128])
+@pytest.mark.parametrize("right", [None, 0, 1, 64])
+@pytest.mark.parametrize("bottom_right", [False, True])
+@pytest.mark.parametrize(("queries", "keys"), [(512, 512), (512, 500), (300, 520), (448, 256)])
+def test_where_an_end_cuts_one_tile_no_second_needs_a_mask(own, other, right, bottom_right, queries, keys):
+    plan = dataclasses.replace(
+        PLAN, reach=(None, right), bottom_right=bottom_right, num_queries=queries, num_keys=keys
+    )
+    offset, rows, columns = plan.offset(queries, keys), jnp.arange(0, queries, own), jnp.arange(0, keys, own)
+    ends = kv_tiles(rows, own, offset, queries, keys, (None, right), other)
+    starts = kv_tiles(columns, own, -offset, keys, queries, (right, None), other, mask_end=False)
+    cut = jnp.concatenate([ends.stop - ends.full_stop, starts.full_start - starts.start])
+    assert not plan.is_cut_once(own, other) or cut.max() <= 1
+
+
+def test_a_causal_mask_cuts_one_tile_where_those_of_keys_are_as_long():
+    assert PLAN.is_cut_once(64, 128)
+    assert PLAN.is_cut_once(128, 128)
+    assert not PLAN.is_cut_once(128, 64)
+    assert not dataclasses.replace(PLAN, has_segments=True).is_cut_once(64, 128)
+    assert not dataclasses.replace(PLAN, bottom_right=True, has_kv_lengths=True).is_cut_once(64, 128)
