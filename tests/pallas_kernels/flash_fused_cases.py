@@ -14,6 +14,7 @@ from tests.pallas_kernels.flash_cases import (
     BACKWARD_CASES,
     DROPOUT,
     LENGTHS,
+    PERSISTENT_SPILLS,
     SLOPES,
     SMALL,
     bias_of,
@@ -56,9 +57,8 @@ def fused_feature_cases(t=1024, n=4, batch=2):
         f"flash_attention:backward fused H={h} {name}": fused_case(shapes(t, t, n, k, h, batch), *more)
         for name, (h, k, *more) in rows.items()
     }
-    # backward_fused_items.is_persistent says why they are not 0.
     name = "flash_attention:backward fused H=128 block mask, grouped heads"
-    return cases | {name: cases[name]._replace(max_spill_bytes=24)}
+    return cases | {name: cases[name]._replace(max_spill_bytes=PERSISTENT_SPILLS)}
 
 
 def fused_case(specs, arrays, options):
