@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import broadcast_rows, div, pl, plgpu, swizzle_bytes
+from pallas_kernels.mosaic import broadcast_rows, pl, plgpu, swizzle_bytes
 
 ROWS = 64  # of wgmma's layouts
 WARPS = 4  # of a warpgroup
@@ -62,17 +62,14 @@ def zero_invisible(values_ref: Any, start: Any, first: Any, stop: Any, share: tu
     itemsize = jnp.dtype(values_ref.dtype).itemsize
     width = swizzle_bytes(columns * itemsize) // itemsize  # a few registers
 
-    def zero(row, column):
-        _zero_block(values_ref.at[pl.ds(row, ROWS), pl.ds(column, width)], start + row, first, stop)
-
-    if share[1] == 1:
-        in_row = columns // width
-        zero_at = lambda i, _: zero(div(i, in_row) * ROWS, lax.rem(i, jnp.int32(in_row)) * width)
-        lax.fori_loop(0, rows // ROWS * in_row, zero_at, None)
-        return
-    # No loop: it would spill registers of prefill's accumulators.
-    for index, place in enumerate(itertools.product(range(0, rows, ROWS), range(0, columns, width))):
-        pl.when(share[0] == index % share[1])(functools.partial(zero, *place))
+    blocks = itertools.product(range(0, rows, ROWS), range(0, columns, width))
+    for index, (row, column) in enumerate(blocks):
+        block = values_ref.at[pl.ds(row, ROWS), pl.ds(column, width)]
+        zero = functools.partial(_zero_block, block, start + row, first, stop)
+        if share[1] == 1:
+            zero()
+        else:
+            pl.when(share[0] == index % share[1])(zero)
 
 
 def _zero_block(block: Any, start: Any, first: Any, stop: Any):
