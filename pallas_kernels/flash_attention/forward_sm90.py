@@ -344,10 +344,11 @@ def _attend_overlapped(plan: ForwardPlan, steps: Steps, tile: Tile, acc, softmax
     softmax, weights16 = _once(plan, steps, steps.start, first, (softmax, weights16))
     release()
     carry = (acc, softmax, weights16)
-    is_cut_once = plan.is_cut_once(plan.config.tile_q, plan.config.tile_kv)
-    if plan.has_masked_end and not is_cut_once:
+    if plan.has_masked_end and plan.is_cut_once(plan.config.tile_q, plan.config.tile_kv):
+        masked_stop = second
+    elif plan.has_masked_end:
         carry = lax.fori_loop(second, masked_stop, masked, carry)
-    carry = lax.fori_loop(second if is_cut_once else masked_stop, full_stop, attend, carry)
+    carry = lax.fori_loop(masked_stop, full_stop, attend, carry)
     if plan.has_masked_first:
         carry = lax.fori_loop(full_stop, steps.stop, masked, carry)
     acc, softmax, weights16 = carry
