@@ -90,6 +90,10 @@ CASES: dict[str, dict[str, Any]] = {
         **{"h": 128, "t": 130, "s": 70, "n": 2, "k": 1, "config": fused_config(128, SMALL)},
         **{"q_segment_ids": packed(130, 20, 75), "kv_segment_ids": packed(70, 20, 60, 65)},
     },
+    # Several items a thread block, whose first tiles are whole or not.
+    "fused, head dim 128, block mask": {
+        **{"t": 384, "s": 256, "h": 128, **block_mask(384, 256, seed=6), "config": fused_config(128, SMALL)},
+    },
     "fused, many at once": {
         **{"t": 70, "s": 140, "n": 2, "k": 1, "is_causal": True, "logits_soft_cap": 5.0, "poison": True},
         **{"causal_alignment": "bottom_right", "local_window_size": (50, None), "sinks": jnp.zeros(2)},
