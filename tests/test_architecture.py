@@ -57,10 +57,17 @@ def test_imports_go_one_way(package):
         assert not forbidden, f"{path.relative_to(ROOT)} imports {sorted(forbidden)}"
 
 
-def test_one_module_touches_mosaic_gpu():
-    for path in python_files("pallas_kernels"):
-        if path.name != "mosaic.py":
-            assert not any("mosaic_gpu" in name for name in imported_modules(path)), path
+@pytest.mark.parametrize(
+    ("api", "module"),
+    [("pallas.mosaic_gpu", "mosaic.py"), ("mosaic.gpu.fragmented_array", "mosaic_inline.py")],
+)
+def test_one_module_touches_each_api_of_mosaic(api, module):
+    touches = {
+        path.name
+        for path in python_files("pallas_kernels")
+        if any(name.startswith(f"jax.experimental.{api}") for name in imported_modules(path))
+    }
+    assert touches == {module}
 
 
 def test_kernels_have_two_callers():

@@ -12,7 +12,7 @@ from pallas_kernels.flash_attention.backward_fused_block import block_keys
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.spec import AttentionInputs
 from pallas_kernels.flash_attention.tiles import Schedule, TileOrder
-from pallas_kernels.mosaic import draw
+from pallas_kernels.mosaic_inline import draw
 
 ITEM_COST = 1  # of what an item costs beside its tiles of queries, in their time
 

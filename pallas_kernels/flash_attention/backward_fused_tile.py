@@ -17,7 +17,8 @@ from pallas_kernels.flash_attention.backward_fused_block import (
 )
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.scores import Weights, logit_gradients, weigh
-from pallas_kernels.mosaic import load_by_column, opaque, pl, plgpu
+from pallas_kernels.mosaic import opaque, pl, plgpu
+from pallas_kernels.mosaic_inline import load_by_column
 
 
 class Step(NamedTuple):

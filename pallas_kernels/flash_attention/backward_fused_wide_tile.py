@@ -9,7 +9,8 @@ from pallas_kernels.flash_attention.backward_fused_tile import rounded, turn_of
 from pallas_kernels.flash_attention.extras import Extras
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.scores import Weights, logit_gradients, weigh
-from pallas_kernels.mosaic import load_by_column, opaque, pl, plgpu, swizzled_smem
+from pallas_kernels.mosaic import opaque, pl, plgpu, swizzled_smem
+from pallas_kernels.mosaic_inline import load_by_column
 
 K, V = 0, 1
 COLUMNS = 64  # of dQ that a warpgroup multiplies at a time

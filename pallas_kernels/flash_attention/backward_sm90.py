@@ -26,13 +26,15 @@ from pallas_kernels.flash_attention.streams import Ends, Owned, Stream, run_tile
 from pallas_kernels.flash_attention.tiles import NO_TILES, KvTiles, TileOrder, kv_tiles
 from pallas_kernels.mosaic import (
     broadcast_rows,
-    load_by_column,
     opaque,
     pl,
     plgpu,
     register_zeros,
     row_iota,
     specialize,
+)
+from pallas_kernels.mosaic_inline import (
+    load_by_column,
 )
 
 

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import draw, pl, plgpu
+from pallas_kernels.mosaic import pl, plgpu
+from pallas_kernels.mosaic_inline import draw
 
 SLOTS = 2  # of tickets: the loading warpgroup is an item ahead
 

@@ -21,10 +21,12 @@ from jax import lax
 from pallas_kernels.mosaic import (
     broadcast_columns,
     broadcast_rows,
-    load_codes_transposed,
     load_rows,
     pl,
     plgpu,
+)
+from pallas_kernels.mosaic_inline import (
+    load_codes_transposed,
 )
 from pallas_kernels.paged_attention.decode_tile import (
     Softmax,

@@ -13,6 +13,8 @@ from pallas_kernels.mosaic import (
     load_columns,
     pl,
     plgpu,
+)
+from pallas_kernels.mosaic_inline import (
     reduce_rows,
     store_deinterleaved,
 )

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels.kv_pages.pool import QUANTIZED
-from pallas_kernels.mosaic import REDUCTION_SIZE, plgpu, swizzled_smem
+from pallas_kernels.mosaic import plgpu, swizzled_smem
+from pallas_kernels.mosaic_inline import REDUCTION_SIZE
 from pallas_kernels.paged_attention.config import NUM_PROGRAMS, PagedConfig, default_config
 from pallas_kernels.paged_attention.plan import LaunchPlan, facts_of
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec

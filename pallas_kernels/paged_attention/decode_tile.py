@@ -12,8 +12,10 @@ from pallas_kernels.mosaic import (
     broadcast_rows,
     pl,
     plgpu,
-    reduce_rows,
     row_iota,
+)
+from pallas_kernels.mosaic_inline import (
+    reduce_rows,
 )
 from pallas_kernels.paged_attention.decode_plan import Plan, Scratch, Workspace
 from pallas_kernels.paged_attention.page_tiles import zero_invisible

@@ -16,7 +16,6 @@ from pallas_kernels.mosaic import (
     LOG2_E,
     broadcast_columns,
     broadcast_rows,
-    fresh_iota,
     load_columns,
     load_rows,
     opaque,
@@ -24,6 +23,9 @@ from pallas_kernels.mosaic import (
     plgpu,
     register_zeros,
     row_full,
+)
+from pallas_kernels.mosaic_inline import (
+    fresh_iota,
     store_rows,
 )
 from pallas_kernels.paged_attention.page_tiles import zero_invisible

@@ -7,7 +7,8 @@ import math
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import div, draw, load_columns, opaque, pl, plgpu
+from pallas_kernels.mosaic import div, load_columns, opaque, pl, plgpu
+from pallas_kernels.mosaic_inline import draw
 from pallas_kernels.paged_attention.page_tiles import copy_by_warps, widen, zero_invisible
 from pallas_kernels.paged_attention.prefill_config import OCTET, WARPGROUP_ROWS
 from pallas_kernels.paged_attention.prefill_plan import (

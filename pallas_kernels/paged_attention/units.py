@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import ceil_div, div, draw, pl, plgpu
+from pallas_kernels.mosaic import ceil_div, div, pl, plgpu
+from pallas_kernels.mosaic_inline import draw
 from pallas_kernels.paged_attention.decode_plan import BUFFERS, ROW_BLOCK, Plan, Tickets
 
 

@@ -43,7 +43,8 @@ from pallas_kernels.flash_attention import (
     items,
     mapped,
 )
-from pallas_kernels.mosaic import TMA_ALIGNMENT, broadcast_columns, deinterleave, pl, plgpu
+from pallas_kernels.mosaic import TMA_ALIGNMENT, broadcast_columns, pl, plgpu
+from pallas_kernels.mosaic_inline import deinterleave
 from pallas_kernels.paged_attention import (
     decode_codes,
     decode_consumer,
