@@ -42,7 +42,7 @@ from pallas_kernels.flash_attention.backward_fused_items import (
 )
 from pallas_kernels.flash_attention.backward_fused_tile import Step, finish, store, take_tile
 from pallas_kernels.flash_attention.extras import Footprint, prepare
-from pallas_kernels.flash_attention.operands import Operand
+from pallas_kernels.flash_attention.operands import backward_operands
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.spec import AttentionInputs
 from pallas_kernels.flash_attention.tiles import TileOrder
@@ -94,9 +94,8 @@ def launch(plan: AttentionPlan, inputs: AttentionInputs, query, key, value, out_
     extras = prepare(
         plan, inputs, Footprint(HALF, plan.fused.tile_q, block_keys(plan) // HALF, owns_queries=False)
     )
-    queries, keys = (inputs.q_lengths, plan.fused.tile_q), (inputs.kv_lengths, HALF)
-    pairs = ((query, queries), (key, keys), (value, keys), (out_grad, queries))
-    arrays = *(Operand.of(x, *of) for x, of in pairs), lse2, delta, extras
+    operands = backward_operands(inputs, query, key, value, out_grad, plan.fused.tile_q, HALF)
+    arrays = *operands, lse2, delta, extras
     of_heads = tuple(
         jax.ShapeDtypeStruct((*x.shape[:2], plan.num_heads, x.shape[3]), x.dtype) for x in (key, value)
     )

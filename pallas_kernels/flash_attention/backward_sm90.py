@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.flash_attention.extras import Extras, Footprint, prepare
-from pallas_kernels.flash_attention.operands import Operand
+from pallas_kernels.flash_attention.operands import backward_operands
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.scores import TilePlace, logit_gradients, weigh
 from pallas_kernels.flash_attention.spec import AttentionInputs
@@ -33,9 +33,7 @@ from pallas_kernels.mosaic import (
     row_iota,
     specialize,
 )
-from pallas_kernels.mosaic_inline import (
-    load_by_column,
-)
+from pallas_kernels.mosaic_inline import load_by_column
 
 
 def statistics_multiple(plan: AttentionPlan) -> int:
@@ -64,11 +62,9 @@ def _launch(plan: AttentionPlan, inputs: AttentionInputs, which: str, like, arra
     owns_queries = which == "dq"
     body, config = (_dq_body, plan.config.dq) if owns_queries else (_dkv_body, plan.config.dkv)
     num_rows = plan.num_queries if owns_queries else plan.num_keys
-    query, key, value, out_grad, lse2, delta = arrays
+    *operands, lse2, delta = arrays
     q_tile, kv_tile = (config.own, config.other) if owns_queries else (config.other, config.own)
-    queries, keys = (inputs.q_lengths, q_tile), (inputs.kv_lengths, kv_tile)
-    pairs = ((query, queries), (key, keys), (value, keys), (out_grad, queries))
-    operands = [Operand.of(x, *of) for x, of in pairs]
+    operands = backward_operands(inputs, *operands, q_tile=q_tile, kv_tile=kv_tile)
     extras = prepare(plan, inputs, Footprint(config.own, config.other, config.warpgroups, owns_queries))
     num_heads = plan.num_heads if owns_queries else plan.num_kv_heads
     order = TileOrder.plan(
@@ -204,8 +200,8 @@ def _dq_rows(plan: AttentionPlan, block: Block, warpgroup, sources, d_q, owned: 
     acc = run_tiles(block.tiles, own, step, skip, acc, ends)
     owned.first[...] = (acc * plan.scale).astype(plan.dtype)
     plgpu.commit_smem()
-    copy = functools.partial(plgpu.copy_smem_to_gmem, owned.first, d_q.at[by_row])
-    pl.when(first_row >= 0)(copy) if num_spare else copy()
+    is_ours = first_row >= 0 if num_spare else True
+    pl.when(is_ours)(functools.partial(plgpu.copy_smem_to_gmem, owned.first, d_q.at[by_row]))
     plgpu.wait_smem_to_gmem(0)
 
 

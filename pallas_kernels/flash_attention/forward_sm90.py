@@ -266,12 +266,12 @@ def attend_items(
         first_row = work.first_row + warpgroup * plan.config.tile_q
         plgpu.commit_smem()
 
-        def store():
+        @pl.when(first_row >= 0 if plan.num_spare_rows else True)
+        def _():
             to = pl.ds(first_row, plan.config.tile_q)
             plgpu.copy_smem_to_gmem(out_smem, out.at[work.batch, to, work.head])
             plgpu.copy_smem_to_gmem(lse_smem, lse.at[work.batch, work.head, to])
 
-        pl.when(first_row >= 0)(store) if plan.num_spare_rows else store()
         if plan.config.q_stages == 1:
             _release_buffer(plan, barriers, turn, warpgroup)
         return position + work.tiles.stop - work.tiles.start

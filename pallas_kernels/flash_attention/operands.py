@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.flash_attention.spec import AttentionInputs
 from pallas_kernels.mosaic import pl, plgpu
 
 
@@ -49,3 +50,16 @@ class Operand(NamedTuple):
             pl.when(~is_inside)(lambda: copy_from(self.tail, tile_row, target, barrier))
 
         return copy
+
+
+def backward_operands(
+    inputs: AttentionInputs, query, key, value, out_grad, q_tile: int, kv_tile: int
+) -> tuple[Operand, Operand, Operand, Operand]:
+    """A call's padded arrays, as a kernel loads them that takes q_tile queries and kv_tile keys at a time."""
+    q_lengths, kv_lengths = inputs.q_lengths, inputs.kv_lengths
+    return (
+        Operand.of(query, q_lengths, q_tile),
+        Operand.of(key, kv_lengths, kv_tile),
+        Operand.of(value, kv_lengths, kv_tile),
+        Operand.of(out_grad, q_lengths, q_tile),
+    )

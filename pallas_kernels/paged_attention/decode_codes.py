@@ -25,9 +25,7 @@ from pallas_kernels.mosaic import (
     pl,
     plgpu,
 )
-from pallas_kernels.mosaic_inline import (
-    load_codes_transposed,
-)
+from pallas_kernels.mosaic_inline import load_codes_transposed
 from pallas_kernels.paged_attention.decode_tile import (
     Softmax,
     Tile,

@@ -14,10 +14,7 @@ from pallas_kernels.mosaic import (
     pl,
     plgpu,
 )
-from pallas_kernels.mosaic_inline import (
-    reduce_rows,
-    store_deinterleaved,
-)
+from pallas_kernels.mosaic_inline import reduce_rows, store_deinterleaved
 from pallas_kernels.paged_attention import decode_codes, decode_tile
 from pallas_kernels.paged_attention.decode_plan import BUFFERS, Merge, Outputs, Plan, Scratch, Workspace
 from pallas_kernels.paged_attention.decode_tile import MASKED, Softmax, Tile, UnitQueries, store_transposed
@@ -188,7 +185,7 @@ def join_sinks(plan: Plan, result: Result, sinks) -> Result:
 def copy_heads(plan: Plan, unit: Unit, source, out):
     """Starts the copies of a unit's heads to global memory."""
     first_head = unit.head * plan.group
-    first_column = lax.rem(first_head, jnp.int32(8)) if plan.shares_columns else 0
+    first_column = lax.rem(first_head, jnp.int32(plan.column_period)) if plan.shares_columns else 0
     if plan.width == plan.out_columns:
         source = source.at[pl.ds(first_column, plan.group)]
         plgpu.copy_smem_to_gmem(source, out.at[pl.ds(first_head, plan.group)])

@@ -14,9 +14,7 @@ from pallas_kernels.mosaic import (
     plgpu,
     row_iota,
 )
-from pallas_kernels.mosaic_inline import (
-    reduce_rows,
-)
+from pallas_kernels.mosaic_inline import reduce_rows
 from pallas_kernels.paged_attention.decode_plan import Plan, Scratch, Workspace
 from pallas_kernels.paged_attention.page_tiles import zero_invisible
 from pallas_kernels.paged_attention.units import Unit

@@ -24,10 +24,7 @@ from pallas_kernels.mosaic import (
     register_zeros,
     row_full,
 )
-from pallas_kernels.mosaic_inline import (
-    fresh_iota,
-    store_rows,
-)
+from pallas_kernels.mosaic_inline import fresh_iota, store_rows
 from pallas_kernels.paged_attention.page_tiles import zero_invisible
 from pallas_kernels.paged_attention.prefill_config import OCTET, WARPGROUP_ROWS
 from pallas_kernels.paged_attention.prefill_plan import (
