@@ -56,12 +56,15 @@ def load_by_column(ref: Any, rows: int) -> jax.Array:
     In one step, which tells the layout: one that is inferred takes time, and more of it in larger kernels.
     """
     shape = rows, ref.shape[0]
+    is_signed = True if ref.dtype == jnp.int32 else None
     result = plgpu.ShapeDtypeStruct(shape, ref.dtype, layout=plgpu.Layout.WGMMA)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=result)
     def load(_, source):
         layout = fragmented_array.WGMMA_LAYOUT
-        columns = fragmented_array.FragmentedArray.load_untiled(source, layout=layout.reduce((0,)))
+        columns = fragmented_array.FragmentedArray.load_untiled(
+            source, layout=layout.reduce((0,)), is_signed=is_signed
+        )
         return columns.broadcast_in_dim(shape, (1,), layout)
 
     return load(ref)

@@ -104,7 +104,8 @@ class Block(NamedTuple):
         """num_taken: tiles of queries of the items before."""
         tile, batch_head = order.locate(item)
         batch, head = plan.split_heads(batch_head, plan.num_heads)
-        (q_length, kv_length), first_key = plan.lengths_of(batch, extras), tile * block_keys(plan)
+        first_key = extras.own_tile(batch, tile) * block_keys(plan)
+        q_length, kv_length = plan.lengths_of(batch, extras)
         indices = _tiles(plan, extras, batch, head, first_key, q_length, kv_length)
         kv_head = div(head, plan.group)
         shift = num_taken - indices.start

@@ -101,6 +101,10 @@ class Block(NamedTuple):
     tiles: KvTiles  # of the streamed operands
     extras: Extras
 
+    def ids_of(self, ids, first_row, num_rows: int) -> tuple[Any, ...]:
+        """Segment ids of some rows: none where there are no segments."""
+        return () if ids is None else (ids.at[self.batch, pl.ds(first_row, num_rows)],)
+
 
 def _opaque(warpgroup, owned: Owned, slot):
     """(warpgroup, its rows, slot) of one tile: descriptors of shared memory are computed where they are used,
@@ -134,6 +138,7 @@ def _dq_body(plan: AttentionPlan, order: TileOrder, which: str, *refs):
     warpgroup = lax.axis_index("warpgroup")
     tile, batch_head = order.locate(lax.axis_index("block"))
     batch, head = plan.split_heads(batch_head, plan.num_heads)
+    tile = extras.own_tile(batch, tile)
     q_length, kv_length = plan.lengths_of(batch, extras)
     rows = config.own * config.warpgroups
     first_row = tile * rows - plan.spare_rows(config.own, config.warpgroups)
@@ -165,8 +170,10 @@ def _dq_stream(plan: AttentionPlan, block: Block, k, v, stream: Stream):
         slot = lax.rem(tile - tiles.start, jnp.int32(config.stages))
         pl.when(tile - tiles.start >= config.stages)(lambda: stream.wait_consumed(slot))
         first_key = block.extras.tile_at(tile, block.batch, block.head, block.first_row, config.other)
-        place = (block.batch, first_key * config.other, config.other, kv_head, block.kv_length)
-        stream.load(slot, k.rows(*place), v.rows(*place))
+        first_key *= config.other
+        place = (block.batch, first_key, config.other, kv_head, block.kv_length)
+        ids = block.ids_of(block.extras.kv_segment_ids, first_key, config.other)
+        stream.load(slot, k.rows(*place), v.rows(*place), *ids)
 
     lax.fori_loop(tiles.start, tiles.stop, load, None)
     first_unseen = jnp.maximum(tiles.start, tiles.stop - config.stages)
@@ -184,7 +191,8 @@ def _dq_rows(plan: AttentionPlan, block: Block, warpgroup, sources, d_q, owned: 
     q, d_out, lse2, delta = sources
     by_row, by_head = (block.batch, rows, block.head), (block.batch, block.head, rows)
     place = (block.batch, known_row, config.own, block.head, block.q_length)
-    owned.load(q.rows(*place), d_out.rows(*place), lse2.at[by_head], delta.at[by_head])
+    ids = block.ids_of(block.extras.q_segment_ids, known_row, config.own)
+    owned.load(q.rows(*place), d_out.rows(*place), lse2.at[by_head], delta.at[by_head], *ids)
     statistics = [
         broadcast_rows(plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1)), config.other)
         for ref in (owned.lse, owned.delta)
@@ -226,7 +234,8 @@ def _dq_tile(
     extras, row = block.extras, (block.batch, block.head, first_row)
     first_key = extras.tile_at(tile, *row, config.other) * config.other
     elements = extras.elements_at(tile, *row, shape) if masked else None
-    place = TilePlace(*row, first_key, block.q_length, block.kv_length, shape, elements=elements)
+    lengths, ids = (block.q_length, block.kv_length), (owned.ids, stream.ids_at(slot))
+    place = TilePlace(*row, first_key, *lengths, shape, elements=elements, ids=ids)
     stream.wait_loaded(slot)
 
     def multiply(logits_acc, d_weights_acc):
@@ -252,6 +261,7 @@ def _dkv_body(plan: AttentionPlan, order: TileOrder, which: str, *refs):
     warpgroup = lax.axis_index("warpgroup")
     tile, batch_head = order.locate(lax.axis_index("block"))
     batch, kv_head = plan.split_heads(batch_head, plan.num_kv_heads)
+    tile = extras.own_tile(batch, tile)
     q_length, kv_length = plan.lengths_of(batch, extras)
     rows = config.own * config.warpgroups
     block = Block(batch, kv_head, tile * rows, q_length, kv_length, NO_TILES, extras)
@@ -291,7 +301,9 @@ def _dkv_stream(plan: AttentionPlan, block: Block, sources, stream: Stream):
             first_query = place * config.other
             by_row = (block.batch, first_query, config.other, head, block.q_length)
             by_head = (block.batch, head, pl.ds(first_query, config.other))
-            stream.load(slot, q.rows(*by_row), d_out.rows(*by_row), lse2.at[by_head], delta.at[by_head])
+            ids = block.ids_of(block.extras.q_segment_ids, first_query, config.other)
+            vectors = lse2.at[by_head], delta.at[by_head], *ids
+            stream.load(slot, q.rows(*by_row), d_out.rows(*by_row), *vectors)
 
         lax.fori_loop(tiles.start, tiles.stop, load, None)
 
@@ -312,7 +324,8 @@ def _dkv_rows(
     first_key = block.first_row + warpgroup * config.own
     by_row = (block.batch, pl.ds(first_key, config.own), block.head)
     place = (block.batch, first_key, config.own, block.head, block.kv_length)
-    owned.load(*(source.rows(*place) for source in sources))
+    ids = block.ids_of(block.extras.kv_segment_ids, first_key, config.own)
+    owned.load(*(source.rows(*place) for source in sources), *ids)
     own = _queries_of(plan, block, first_key, 1)
     idle = plan.has_kv_lengths or plan.num_keys % (config.own * config.warpgroups) > 0
     ends = Ends(plan.has_masked_tail or plan.has_block_mask, plan.has_masked_start, idle)
@@ -366,9 +379,8 @@ def _dkv_tile(
     extras, row = block.extras, (block.batch, head, first_key)
     first_query = extras.tile_at(tile, *row, config.other) * config.other
     elements = extras.elements_at(tile, *row, shape) if masked else None
-    place = TilePlace(
-        block.batch, head, first_query, first_key, *lengths, shape, keys_first=True, elements=elements
-    )
+    ids, row = (stream.ids_at(slot), owned.ids), (block.batch, head, first_query, first_key)
+    place = TilePlace(*row, *lengths, shape, keys_first=True, elements=elements, ids=ids)
     queries, out_grads = stream.first.at[slot], stream.second.at[slot]
 
     def weigh_tile(logits):

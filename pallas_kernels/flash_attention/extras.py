@@ -14,7 +14,7 @@ from jaxtyping import Array, Int32, Integer
 from pallas_kernels.flash_attention.block_tiles import BlockTiles
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.spec import AttentionInputs
-from pallas_kernels.flash_attention.tiles import KvTiles
+from pallas_kernels.flash_attention.tiles import KvTiles, kv_tiles
 from pallas_kernels.mosaic import div, pl
 
 
@@ -62,11 +62,16 @@ class Extras(NamedTuple):
     q_segment_ids: Any = None  # i32[B, T]
     kv_segment_ids: Any = None  # i32[B, S]
     segment_tiles: Any = None  # i32[B, tiles, 4], see tiles_that_meet
+    by_weight: Any = None  # i32[B, thread blocks of own rows], see tiles_by_weight; or None
     bias: Any = None  # [B|1, N|1, O|1, X|1]
     alibi_slopes: Any = None  # f32[B|1, N]
     sinks: Any = None  # f32[N]
     dropout_seed: Any = None  # u32[2]
     lists: TileLists | None = None
+
+    def own_tile(self, batch, place):
+        """The tile of own rows at a place in the order of work."""
+        return place if self.by_weight is None else self.by_weight[batch, place]
 
     def visits(self, tiles: KvTiles, batch, head, first_row, own: int, other: int, count: int) -> KvTiles:
         """The tiles of others that `count` tiles of own rows visit, of those that position alone allows.
@@ -74,7 +79,7 @@ class Extras(NamedTuple):
         With a block mask these are places in a list, and `tile_at` says which tiles they stand for.
         """
         if self.lists is None:
-            return self._narrow(tiles, batch, div(first_row, own), count)
+            return self.narrow(tiles, batch, div(first_row, own), count)
         row = self.lists.row_of(batch, head, first_row)
         parts = self.lists.masks.shape[2] // other
         stop = self.lists.count[row] * parts
@@ -99,7 +104,7 @@ class Extras(NamedTuple):
         first_column = lax.rem(place, jnp.int32(parts)) * shape[1]
         return mask.at[pl.ds(first_row, shape[0]), pl.ds(first_column, shape[1])]
 
-    def _narrow(self, tiles: KvTiles, batch, first_tile, count: int) -> KvTiles:
+    def narrow(self, tiles: KvTiles, batch, first_tile, count: int) -> KvTiles:
         """Of the tiles that `count` tiles of own rows see, those where segment ids may be equal."""
         if self.segment_tiles is None:
             return tiles
@@ -142,7 +147,7 @@ def prepare(plan: AttentionPlan, inputs: AttentionInputs, footprint: Footprint) 
     if inputs.block_mask is not None:
         mask_all = plan.reach != (None, None) or plan.has_segments or plan.has_kv_lengths
         lists = TileLists.of(inputs.block_mask, owns_queries, mask_all)
-    return Extras(
+    extras = Extras(
         q_lengths=_int32(inputs.q_lengths),
         kv_lengths=_int32(inputs.kv_lengths),
         q_segment_ids=q_ids,
@@ -154,6 +159,7 @@ def prepare(plan: AttentionPlan, inputs: AttentionInputs, footprint: Footprint) 
         dropout_seed=inputs.dropout_seed,
         lists=lists,
     )
+    return extras if q_ids is None else extras._replace(by_weight=tiles_by_weight(plan, extras, footprint))
 
 
 def tiles_that_meet(
@@ -178,6 +184,27 @@ def tiles_that_meet(
     ends = ~full & (index >= full_start[..., None])
     full_stop = jnp.min(jnp.where(ends, index, num_tiles), axis=2)
     return jnp.stack([start, full_start, full_stop, stop], axis=2)
+
+
+def tiles_by_weight(plan: AttentionPlan, extras: Extras, footprint: Footprint) -> Int32[Array, "B blocks"]:
+    """The tiles of each batch row that thread blocks own, those that visit the fewest others first where
+    queries are owned, last where keys are: as under a causal mask alone (TileOrder).
+
+    8 packed documents in T = 8,192, causal, on an H200's 132 multiprocessors: in the order of their places,
+    thread blocks would end between ... and ... .
+    """
+    own, other, count, owns_queries = footprint
+    num_rows = plan.num_queries if owns_queries else plan.num_keys
+    tile = jnp.arange(math.ceil(num_rows / (own * count)), dtype=jnp.int32)[None]
+    batch = jnp.arange(plan.batch)[:, None]
+    lengths, (left, right) = plan.lengths_of(batch, extras), plan.reach
+    offset, reach = plan.offset(*lengths), plan.reach
+    if not owns_queries:
+        lengths, offset, reach = lengths[::-1], -offset, (right, left)
+    tiles = kv_tiles(tile * own * count, own * count, offset, *lengths, reach, other)
+    tiles = extras.narrow(tiles, batch, tile * count, count)
+    visited = tiles.stop - tiles.start
+    return jnp.argsort(visited if owns_queries else -visited, axis=1).astype(jnp.int32)
 
 
 def _extremes(ids, tile: int):

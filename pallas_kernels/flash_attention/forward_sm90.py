@@ -57,6 +57,7 @@ class Buffers(NamedTuple):
     q: Any  # [q_stages x warpgroups, tile_q, H]
     out: Any  # [q_stages x warpgroups, tile_q, Hv], or None where q's space serves
     lse: Any  # f32[q_stages x warpgroups, tile_q]
+    ids: Any  # i32[q_stages x warpgroups, tile_q]: the queries' segment ids; or None
 
 
 class Barriers(NamedTuple):
@@ -91,9 +92,11 @@ def launch(plan: ForwardPlan, inputs: AttentionInputs, query, key, value):
         q=swizzled_smem(q_shape, plan.dtype),
         out=None if plan.head_dim == plan.value_dim else swizzled_smem(out_shape, plan.dtype),
         lse=plgpu.SMEM((num_buffers, config.tile_q), jnp.float32),
+        ids=plgpu.SMEM((num_buffers, config.tile_q), jnp.int32) if plan.has_segments else None,
     )
     turn = plgpu.Barrier(num_barriers=2) if config.ping_pong else None
-    per_buffer = plgpu.Barrier(num_barriers=num_buffers)
+    q_loaded = plgpu.Barrier(num_barriers=num_buffers, num_arrivals=1 + plan.has_segments)
+    q_free = plgpu.Barrier(num_barriers=num_buffers)
     batch, rows, heads, _ = query.shape
     num_blocks = min(plan.order.num_blocks, num_multiprocessors())
     tickets = Tickets.types(config.warpgroups) if plan.draws_items else None
@@ -109,7 +112,7 @@ def launch(plan: ForwardPlan, inputs: AttentionInputs, query, key, value):
         grid_names=("block",),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
-        scratch_types=(buffers, Barriers(per_buffer, per_buffer, turn), KeyValueRing.types(plan), tickets),
+        scratch_types=(buffers, Barriers(q_loaded, q_free, turn), KeyValueRing.types(plan), tickets),
         # Rows are reduced within four lanes, and need no shared memory.
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         kernel_name="flash_attention_forward",
@@ -140,6 +143,7 @@ def _find_work(plan: ForwardPlan, item, extras: Extras) -> Work:
     order = plan.order if plan.draws_items else plan.order.by_tile
     tile, batch_head = order.locate(item)
     batch, head = plan.split_heads(batch_head, plan.num_heads)
+    tile = extras.own_tile(batch, tile)
     q_length, kv_length = plan.lengths_of(batch, extras)
     if plan.has_masked_end:  # a mask known to be the same for every item would be kept in registers
         kv_length = lax.optimization_barrier(kv_length)
@@ -184,27 +188,37 @@ def load_items(
             rows = pl.ds(jnp.maximum(first_row, 0) if plan.num_spare_rows else first_row, config.tile_q)
             free = functools.partial(plgpu.barrier_wait, barriers.q_free.at[buffer])
             pl.when(turn >= config.q_stages)(free)
-            plgpu.copy_gmem_to_smem(
-                q.at[work.batch, rows, work.head], buffers.q.at[buffer], barriers.q_loaded.at[buffer]
-            )
+            loaded = barriers.q_loaded.at[buffer]
+            plgpu.copy_gmem_to_smem(q.at[work.batch, rows, work.head], buffers.q.at[buffer], loaded)
+            if plan.has_segments:
+                plgpu.copy_gmem_to_smem(
+                    extras.q_segment_ids.at[work.batch, rows], buffers.ids.at[buffer], loaded
+                )
 
     def load_item(turn, item, position):
         work = _find_work(plan, item, extras)
         count = work.tiles.stop - work.tiles.start
 
-        def rows(operand: Operand, step):
+        def first_key(step):
             place = work.tiles.stop - 1 - step
             tile = extras.tile_at(place, work.batch, work.head, work.first_row, config.tile_kv)
-            first_key = tile * config.tile_kv
-            return operand.rows(work.batch, first_key, config.tile_kv, work.kv_head, work.kv_length)
+            return tile * config.tile_kv
+
+        def rows(operand: Operand, first):
+            return operand.rows(work.batch, first, config.tile_kv, work.kv_head, work.kv_length)
+
+        def load_keys(step):
+            first, ids = first_key(step), extras.kv_segment_ids
+            ids = None if ids is None else ids.at[work.batch, pl.ds(first, config.tile_kv)]
+            ring.load_keys(position + step, rows(k, first), ids)
 
         # Before the wait for a free buffer, which is free when the item before last has been stored.
-        pl.when(count > 0)(lambda: ring.load_keys(position, rows(k, 0)))
+        pl.when(count > 0)(lambda: load_keys(0))
         load_queries(work, turn)
 
         def load_tile(step, _):
-            ring.load_values(position + step, rows(v, step))
-            pl.when(step + 1 < count)(lambda: ring.load_keys(position + step + 1, rows(k, step + 1)))
+            ring.load_values(position + step, rows(v, first_key(step)))
+            pl.when(step + 1 < count)(lambda: load_keys(step + 1))
 
         lax.fori_loop(0, count, load_tile, None)
         return position + count
@@ -255,7 +269,8 @@ def attend_items(
 
         first_row = work.first_row + warpgroup * plan.config.tile_q
         lengths = work.q_length, work.kv_length
-        rows = Rows(work.batch, work.head, first_row, *lengths, extras, buffers.q.at[buffer], position)
+        ids = None if buffers.ids is None else buffers.ids.at[buffer]
+        rows = Rows(work.batch, work.head, first_row, *lengths, extras, buffers.q.at[buffer], ids, position)
         acc, softmax = attend_rows(plan, work.tiles, rows, ring, turn_of, release)
         out_smem = (buffers.q if buffers.out is None else buffers.out).at[buffer]
         lse_smem = buffers.lse.at[buffer]

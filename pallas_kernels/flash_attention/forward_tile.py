@@ -29,6 +29,7 @@ class Rows(NamedTuple):
     kv_length: Any
     extras: Extras
     q_smem: Any  # [tile_q, H]
+    ids: Any  # i32[tile_q] in shared memory: segment ids; or None
     position: Any  # of the item's first KV tile among all that the thread block streams
 
 
@@ -58,6 +59,7 @@ class KeyValueRing(NamedTuple):
 
     k: Any  # [stages, tile_kv, H]
     v: Any  # [stages, tile_kv, Hv]
+    ids: Any  # i32[stages + 1, tile_kv]: segment ids, which come with K and are read until V is; or None
     k_loaded: Any
     v_loaded: Any
     k_consumed: Any
@@ -66,19 +68,29 @@ class KeyValueRing(NamedTuple):
     @classmethod
     def types(cls, plan: AttentionPlan) -> "KeyValueRing":
         config = plan.config
-        loaded = plgpu.Barrier(num_barriers=config.stages)
+        k_loaded = plgpu.Barrier(num_barriers=config.stages, num_arrivals=1 + plan.has_segments)
+        v_loaded = plgpu.Barrier(num_barriers=config.stages)
         consumed = plgpu.Barrier(num_barriers=config.stages, num_arrivals=config.warpgroups)
         k, v = (
             swizzled_smem((config.stages, config.tile_kv, dim), plan.dtype)
             for dim in (plan.head_dim, plan.value_dim)
         )
-        return cls(k, v, loaded, loaded, consumed, consumed)
+        ids = plgpu.SMEM((config.stages + 1, config.tile_kv), jnp.int32) if plan.has_segments else None
+        return cls(k, v, ids, k_loaded, v_loaded, consumed, consumed)
 
     def slot(self, position):
         return lax.rem(position, jnp.int32(self.k.shape[0]))
 
-    def load_keys(self, position, copy):
+    def ids_at(self, position):
+        """The segment ids of a tile: of those that had this place the values are gone, for which the loader
+        waited before it loaded the values of the tile before this one.
+        """
+        return None if self.ids is None else self.ids.at[lax.rem(position, jnp.int32(self.ids.shape[0]))]
+
+    def load_keys(self, position, copy, ids):
         self._load(position, copy, self.k, self.k_loaded, self.k_consumed)
+        if ids is not None:
+            plgpu.copy_gmem_to_smem(ids, self.ids_at(position), self.k_loaded.at[self.slot(position)])
 
     def load_values(self, position, copy):
         self._load(position, copy, self.v, self.v_loaded, self.v_consumed)
@@ -138,7 +150,8 @@ class Tile(NamedTuple):
         extras, row = rows.extras, (rows.batch, rows.head, rows.first_row)
         first_key = extras.tile_at(self.last - step, *row, shape[1]) * shape[1]
         elements = None if masked is False else extras.elements_at(self.last - step, *row, shape)
-        return TilePlace(*row, first_key, rows.q_length, rows.kv_length, shape, elements=elements)
+        ids = rows.ids, self.ring.ids_at(rows.position + step)
+        return TilePlace(*row, first_key, rows.q_length, rows.kv_length, shape, elements=elements, ids=ids)
 
 
 def skip_tile(ring: KeyValueRing, rows: Rows, turn, step, _):

@@ -58,8 +58,9 @@ class AttentionPlan:
 
     @property
     def is_uneven(self) -> bool:
-        """Whether tiles of a head differ in how much they see: there is an end on one side alone."""
-        return (self.reach[0] is None) != (self.reach[1] is None)
+        """Whether tiles of a head differ in how much they see: there is an end on one side alone, or there
+        are documents."""
+        return self.has_segments or (self.reach[0] is None) != (self.reach[1] is None)
 
     @property
     def has_unknown_ends(self) -> bool:

@@ -12,7 +12,8 @@ from jax import lax
 from pallas_kernels.flash_attention.dropout import hash_row, survives
 from pallas_kernels.flash_attention.extras import Extras
 from pallas_kernels.flash_attention.plan import AttentionPlan
-from pallas_kernels.mosaic import LOG2_E, broadcast_columns, broadcast_rows, opaque, pl, plgpu
+from pallas_kernels.mosaic import LOG2_E, broadcast_columns, broadcast_rows, load_rows, opaque, pl, plgpu
+from pallas_kernels.mosaic_inline import load_by_column
 
 FAR = 1 << 30  # beyond any sequence
 
@@ -35,6 +36,7 @@ class TilePlace(NamedTuple):
     keys_first: bool = False
     hides_tail: bool = False  # keys past the end have no weight, even where a kernel owns them
     elements: Any = None  # int8 of this shape in global memory, where a block mask hides some
+    ids: tuple[Any, Any] = (None, None)  # i32 in shared memory: the queries' and the keys' segment ids
 
     def queries(self):
         """The indices of its queries; by_query, or what they meet, tells their layout."""
@@ -128,11 +130,20 @@ def visible(plan: AttentionPlan, extras: Extras, tile: TilePlace):
     if left is not None:
         conditions.append(key >= tile.by_query(position - left))
     if plan.has_segments:
-        q_ids, kv_ids = (ref.at[tile.batch] for ref in (extras.q_segment_ids, extras.kv_segment_ids))
-        conditions.append(tile.load_by_query(q_ids) == tile.load_by_key(kv_ids))
+        conditions.append(_same_segment(extras, tile))
     if tile.elements is not None:
         conditions.append(load_matrix(tile.elements).astype(jnp.int32) != 0)
     return functools.reduce(jnp.logical_and, conditions)
+
+
+def _same_segment(extras: Extras, tile: TilePlace):
+    if tile.ids[0] is None:
+        q_ids, kv_ids = (ref.at[tile.batch] for ref in (extras.q_segment_ids, extras.kv_segment_ids))
+        return tile.load_by_query(q_ids) == tile.load_by_key(kv_ids)
+    rows, columns = reversed(tile.ids) if tile.keys_first else tile.ids
+    same = broadcast_rows(load_rows(rows), tile.shape[1]) == load_by_column(columns, tile.shape[0])
+    plgpu.commit_smem()  # read before others take its place
+    return same
 
 
 def hide(plan: AttentionPlan, extras: Extras, tile: TilePlace, x, value: float, masked: bool | jax.Array):

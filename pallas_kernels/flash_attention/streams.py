@@ -21,6 +21,7 @@ class Stream(NamedTuple):
     second: Any  # [stages, tile, Hv]: values, or output cotangents
     lse: Any  # f32[stages, tile], with queries
     delta: Any
+    ids: Any  # i32[stages, tile]: segment ids; or None
     loaded: Any
     consumed: Any
 
@@ -28,19 +29,26 @@ class Stream(NamedTuple):
     def types(cls, plan: AttentionPlan, config: GradientConfig, with_statistics: bool) -> "Stream":
         tiles = (config.stages, config.other)
         statistic = plgpu.SMEM(tiles, jnp.float32) if with_statistics else None
-        loaded = plgpu.Barrier(num_barriers=config.stages, num_arrivals=4 if with_statistics else 2)
+        ids = plgpu.SMEM(tiles, jnp.int32) if plan.has_segments else None
+        arrivals = 2 + 2 * with_statistics + plan.has_segments
+        loaded = plgpu.Barrier(num_barriers=config.stages, num_arrivals=arrivals)
         consumed = plgpu.Barrier(num_barriers=config.stages, num_arrivals=config.warpgroups)
         first, second = (swizzled_smem((*tiles, dim), plan.dtype) for dim in (plan.head_dim, plan.value_dim))
-        return cls(first, second, statistic, statistic, loaded, consumed)
+        return cls(first, second, statistic, statistic, ids, loaded, consumed)
 
-    def load(self, slot, first, second, lse=None, delta=None):
-        """Starts the copies into a slot: of two operands' rows, and of statistics."""
+    def load(self, slot, first, second, *vectors):
+        """Starts the copies into a slot: of two operands' rows, and of their statistics and segment ids, as far
+        as there are such.
+        """
         loaded = self.loaded.at[slot]
         first(self.first.at[slot], loaded)
         second(self.second.at[slot], loaded)
-        if lse is not None:
-            plgpu.copy_gmem_to_smem(lse, self.lse.at[slot], loaded)
-            plgpu.copy_gmem_to_smem(delta, self.delta.at[slot], loaded)
+        targets = [ref for ref in (self.lse, self.delta, self.ids) if ref is not None]
+        for source, target in zip(vectors, targets, strict=True):
+            plgpu.copy_gmem_to_smem(source, target.at[slot], loaded)
+
+    def ids_at(self, slot):
+        return None if self.ids is None else self.ids.at[slot]
 
     def wait_loaded(self, slot):
         plgpu.barrier_wait(self.loaded.at[slot])
@@ -64,6 +72,7 @@ class Owned(NamedTuple):
     second: Any  # [warpgroups, own, Hv]: output cotangents, or values
     lse: Any  # f32[warpgroups, own], with queries
     delta: Any
+    ids: Any  # i32[warpgroups, own]: segment ids; or None
     loaded: Any
 
     @classmethod
@@ -71,23 +80,20 @@ class Owned(NamedTuple):
         rows = (config.warpgroups, config.own)
         statistic = plgpu.SMEM(rows, jnp.float32) if with_statistics else None
         first, second = (swizzled_smem((*rows, dim), plan.dtype) for dim in (plan.head_dim, plan.value_dim))
-        arrivals = 4 if with_statistics else 2
-        return cls(
-            first,
-            second,
-            statistic,
-            statistic,
-            plgpu.Barrier(num_barriers=config.warpgroups, num_arrivals=arrivals),
-        )
+        ids = plgpu.SMEM(rows, jnp.int32) if plan.has_segments else None
+        arrivals = 2 + 2 * with_statistics + plan.has_segments
+        loaded = plgpu.Barrier(num_barriers=config.warpgroups, num_arrivals=arrivals)
+        return cls(first, second, statistic, statistic, ids, loaded)
 
     def at(self, warpgroup) -> "Owned":
         return Owned(*(None if ref is None else ref.at[warpgroup] for ref in self))
 
-    def load(self, first, second, *statistics):
-        """Copies this warpgroup's rows in and waits for them."""
+    def load(self, first, second, *vectors):
+        """Copies this warpgroup's rows in, as Stream.load does, and waits for them."""
         first(self.first, self.loaded)
         second(self.second, self.loaded)
-        for source, target in zip(statistics, self[2:4], strict=False):
+        targets = [ref for ref in (self.lse, self.delta, self.ids) if ref is not None]
+        for source, target in zip(vectors, targets, strict=True):
             plgpu.copy_gmem_to_smem(source, target, self.loaded)
         plgpu.barrier_wait(self.loaded)
 

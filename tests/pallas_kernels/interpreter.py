@@ -42,6 +42,7 @@ from pallas_kernels.flash_attention import (
     backward_sm90,
     items,
     mapped,
+    scores,
 )
 from pallas_kernels.mosaic import TMA_ALIGNMENT, broadcast_columns, pl, plgpu
 from pallas_kernels.mosaic_inline import deinterleave
@@ -126,7 +127,10 @@ def _plain_terms():
         "load_codes_transposed": (_load_codes_transposed, decode_codes),
         "draw": (_draw, units, items, backward_fused_items, prefill_producer),
         "fresh_iota": (_iota, prefill_consumer),
-        "load_by_column": (_load_by_column, backward_fused_tile, backward_fused_wide_tile, backward_sm90),
+        "load_by_column": (
+            _load_by_column,
+            *(backward_fused_tile, backward_fused_wide_tile, backward_sm90, scores),
+        ),
         "store_rows": (_store_rows, prefill_consumer),
     }
     with contextlib.ExitStack() as stack:
