@@ -35,6 +35,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "tile_q": (64, 128),
     "tile_kv": (64, 128, 192),
     "stages": (1, 2, 3, 4),
+    "value_stages": (None, 3),
     "warpgroups": (1, 2, 3),
     "q_stages": (1, 2),
     "overlap": (False, True),

@@ -67,6 +67,7 @@ class FlashConfig:
     tile_q: int = 64
     tile_kv: int = 128  # keys (and values) loaded at a time
     stages: int = 2  # KV tiles in flight
+    value_stages: int | None = None  # of V, where they are not as many
     warpgroups: int = 2
     q_stages: int = 1  # 2: the next item's queries are loaded while this one's are used
     overlap: bool = False  # a tile's softmax runs while its warpgroup's matmul of the tile before does
@@ -78,6 +79,8 @@ class FlashConfig:
 
     def __post_init__(self):
         _check(self, tile_q=TILES, tile_kv=TILES)
+        if self.value_stages is not None and not 1 <= self.value_stages <= MAX_STAGES:
+            raise ValueError(f"value_stages must lie in 1..{MAX_STAGES}, got {self.value_stages}")
         if self.ping_pong and self.warpgroups != 2:
             raise ValueError(f"ping_pong takes two warpgroups, got warpgroups={self.warpgroups}")
 
@@ -160,6 +163,8 @@ def default_config(
     empty: 624 and 560 (an H100). 512 queries on 8,192 keys: two that overlap and take turns 677, that overlap
     621, that take turns 649; on 2,048 keys 608, 585, 594.
     H = 256: two hold the accumulators, and overlap: 751, in turn 734, neither 703 (T = 4,096: 684, 645, 652).
+    Full T = 512, 1,024, 4,096, 16,384: 532, 626, 716, 694, with a third tile of V 558, 645, 723, 674; causal
+    366, 511, 682, 741 and 378, 512, 667, 713.
     In blocks, T = 8,192: H = 64, a quarter of them: in turn 428, overlapped 386; H = 128, half, a quarter, an
     eighth: in turn 635, 605, 554, overlapped 658, 608, 537 before its present loops (687, 663, 615).
     Few: blocks of one compute warpgroup take 6.2 us (T = 512, N = 8, H = 64), those of two 8.6; 22.7 and 27
@@ -195,4 +200,6 @@ def default_config(
         return FlashConfig(warpgroups=3, dq=GradientConfig(warpgroups=3), **ahead)
     single = GradientConfig(stages=1)
     rest = {"ping_pong": False, "dq": single, "dkv": single, "dkv_passes": 2}
-    return FlashConfig(tile_kv=64, overlap=not (crowded or in_blocks or has_lengths), **rest)
+    value_stages = 3 if all_visible and num_keys <= 4 * SHORT and not (crowded or in_blocks) else None
+    overlap = not (crowded or in_blocks or has_lengths)
+    return FlashConfig(tile_kv=64, value_stages=value_stages, overlap=overlap, **rest)

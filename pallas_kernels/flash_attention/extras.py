@@ -190,18 +190,19 @@ def tiles_by_weight(plan: AttentionPlan, extras: Extras, footprint: Footprint) -
     """The tiles of each batch row that thread blocks own, those that visit the fewest others first where
     queries are owned, last where keys are: as under a causal mask alone (TileOrder).
 
-    8 packed documents in T = 8,192, causal, on an H200's 132 multiprocessors: in the order of their places,
-    thread blocks would end between ... and ... .
+    8 documents in T = 8,192 at H = 128, causal: taken by their places, an H200's 132 multiprocessors would
+    wait for the last for 4% of the time.
     """
     own, other, count, owns_queries = footprint
     num_rows = plan.num_queries if owns_queries else plan.num_keys
     tile = jnp.arange(math.ceil(num_rows / (own * count)), dtype=jnp.int32)[None]
     batch = jnp.arange(plan.batch)[:, None]
-    lengths, (left, right) = plan.lengths_of(batch, extras), plan.reach
-    offset, reach = plan.offset(*lengths), plan.reach
-    if not owns_queries:
-        lengths, offset, reach = lengths[::-1], -offset, (right, left)
-    tiles = kv_tiles(tile * own * count, own * count, offset, *lengths, reach, other)
+    q_length, kv_length = plan.lengths_of(batch, extras)
+    first_row, offset = tile * own * count, plan.offset(q_length, kv_length)
+    if owns_queries:
+        tiles = kv_tiles(first_row, own * count, offset, q_length, kv_length, plan.reach, other)
+    else:
+        tiles = kv_tiles(first_row, own * count, -offset, kv_length, q_length, plan.reach[::-1], other)
     tiles = extras.narrow(tiles, batch, tile * count, count)
     visited = tiles.stop - tiles.start
     return jnp.argsort(visited if owns_queries else -visited, axis=1).astype(jnp.int32)

@@ -63,8 +63,8 @@ class ForwardPlan(AttentionPlan):
         """Shared memory of queries, keys and values."""
         config = self.config
         queries = config.q_stages * self.block_rows * max(self.head_dim, self.value_dim)
-        keys = config.stages * config.tile_kv * (self.head_dim + self.value_dim)
-        return (queries + keys) * self.dtype.itemsize
+        keys = config.stages * self.head_dim + (config.value_stages or config.stages) * self.value_dim
+        return (queries + keys * config.tile_kv) * self.dtype.itemsize
 
     @property
     def schedule(self) -> Schedule:

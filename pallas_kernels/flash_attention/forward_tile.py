@@ -55,11 +55,13 @@ class Steps(NamedTuple):
 
 
 class KeyValueRing(NamedTuple):
-    """K and V tiles on their way through shared memory: `stages` slots, filled in turn."""
+    """K and V tiles on their way through shared memory: slots, filled in turn."""
 
     k: Any  # [stages, tile_kv, H]
-    v: Any  # [stages, tile_kv, Hv]
-    ids: Any  # i32[stages + 1, tile_kv]: segment ids, which come with K and are read until V is; or None
+    v: Any  # [value_stages, tile_kv, Hv]
+    ids: (
+        Any  # i32[value_stages + 1, tile_kv]: segment ids, which come with K and are read until V is; or None
+    )
     k_loaded: Any
     v_loaded: Any
     k_consumed: Any
@@ -68,36 +70,41 @@ class KeyValueRing(NamedTuple):
     @classmethod
     def types(cls, plan: AttentionPlan) -> "KeyValueRing":
         config = plan.config
-        k_loaded = plgpu.Barrier(num_barriers=config.stages, num_arrivals=1 + plan.has_segments)
-        v_loaded = plgpu.Barrier(num_barriers=config.stages)
-        consumed = plgpu.Barrier(num_barriers=config.stages, num_arrivals=config.warpgroups)
-        k, v = (
-            swizzled_smem((config.stages, config.tile_kv, dim), plan.dtype)
-            for dim in (plan.head_dim, plan.value_dim)
+        stages, value_stages = config.stages, config.value_stages or config.stages
+        k_loaded = plgpu.Barrier(num_barriers=stages, num_arrivals=1 + plan.has_segments)
+        v_loaded = plgpu.Barrier(num_barriers=value_stages)
+        k_consumed, v_consumed = (
+            plgpu.Barrier(num_barriers=size, num_arrivals=config.warpgroups)
+            for size in (stages, value_stages)
         )
-        ids = plgpu.SMEM((config.stages + 1, config.tile_kv), jnp.int32) if plan.has_segments else None
-        return cls(k, v, ids, k_loaded, v_loaded, consumed, consumed)
+        k = swizzled_smem((stages, config.tile_kv, plan.head_dim), plan.dtype)
+        v = swizzled_smem((value_stages, config.tile_kv, plan.value_dim), plan.dtype)
+        ids = plgpu.SMEM((value_stages + 1, config.tile_kv), jnp.int32) if plan.has_segments else None
+        return cls(k, v, ids, k_loaded, v_loaded, k_consumed, v_consumed)
 
-    def slot(self, position):
-        return lax.rem(position, jnp.int32(self.k.shape[0]))
+    def k_slot(self, position):
+        return _slot(self.k, position)
+
+    def v_slot(self, position):
+        return _slot(self.v, position)
 
     def ids_at(self, position):
         """The segment ids of a tile: of those that had this place the values are gone, for which the loader
         waited before it loaded the values of the tile before this one.
         """
-        return None if self.ids is None else self.ids.at[lax.rem(position, jnp.int32(self.ids.shape[0]))]
+        return None if self.ids is None else self.ids.at[_slot(self.ids, position)]
 
     def load_keys(self, position, copy, ids):
         self._load(position, copy, self.k, self.k_loaded, self.k_consumed)
         if ids is not None:
-            plgpu.copy_gmem_to_smem(ids, self.ids_at(position), self.k_loaded.at[self.slot(position)])
+            plgpu.copy_gmem_to_smem(ids, self.ids_at(position), self.k_loaded.at[self.k_slot(position)])
 
     def load_values(self, position, copy):
         self._load(position, copy, self.v, self.v_loaded, self.v_consumed)
 
     def _load(self, position, copy, smem, loaded, consumed):
         """Starts the copy into a slot, when its last user has left."""
-        slot = self.slot(position)
+        slot = _slot(smem, position)
         wait = functools.partial(plgpu.barrier_wait, consumed.at[slot])
         pl.when(position >= smem.shape[0])(wait)
         copy(smem.at[slot], loaded.at[slot])
@@ -105,11 +112,16 @@ class KeyValueRing(NamedTuple):
     def drain(self, stop):
         """Sees every arrival, before the block ends."""
 
-        def drain(position, _):
-            plgpu.barrier_wait(self.k_consumed.at[self.slot(position)])
-            plgpu.barrier_wait(self.v_consumed.at[self.slot(position)])
+        def drain(smem, consumed):
+            wait = lambda position, _: plgpu.barrier_wait(consumed.at[_slot(smem, position)])
+            lax.fori_loop(jnp.maximum(0, stop - smem.shape[0]), stop, wait, None)
 
-        lax.fori_loop(jnp.maximum(0, stop - self.k.shape[0]), stop, drain, None)
+        drain(self.k, self.k_consumed)
+        drain(self.v, self.v_consumed)
+
+
+def _slot(smem, position):
+    return lax.rem(position, jnp.int32(smem.shape[0]))
 
 
 class Turn(NamedTuple):
@@ -141,8 +153,11 @@ class Tile(NamedTuple):
     last: Any  # the item's last KV tile
     turn: Turn | None
 
-    def slot(self, step):
-        return self.ring.slot(self.rows.position + step)
+    def k_slot(self, step):
+        return self.ring.k_slot(self.rows.position + step)
+
+    def v_slot(self, step):
+        return self.ring.v_slot(self.rows.position + step)
 
     def place(self, step, masked: bool | jax.Array) -> TilePlace:
         """Where the logits of a step lie."""
@@ -156,21 +171,21 @@ class Tile(NamedTuple):
 
 def skip_tile(ring: KeyValueRing, rows: Rows, turn, step, _):
     """Releases a tile that other warpgroups of the block use and this one does not."""
-    slot = ring.slot(rows.position + step)
-    plgpu.barrier_wait(ring.k_loaded.at[slot])
-    plgpu.barrier_arrive(ring.k_consumed.at[slot])
+    k_slot, v_slot = ring.k_slot(rows.position + step), ring.v_slot(rows.position + step)
+    plgpu.barrier_wait(ring.k_loaded.at[k_slot])
+    plgpu.barrier_arrive(ring.k_consumed.at[k_slot])
     if turn is not None:
         turn.give_after_keys(step)
-    plgpu.barrier_wait(ring.v_loaded.at[slot])
+    plgpu.barrier_wait(ring.v_loaded.at[v_slot])
     if turn is not None:
         turn.wait()
-    plgpu.barrier_arrive(ring.v_consumed.at[slot])
+    plgpu.barrier_arrive(ring.v_consumed.at[v_slot])
 
 
 def attend_tile(tile: Tile, step, carry, masked=False):
     """One tile of the online softmax; the other warpgroups' matmuls run while this one has none."""
     acc, softmax = carry
-    plan, slot = tile.plan, tile.slot(step)
+    plan, slot = tile.plan, tile.v_slot(step)
     logits = multiply_keys(tile, step)
     logits, scale = modify_logits(tile, step, logits, masked)
     weights, decay, softmax = softmax_update(softmax, logits, scale)
@@ -191,7 +206,7 @@ def attend_tile(tile: Tile, step, carry, masked=False):
 def attend_first(tile: Tile, step, carry, masked=False):
     """The weights of the first tile, for attend_ahead of the second or attend_last."""
     softmax, _ = carry
-    slot = tile.slot(step)
+    slot = tile.v_slot(step)
     logits = multiply_keys(tile, step)
     logits, scale = modify_logits(tile, step, logits, masked)
     weights, _, softmax = softmax_update(softmax, logits, scale)
@@ -209,22 +224,22 @@ def attend_ahead(tile: Tile, step, carry, masked=False):
     """
     acc, softmax, weights16 = carry
     plan, ring, turn = tile.plan, tile.ring, tile.turn
-    slot, before = tile.slot(step), tile.slot(step - 1)
-    plgpu.barrier_wait(ring.k_loaded.at[slot])
+    k_slot, v_slot, before = tile.k_slot(step), tile.v_slot(step), tile.v_slot(step - 1)
+    plgpu.barrier_wait(ring.k_loaded.at[k_slot])
 
     def multiply(logits_ref, acc_ref):
         acc_ref[...] = acc
-        plgpu.wgmma(logits_ref, tile.rows.q_smem, ring.k.at[slot].transpose((1, 0)))
+        plgpu.wgmma(logits_ref, tile.rows.q_smem, ring.k.at[k_slot].transpose((1, 0)))
         plgpu.wgmma(acc_ref, weights16, ring.v.at[before])
         if turn is not None:
             turn.give()
         logits = plgpu.wgmma_accumulator_load(logits_ref, wait_n=1)
-        plgpu.barrier_arrive(ring.k_consumed.at[slot])
+        plgpu.barrier_arrive(ring.k_consumed.at[k_slot])
         logits, scale = modify_logits(tile, step, logits, masked)
         weights, decay, after = softmax_update(softmax, logits, scale)
         after, weights = after.add(weights), drop_weights(tile, step, weights)
         weights, decay, after = lax.optimization_barrier((weights, decay, after))
-        plgpu.barrier_wait(ring.v_loaded.at[slot])
+        plgpu.barrier_wait(ring.v_loaded.at[v_slot])
         return acc_ref[...], weights, decay, after
 
     acc, weights, decay, softmax = pl.run_scoped(
@@ -239,7 +254,7 @@ def attend_ahead(tile: Tile, step, carry, masked=False):
 def attend_behind(tile: Tile, step, carry, masked=False):
     """As attend_ahead, one after the other: what a mask needs in registers beside 64 x 256 accumulators."""
     acc, softmax, weights16 = carry
-    acc = multiply_values(tile, tile.slot(step - 1), weights16, acc)
+    acc = multiply_values(tile, tile.v_slot(step - 1), weights16, acc)
     before = softmax.max
     softmax, weights16 = attend_first(tile, step, (softmax, weights16), masked)
     # Of the maximum alone: a tile's decay is what it raised it by.
@@ -249,12 +264,12 @@ def attend_behind(tile: Tile, step, carry, masked=False):
 
 def attend_last(tile: Tile, weights16, step, acc):
     """The last tile's values, after attend_first or attend_ahead of that tile."""
-    return multiply_values(tile, tile.slot(step), weights16, acc)
+    return multiply_values(tile, tile.v_slot(step), weights16, acc)
 
 
 def multiply_keys(tile: Tile, step):
     """Q K^T, f32[tile_q, tile_kv]."""
-    slot = tile.slot(step)
+    slot = tile.k_slot(step)
     plgpu.barrier_wait(tile.ring.k_loaded.at[slot])
 
     def multiply(acc):

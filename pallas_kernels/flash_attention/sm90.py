@@ -160,7 +160,7 @@ def _config(inputs: AttentionInputs, spec: AttentionSpec, head_dim: int, value_d
     fused = default_fused(max(head_dim, value_dim), num_keys, spec.is_causal, group, features)
     config = dataclasses.replace(config, fused=fused)
     if head_dim != value_dim:  # the output cannot take the queries' place, but takes that of the next queries
-        config = dataclasses.replace(config, q_stages=1)
+        config = dataclasses.replace(config, q_stages=1, value_stages=None)
     if inputs.alibi_slopes is not None:
         config = dataclasses.replace(config, dkv_passes=2)
     return config

@@ -37,7 +37,7 @@ class Stream(NamedTuple):
         return cls(first, second, statistic, statistic, ids, loaded, consumed)
 
     def load(self, slot, first, second, *vectors):
-        """Starts the copies into a slot: of two operands' rows, and of their statistics and segment ids, as far
+        """Starts the copies into a slot: of two operands' rows, and of statistics and segment ids, as far
         as there are such.
         """
         loaded = self.loaded.at[slot]

@@ -197,6 +197,7 @@ FORWARD_CASES: dict[str, dict[str, Any]] = {
         **{"t": 130, "s": 190, "h": 256, "is_causal": True, "causal_alignment": "bottom_right"},
         "config": dataclasses.replace(AHEAD, ping_pong=True),
     },
+    "overlap, a third tile of V": {"t": 130, "s": 330, "config": dataclasses.replace(AHEAD, value_stages=3)},
     "in turns, queries in one buffer": {"n": 2, "config": dataclasses.replace(SMALL, q_stages=1)},
     "head dim 96": {"t": 70, "s": 70, "h": 96, "is_causal": True},
     # One block has two items to attend and three without a key: nobody may wait for a turn in between.
