@@ -292,12 +292,11 @@ def store_unit(unit: Unit, carry, outputs: Outputs):
 
 
 def store_tokens(unit: Unit, values, out):
-    """A tile whose rows of results end with a run leaves as it lies in swizzled memory, any other goes from
+    """A tile whose rows of results are whole runs leaves as it lies in swizzled memory, any other goes from
     registers, without the tokens that it shares its octets with."""
     plan, work = unit.plan, unit.work
-    is_whole = (work.first == work.token) & (
-        lax.rem(work.stop - work.token, jnp.int32(plan.run * OCTET)) == 0
-    )
+    ends_run = lambda token: lax.rem(token - work.token, jnp.int32(plan.run * OCTET)) == 0
+    is_whole = ends_run(work.first) & ends_run(work.stop)
 
     @pl.when(is_whole)
     def _():
@@ -320,9 +319,10 @@ def store_runs(unit: Unit, rows, out):
     plan, work = unit.plan, unit.work
     for octet in range(0, WARPGROUP_ROWS // OCTET, plan.run):
         head, token = octet_at(plan, opaque(unit.warpgroup), octet)
-        target = pl.ds(pl.multiple_of(work.token + token, OCTET), plan.run * OCTET)
+        token += work.token
+        target = pl.ds(pl.multiple_of(token, OCTET), plan.run * OCTET)
         source = rows.at[pl.ds(octet * OCTET, plan.run * OCTET)]
 
-        @pl.when((head < plan.group) & (work.token + token < work.stop))
+        @pl.when((head < plan.group) & (token >= work.first) & (token < work.stop))
         def _(source=source, target=target, head=head):
             plgpu.copy_smem_to_gmem(source, out.at[target, work.kv_head * plan.group + head])

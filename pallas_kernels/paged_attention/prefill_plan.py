@@ -80,6 +80,13 @@ class PrefillPlan(LaunchPlan):
         return math.gcd(WARPGROUP_ROWS // OCTET, self.head_octets)
 
     @property
+    def has_spare_rows(self) -> bool:
+        """Whether a tile that is not full begins before its row, in whole runs, instead of ending after it:
+        where later queries see more keys, it had better be the first.
+        """
+        return self.spec.is_causal and self.spec.window_left is None
+
+    @property
     def copy_rows(self) -> int:
         """Tokens of one TMA copy of K or V: a page, or the part of it that one tile takes."""
         return min(self.page_size, self.config.tile_kv)

@@ -102,7 +102,8 @@ def load_queries(plan: PrefillPlan, inputs: Inputs, scratch: Scratch, turn):
         for octet in range(0, WARPGROUP_ROWS // OCTET, plan.run):
             head, token = octet_at(plan, warpgroup, octet)
             head = work.kv_head * plan.group + jnp.minimum(head, plan.group - 1)
-            copies.append((octet, pl.multiple_of(work.token + token, OCTET), head))
+            token = jnp.maximum(work.token + token, 0)  # before the row any will do
+            copies.append((octet, pl.multiple_of(token, OCTET), head))
         copy_by_warps(copy, copies)
 
 

@@ -17,7 +17,7 @@ class Work(NamedTuple):
     whole batch."""
 
     row: Any  # of the block tables
-    token: Any  # the tile's first token, a multiple of OCTET
+    token: Any  # the tile's first token, a multiple of OCTET, maybe negative
     first: Any  # the row's tokens of the tile: first <= token < stop
     stop: Any
     offset: Any  # token t stands at position t + offset

@@ -28,7 +28,7 @@ class Segments(NamedTuple):
     start: jax.Array
     stop: jax.Array
     kv_length: jax.Array
-    first_tile: jax.Array  # the token at which the first query tile begins
+    first_tile: jax.Array  # the token at which the first query tile begins, maybe before the first of all
     num_tiles: jax.Array
     num_splits: jax.Array
     first_item: jax.Array
@@ -75,6 +75,9 @@ def _segments(plan: PrefillPlan, query_start, kv_lengths, skip) -> Segments:
     is_work = (stop > start) & ~jnp.pad(skip, 1)
     first_tile = div(start, OCTET) * OCTET
     num_tiles = jnp.where(is_work, ceil_div(stop - first_tile, plan.tile_q), 0)
+    if plan.has_spare_rows:
+        spare = jnp.maximum(num_tiles * plan.tile_q - (stop - first_tile), 0)
+        first_tile -= div(spare, plan.run * OCTET) * (plan.run * OCTET)
     kv_tiles = ceil_div(kv_length, plan.config.tile_kv)
     num_splits = jnp.clip(ceil_div(kv_tiles, MIN_SPLIT_TILES), 1, plan.config.splits)
     weight = jnp.where(is_work, kv_length, -1)
