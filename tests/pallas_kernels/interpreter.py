@@ -48,9 +48,11 @@ from pallas_kernels.mosaic_inline import deinterleave
 from pallas_kernels.paged_attention import (
     decode_codes,
     decode_consumer,
+    decode_producer,
     decode_tile,
     prefill_consumer,
     prefill_producer,
+    prefill_units,
     units,
 )
 
@@ -128,6 +130,7 @@ def _plain_terms():
         "fresh_iota": (_iota, prefill_consumer),
         "load_by_column": (_load_by_column, backward_fused_tile, backward_fused_wide_tile, backward_sm90),
         "store_rows": (_store_rows, prefill_consumer),
+        "load_numbers": (_load_numbers, decode_producer, prefill_units),
     }
     with contextlib.ExitStack() as stack:
         for name, (ours, *modules) in places.items():
@@ -160,6 +163,10 @@ def _iota(size, axis):
 
 def _load_by_column(ref, rows):
     return broadcast_columns(ref[...], rows)
+
+
+def _load_numbers(ref, places):
+    return [ref[place] for place in places]
 
 
 def _store_rows(ref, x, row):
