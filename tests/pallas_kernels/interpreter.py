@@ -35,6 +35,7 @@ from jax._src.pallas.mosaic_gpu.interpret import (
 from jax._src.state import discharge
 from jax._src.state import types as state_types
 
+from pallas_kernels import mosaic
 from pallas_kernels.flash_attention import (
     backward_fused_items,
     backward_fused_tile,
@@ -131,6 +132,7 @@ def _plain_terms():
         "load_by_column": (_load_by_column, backward_fused_tile, backward_fused_wide_tile, backward_sm90),
         "store_rows": (_store_rows, prefill_consumer),
         "load_numbers": (_load_numbers, decode_producer, prefill_units),
+        "tell_transforms": (lambda buffers: None, mosaic),
     }
     with contextlib.ExitStack() as stack:
         for name, (ours, *modules) in places.items():
