@@ -2,6 +2,7 @@
 kernels share. What Pallas has no words for is in mosaic_inline.py.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ __all__ = [
     "div",
     "load_columns",
     "load_rows",
+    "make_kernel",
     "opaque",
     "pl",
     "plgpu",
@@ -34,6 +36,7 @@ __all__ = [
     "swizzle_bytes",
     "swizzle_transforms",
     "swizzled_smem",
+    "tell_transforms",
     "traced",
 ]
 
@@ -42,6 +45,30 @@ SMEM_BYTES = 232_448  # what one thread block may use on sm_90
 TMA_ALIGNMENT = 128  # bytes, of a TMA copy's end in shared memory
 REGISTERS = {1: None, 2: (240, 24), 3: (160, 32)}  # of compute and loading warpgroups; they share 65,536
 WITH_CONVERT = {1: (256, 104, 144), 2: (192, 40, 88)}  # and of one that converts
+
+
+def make_kernel(body: Callable, *, scratch_types: Sequence[Any], **options: Any) -> Callable:
+    """plgpu.kernel, but for the transforms of its buffers: they are told once, as the kernel begins. Told
+    with a buffer's type they would be lowered anew wherever it is used.
+    """
+    types, tree = jax.tree.flatten(tuple(scratch_types))
+    known = [() if isinstance(x, plgpu.RefUnion) else getattr(x, "transforms", ()) for x in types]
+    plain = [dataclasses.replace(x, transforms=()) if y else x for x, y in zip(types, known, strict=True)]
+
+    def telling(*refs):
+        buffers = tree.flatten_up_to(refs[len(refs) - len(scratch_types) :])
+        tell_transforms([(ref, x) for ref, x in zip(buffers, known, strict=True) if x])
+        body(*refs)
+
+    return plgpu.kernel(telling, scratch_types=tree.unflatten(plain), **options)
+
+
+def tell_transforms(buffers: Sequence[tuple[Any, Any]]) -> None:
+    """Says how buffers in shared memory are laid out: (reference, transforms) of each. It does no more."""
+    if buffers:
+        refs, transforms = zip(*buffers, strict=True)
+        tell = plgpu.inline_mgpu(arg_types=tuple(map(plgpu.RefType, transforms)))
+        tell(lambda *_: None)(*refs)
 
 
 def specialize(

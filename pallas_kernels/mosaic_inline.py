@@ -3,6 +3,7 @@
 Beside mosaic.py the one place that imports them; each function stands in a kernel as a call of Pallas would.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -68,6 +69,24 @@ def load_by_column(ref: Any, rows: int) -> jax.Array:
         return columns.broadcast_in_dim(shape, (1,), layout)
 
     return load(ref)
+
+
+def load_numbers(ref: Any, places: Sequence[Any]) -> list[jax.Array]:
+    """[ref[place] for place in places], scalars of i32[...] in shared memory.
+
+    In one step: alone, each would be one more reference to memory whose layout is inferred.
+    """
+    splat = plgpu.Layout.WG_SPLAT
+    number = plgpu.ShapeDtypeStruct((), jnp.int32, layout=splat)
+    count = len(places)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), (splat,) * count), return_type=(number,) * count)
+    def load(_, source, indices):
+        indices = [arith.index_cast(ir.IndexType.get(), index.registers.item()) for index in indices]
+        numbers = [memref.load(source, [index]) for index in indices]
+        return tuple(fragmented_array.FragmentedArray.splat(x, (), is_signed=True) for x in numbers)
+
+    return load(ref, tuple(jnp.int32(place) for place in places))
 
 
 def reduce_rows(kind: str, x: jax.Array, space: Any) -> jax.Array:

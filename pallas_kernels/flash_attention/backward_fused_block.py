@@ -54,11 +54,11 @@ class Buffers(NamedTuple):
             d_q=d_q if len({*parts}) > 1 else swizzled_smem((WARPGROUPS, *parts[0]), jnp.float32),
         )
 
-    def lse(self, slot):
-        return self.statistics.at[0, slot]
+    def lse(self, slot, rows: Any = slice(None)):
+        return self.statistics.at[0, slot, rows]
 
-    def delta(self, slot):
-        return self.statistics.at[1, slot]
+    def delta(self, slot, rows: Any = slice(None)):
+        return self.statistics.at[1, slot, rows]
 
 
 class Barriers(NamedTuple):

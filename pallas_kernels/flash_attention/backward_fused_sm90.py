@@ -46,7 +46,7 @@ from pallas_kernels.flash_attention.operands import backward_operands
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.spec import AttentionInputs
 from pallas_kernels.flash_attention.tiles import TileOrder
-from pallas_kernels.mosaic import call_in_place, pl, plgpu, register_zeros, specialize
+from pallas_kernels.mosaic import call_in_place, make_kernel, pl, plgpu, register_zeros, specialize
 
 
 def serves(plan: AttentionPlan, inputs: AttentionInputs) -> bool:
@@ -129,7 +129,7 @@ def _launch_items(plan: AttentionPlan, order: TileOrder, out_type, arrays, zeros
 
 
 def _kernel(body, out_type, scratch, num_blocks: int):
-    return plgpu.kernel(
+    return make_kernel(
         body,
         out_type=out_type,
         grid=(num_blocks,),

@@ -26,6 +26,7 @@ from pallas_kernels.flash_attention.streams import Ends, Owned, Stream, run_tile
 from pallas_kernels.flash_attention.tiles import NO_TILES, KvTiles, TileOrder, kv_tiles
 from pallas_kernels.mosaic import (
     broadcast_rows,
+    make_kernel,
     opaque,
     pl,
     plgpu,
@@ -74,7 +75,7 @@ def _launch(plan: AttentionPlan, inputs: AttentionInputs, which: str, like, arra
         is_uneven=plan.is_uneven,
         heavy_last=owns_queries,
     )
-    return plgpu.kernel(
+    return make_kernel(
         functools.partial(body, plan, order, which),
         out_type=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like),
         grid=(order.num_blocks,),

@@ -19,7 +19,7 @@ from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.scores import TilePlace, logit_gradients, weigh
 from pallas_kernels.flash_attention.spec import AttentionInputs
 from pallas_kernels.flash_attention.tiles import kv_tiles
-from pallas_kernels.mosaic import broadcast_rows, pl, plgpu, register_zeros, swizzled_smem
+from pallas_kernels.mosaic import broadcast_rows, make_kernel, pl, plgpu, register_zeros, swizzled_smem
 
 TILE = 64  # queries, and keys: small, so that thread blocks share an SM and hide each other's loads
 
@@ -50,7 +50,7 @@ def launch(plan: AttentionPlan, inputs: AttentionInputs, query, key, value, out_
     vector = plgpu.SMEM((TILE,), jnp.float32)
     by_query, by_value = matrix(plan.head_dim), matrix(plan.value_dim)
     sums = swizzled_smem((TILE, TILE), dtype)
-    (out,) = plgpu.kernel(
+    (out,) = make_kernel(
         functools.partial(_body, plan, sizes, kept),
         out_type=(jax.ShapeDtypeStruct((*grid[:2], grid[2] * TILE, grid[3] * TILE), dtype),),
         grid=(math.prod(grid),),

@@ -41,6 +41,7 @@ from pallas_kernels.mosaic import (
     LOG2_E,
     broadcast_rows,
     call_in_place,
+    make_kernel,
     pl,
     plgpu,
     register_zeros,
@@ -105,7 +106,7 @@ def launch(plan: ForwardPlan, inputs: AttentionInputs, query, key, value):
         jax.ShapeDtypeStruct((batch, rows, heads, plan.value_dim), plan.dtype),
         jax.ShapeDtypeStruct((batch, heads, plan.num_row_tiles * plan.block_rows), jnp.float32),
     )
-    kernel = plgpu.kernel(
+    kernel = make_kernel(
         functools.partial(_forward_body, plan, num_blocks),
         out_type=out_type,
         grid=(num_blocks,),

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic import div, pl, plgpu
+from pallas_kernels.mosaic_inline import load_numbers
 from pallas_kernels.paged_attention.decode_plan import BUFFERS, MAX_BOX, Inputs, Plan, Queries, Tiles
 from pallas_kernels.paged_attention.page_tiles import copy_by_warps
 from pallas_kernels.paged_attention.units import Schedule, Unit, drain, for_each_unit
@@ -126,7 +127,8 @@ def fetch_tile(plan: Plan, pages, scale, tiles: Tiles, buffer, unit: Unit, count
     for first in range(0, plan.num_copies, COPIES):
         places = range(first, min(first + COPIES, plan.num_copies))
         # Their ids first: between copies each load would be waited for.
-        page_ids = [page_id(plan, tiles.ids.at[buffer], unit, token, place) for place in places]
+        columns = [id_column(plan, unit, token, place) for place in places]
+        page_ids = load_numbers(tiles.ids.at[buffer], columns)
         copy = functools.partial(copy_page, plan, pages, scale, tiles, slot, unit, token)
         copy_by_warps(copy, list(zip(places, page_ids, strict=True)))
 
@@ -137,18 +139,18 @@ def wait_until_empty(plan: Plan, tiles: Tiles, slot, index):
         plgpu.barrier_wait(tiles.empty.at[slot])
 
 
-def page_id(plan: Plan, ids, unit: Unit, token, place: int):
-    """The page of a tile's copy; outside the visible pages the nearest of these is taken again."""
+def id_column(plan: Plan, unit: Unit, token, place: int):
+    """Where a unit's ids hold the page of a tile's copy, or, of none that is visible, the nearest such."""
     assert plan.page_size is not None
     first_column = first_id(plan, unit) - unit.row * plan.table_width
     column = div(token + place * plan.copy_rows, plan.page_size)
     column = jnp.minimum(column, div(unit.end - 1, plan.page_size))
     if plan.spec.window_left is not None:
         column = jnp.maximum(column, div(unit.first_visible, plan.page_size))
-    return jnp.clip(ids[column - first_column], 0, plan.num_pages - 1)
+    return column - first_column
 
 
-def copy_page(plan: Plan, pages, scale, tiles: Tiles, slot, unit: Unit, token, place: int, page):
+def copy_page(plan: Plan, pages, scale, tiles: Tiles, slot, unit: Unit, token, place, page):
     """Starts the copy of a page, or of the part of it that a tile takes, and of its scales."""
     assert plan.page_size is not None
     rows = pl.ds(0, plan.copy_rows)
@@ -156,6 +158,7 @@ def copy_page(plan: Plan, pages, scale, tiles: Tiles, slot, unit: Unit, token, p
         offset = lax.rem(token, jnp.int32(plan.page_size))
         rows = pl.ds(pl.multiple_of(offset, plan.copy_rows), plan.copy_rows)
     full, target = tiles.full.at[slot], pl.ds(place * plan.copy_rows, plan.copy_rows)
+    page = jnp.clip(page, 0, plan.num_pages - 1)
     source = pages.at[page, unit.head, rows]
     plgpu.copy_gmem_to_smem(source, tiles.pages.at[slot, target], full)
     if plan.is_quantized:

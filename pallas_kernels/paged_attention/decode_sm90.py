@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.mosaic import pl, plgpu
+from pallas_kernels.mosaic import make_kernel, pl, plgpu
 from pallas_kernels.paged_attention.combine_sm90 import Shared, combine_parts
 from pallas_kernels.paged_attention.decode_codes import split_query
 from pallas_kernels.paged_attention.decode_consumer import consume
@@ -53,7 +53,7 @@ def launch(plan: Plan, inputs: PagedInputs) -> Outputs:
     row."""
     rows, splits, heads = plan.num_rows, plan.num_splits, plan.num_heads
     leaves, operands = jax.tree.flatten(operands_of(plan, inputs))
-    kernel = plgpu.kernel(
+    kernel = make_kernel(
         functools.partial(_kernel, plan, operands),
         out_type=[
             jax.ShapeDtypeStruct((rows, splits, heads, plan.out_columns), plan.out_dtype),

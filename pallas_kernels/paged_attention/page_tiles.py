@@ -16,7 +16,9 @@ WARPS = 4  # of a warpgroup
 
 
 def copy_by_warps(copy, arguments):
-    """Calls copy for each of the arguments; one thread starts a copy every 100 cycles or so: four share."""
+    """Calls copy for each of the arguments; one thread starts a copy every 100 cycles or so: four share, in
+    code that is written out once for all of them.
+    """
     if len(arguments) < WARPS:
         for each in arguments:
             copy(*each)
@@ -24,12 +26,21 @@ def copy_by_warps(copy, arguments):
 
     @plgpu.warp_map
     def _(warp):
-        for i in range(WARPS):
+        for first in range(0, len(arguments), WARPS):
+            share = arguments[first : first + WARPS]
+            start = functools.partial(copy, *(choose(warp, values) for values in zip(*share, strict=True)))
+            if len(share) == WARPS:
+                start()
+            else:
+                pl.when(warp < len(share))(start)
 
-            @pl.when(warp == i)
-            def _(i=i):
-                for each in arguments[i::WARPS]:
-                    copy(*each)
+
+def choose(index, values):
+    """values[index], the last one beyond the end."""
+    *others, chosen = values
+    for i, value in enumerate(others):
+        chosen = lax.select(index == i, jnp.int32(value), jnp.int32(chosen))
+    return chosen
 
 
 def load_wide(codes_ref: Any, dtype: Any) -> jax.Array:
@@ -62,14 +73,17 @@ def zero_invisible(values_ref: Any, start: Any, first: Any, stop: Any, share: tu
     itemsize = jnp.dtype(values_ref.dtype).itemsize
     width = swizzle_bytes(columns * itemsize) // itemsize  # a few registers
 
-    blocks = itertools.product(range(0, rows, ROWS), range(0, columns, width))
-    for index, (row, column) in enumerate(blocks):
+    blocks = list(itertools.product(range(0, rows, ROWS), range(0, columns, width)))
+    part, parts = share
+    for index in range(0, len(blocks), parts):
+        ours = blocks[index : index + parts]
+        row, column = (choose(part, values) for values in zip(*ours, strict=True))
         block = values_ref.at[pl.ds(row, ROWS), pl.ds(column, width)]
         zero = functools.partial(_zero_block, block, start + row, first, stop)
-        if share[1] == 1:
+        if len(ours) == parts:
             zero()
         else:
-            pl.when(share[0] == index % share[1])(zero)
+            pl.when(part < len(ours))(zero)
 
 
 def _zero_block(block: Any, start: Any, first: Any, stop: Any):

@@ -131,7 +131,7 @@ def load_tile(plan: PrefillPlan, inputs: Inputs, pages, scale, ring: Ring, work:
     copy_by_warps(copy, [(place,) for place in range(plan.num_copies)])
 
 
-def find_page(plan: PrefillPlan, inputs: Inputs, work: Work, token, place: int, layer):
+def find_page(plan: PrefillPlan, inputs: Inputs, work: Work, token, place, layer):
     """Where the tokens of a tile's copy lie: in a page, or in the part of it that is in the tile; beyond the
     last page the last one is taken again."""
     column = div(token + place * plan.copy_rows, plan.page_size)

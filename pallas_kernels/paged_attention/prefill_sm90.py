@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import plgpu, specialize
+from pallas_kernels.mosaic import make_kernel, plgpu, specialize
 from pallas_kernels.paged_attention.prefill_config import WARPGROUP_ROWS
 from pallas_kernels.paged_attention.prefill_consumer import attend_units
 from pallas_kernels.paged_attention.prefill_plan import (
@@ -48,7 +48,7 @@ def launch(plan: PrefillPlan, inputs: PagedInputs, work: WorkList) -> Outputs:
     if plan.has_parts:
         out = jax.ShapeDtypeStruct((*unit_rows, plan.width), jnp.float32)
     leaves, operands = jax.tree.flatten(operands_of(plan, inputs, work))
-    kernel = plgpu.kernel(
+    kernel = make_kernel(
         functools.partial(_kernel, plan, operands),
         out_type=[out, jax.ShapeDtypeStruct(unit_rows, jnp.float32)],
         grid=(plan.num_programs,),

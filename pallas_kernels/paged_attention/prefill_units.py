@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic import plgpu
+from pallas_kernels.mosaic_inline import load_numbers
 
 NO_WORK = -1  # the row of a record that is no unit: behind it there are only such
 RECORD = 12  # numbers in the record of a unit, in multiples of 16 bytes, as TMA copies them
@@ -50,8 +51,7 @@ class Records(NamedTuple):
         )
 
     def read(self, turn) -> Work:
-        slot = slot_of(turn)
-        return Work(*(self.fields[slot, field] for field in range(len(Work._fields))))
+        return Work(*load_numbers(self.fields.at[slot_of(turn)], range(len(Work._fields))))
 
     def wait(self, turn):
         """Waits for a record, and returns its row."""

@@ -35,6 +35,7 @@ from jax._src.pallas.mosaic_gpu.interpret import (
 from jax._src.state import discharge
 from jax._src.state import types as state_types
 
+from pallas_kernels import mosaic
 from pallas_kernels.flash_attention import (
     backward_fused_items,
     backward_fused_tile,
@@ -49,9 +50,11 @@ from pallas_kernels.mosaic_inline import deinterleave
 from pallas_kernels.paged_attention import (
     decode_codes,
     decode_consumer,
+    decode_producer,
     decode_tile,
     prefill_consumer,
     prefill_producer,
+    prefill_units,
     units,
 )
 
@@ -132,6 +135,8 @@ def _plain_terms():
             *(backward_fused_tile, backward_fused_wide_tile, backward_sm90, scores),
         ),
         "store_rows": (_store_rows, prefill_consumer),
+        "load_numbers": (_load_numbers, decode_producer, prefill_units),
+        "tell_transforms": (lambda buffers: None, mosaic),
     }
     with contextlib.ExitStack() as stack:
         for name, (ours, *modules) in places.items():
@@ -164,6 +169,10 @@ def _iota(size, axis):
 
 def _load_by_column(ref, rows):
     return broadcast_columns(ref[...], rows)
+
+
+def _load_numbers(ref, places):
+    return [ref[place] for place in places]
 
 
 def _store_rows(ref, x, row):
