@@ -15,7 +15,6 @@ from pallas_kernels.mosaic import div, pl, plgpu, swizzled_smem, traced
 WARPGROUPS = 2  # that compute
 HALF = 64  # keys of each: the rows of a wgmma
 PART = 64  # queries that are in registers at a time
-ARRIVALS = 5  # of an item: two halves of its keys, and of its values
 
 
 def block_keys(plan: AttentionPlan) -> int:
@@ -31,6 +30,8 @@ class Buffers(NamedTuple):
     q: Any  # [stages, tile_q, H]
     d_out: Any  # [stages, tile_q, Hv]
     statistics: Any  # f32[2, stages, tile_q]: lse and delta; alone, each would take twice as much
+    ids: Any  # i32[stages, tile_q]: segment ids of the queries; or None
+    key_ids: Any  # i32[2, 64]: those of each warpgroup's keys; or None
     d_logits: Any  # [2 tiles in turn, 2, 64, tile_q]: dS^T of each warpgroup's keys
     out: Any  # [2, 64, H]: dV, then dK, of each warpgroup's keys on their way out
     item: Any  # i32[3]: what the block works on, how many tiles of queries it took before, and what was drawn
@@ -48,6 +49,8 @@ class Buffers(NamedTuple):
             q=swizzled_smem((*streamed, plan.head_dim), plan.dtype),
             d_out=swizzled_smem((*streamed, plan.value_dim), plan.dtype),
             statistics=plgpu.SMEM((2, *streamed), jnp.float32),
+            ids=plgpu.SMEM(streamed, jnp.int32) if brings_ids(plan) else None,
+            key_ids=plgpu.SMEM(owned, jnp.int32) if brings_ids(plan) else None,
             d_logits=swizzled_smem((2, *owned, config.tile_q), plan.dtype, row=plan.head_dim),
             item=plgpu.SMEM((3,), jnp.int32),
             out=swizzled_smem((*owned, plan.head_dim), plan.dtype),
@@ -59,6 +62,12 @@ class Buffers(NamedTuple):
 
     def delta(self, slot, rows: Any = slice(None)):
         return self.statistics.at[1, slot, rows]
+
+    def ids_of(self, slot, rows, warpgroup) -> tuple[Any, Any]:
+        """Segment ids of some queries of a slot, and of a warpgroup's keys."""
+        if self.ids is None:
+            return None, None
+        return self.ids.at[slot, rows], self.key_ids.at[warpgroup]
 
 
 class Barriers(NamedTuple):
@@ -74,12 +83,22 @@ class Barriers(NamedTuple):
     @classmethod
     def types(cls, plan: AttentionPlan) -> "Barriers":
         stages = plan.fused.stages
-        loaded = plgpu.Barrier(num_barriers=stages, num_arrivals=4)
+        loaded = plgpu.Barrier(num_barriers=stages, num_arrivals=4 + brings_ids(plan))
         consumed = plgpu.Barrier(num_barriers=stages, num_arrivals=WARPGROUPS)
         owned = plgpu.Barrier(num_arrivals=WARPGROUPS)
         written = plgpu.Barrier(num_barriers=2, num_arrivals=WARPGROUPS)
-        item_loaded = plgpu.Barrier(num_arrivals=ARRIVALS)
+        item_loaded = plgpu.Barrier(num_arrivals=_arrivals(plan))
         return cls(item_loaded, owned, owned, loaded, consumed, written)
+
+
+def brings_ids(plan: AttentionPlan) -> bool:
+    """Whether segment ids come to shared memory: at H = 128 there is no room."""
+    return plan.has_segments and plan.head_dim < 128
+
+
+def _arrivals(plan: AttentionPlan) -> int:
+    """Of an item: two halves of its keys, of its values, and of its segment ids, and what it is."""
+    return 2 * WARPGROUPS + 1 + WARPGROUPS * brings_ids(plan)
 
 
 class Block(NamedTuple):
@@ -138,7 +157,9 @@ class Block(NamedTuple):
         shape = HALF, plan.fused.tile_q
         return self.extras.elements_at(index, self.batch, self.head, first_key, shape)
 
-    def place_at(self, plan: AttentionPlan, index, first_key, masked, part: int = 0) -> TilePlace:
+    def place_at(
+        self, plan: AttentionPlan, index, first_key, masked, part: int = 0, ids: tuple = (None, None)
+    ) -> TilePlace:
         """Of HALF keys from first_key on, and a part of an index's queries."""
         first_query = self.row_at(plan, index)
         elements = None if masked is False else self.elements_at(plan, index, first_key)
@@ -155,6 +176,7 @@ class Block(NamedTuple):
             keys_first=True,
             hides_tail=plan.has_ragged_keys,
             elements=elements,
+            ids=ids,
         )
 
 
@@ -226,6 +248,9 @@ def load_item(
         plgpu.copy_gmem_to_smem(lse2.at[by_head], buffers.lse(slot), loaded)
         d_out.rows(*by_row)(buffers.d_out.at[slot], loaded)
         plgpu.copy_gmem_to_smem(delta.at[by_head], buffers.delta(slot), loaded)
+        if brings_ids(plan):
+            ids = block.extras.q_segment_ids.at[block.batch, by_head[2]]
+            plgpu.copy_gmem_to_smem(ids, buffers.ids.at[slot], loaded)
 
     # In the order in which the item before releases them.
     lax.fori_loop(start, second, load_tile, None)
@@ -234,6 +259,10 @@ def load_item(
             pl.when(~is_first)(functools.partial(plgpu.barrier_wait, free))
         for half in range(WARPGROUPS):
             gmem.rows(*block.keys_at(half))(smem.at[half], barriers.item_loaded)
+    if brings_ids(plan):  # read as long as values are
+        for half in range(WARPGROUPS):
+            ids = block.extras.kv_segment_ids.at[block.batch, pl.ds(block.first_key + half * HALF, HALF)]
+            plgpu.copy_gmem_to_smem(ids, buffers.key_ids.at[half], barriers.item_loaded)
     buffers.item[0], buffers.item[1] = item
     plgpu.barrier_arrive(barriers.item_loaded)
     lax.fori_loop(second, stop, load_tile, None)
@@ -251,7 +280,7 @@ def end(plan: AttentionPlan, num_items: int | None, num_tiles, buffers: Buffers,
     if num_items is None:
         return
     buffers.item[0] = jnp.int32(num_items)
-    for _ in range(ARRIVALS):
+    for _ in range(_arrivals(plan)):
         plgpu.barrier_arrive(barriers.item_loaded)
 
 

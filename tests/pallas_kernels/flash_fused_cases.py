@@ -39,6 +39,8 @@ def fused_feature_cases(t=1024, n=4, batch=2):
     # head dim, KV heads, arrays, options
     rows: dict[str, tuple[int, int, dict[str, Any], dict[str, Any]]] = {
         "segments, full": (128, 4, ids, {}),
+        "segments, causal": (64, 4, ids, causal),
+        "narrow, segments, full": (96, 4, ids, {}),
         "segments, grouped heads": (128, 1, ids, {}),
         "window, grouped heads": (128, 1, {}, causal | {"window": (256, None)}),
         "soft cap, grouped heads": (128, 1, {}, causal | {"logits_soft_cap": 30.0}),
@@ -89,6 +91,10 @@ CASES: dict[str, dict[str, Any]] = {
     "fused, head dim 128, segments, grouped heads": {
         **{"h": 128, "t": 130, "s": 70, "n": 2, "k": 1, "config": fused_config(128, SMALL)},
         **{"q_segment_ids": packed(130, 20, 75), "kv_segment_ids": packed(70, 20, 60, 65)},
+    },
+    "fused, segments, causal": {
+        **{"t": 300, "s": 260, "n": 2, "k": 1, "is_causal": True, "config": fused_config(64, SMALL)},
+        **{"q_segment_ids": packed(300, 20, 175), "kv_segment_ids": packed(260, 20, 175)},
     },
     # Several items a thread block, whose first tiles are whole or not.
     "fused, head dim 128, block mask": {
