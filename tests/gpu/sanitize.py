@@ -30,6 +30,7 @@ ROWS = {
     "flash: H = 128, fp16": f"{FLASH}[small, head dim 128, fp16]",
     "flash: fused backward": f"{FLASH}[fused, H=64 odd]",
     "flash: all features": f"{FLASH}[small, all at once]",
+    "flash: segments": f"{FLASH}[small, segments]",
     "flash: block mask": f"{FLASH}[small, block mask]",
     "pages: write, copy": "test_kv_pages.py::test_write_and_copy[shape0-77-bfloat16-bfloat16]",
     "pages: write, copy, int8": "test_kv_pages.py::test_write_and_copy[shape8-77-bfloat16-int8]",
