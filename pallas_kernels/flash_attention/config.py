@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection
+from typing import NamedTuple
 
 MAX_STAGES = 8
 TILES = (64, 128, 192, 256)
@@ -131,75 +132,100 @@ def default_fused(
     return FusedConfig(tile_q=64) if is_rich or not is_causal or num_keys > 2048 else None
 
 
-def default_config(
-    head_dim: int,
-    crowded: bool = False,
-    num_queries: int | None = None,
-    num_keys: int = 0,
-    in_blocks: bool = False,
-    busy: int = 0,
-    hashes: bool = False,
-    has_lengths: bool = False,
-    all_visible: bool = False,
-    starts_light: bool = False,
-    few: bool = False,
-) -> FlashConfig:
-    """The tiles for a (padded) head dim; crowded: more than products and a causal mask needs registers
-    too; in_blocks: thread blocks that divide the 128 x 128 of a block mask, and most lengths, so that no
-    bias need be padded; busy: how much each tile does beside (dropout's hash, segment ids, a bias): it
-    takes the registers that overlap needs, and two of them those of three warpgroups; hashes: dropout is
-    among it, which needs the most; has_lengths: they take registers, too many for three warpgroups at H =
-    128; all_visible: nothing is masked; starts_light: the first queries see the fewest keys, and the block
-    that is not full is the first (spare_rows of AttentionPlan); few: there is a multiprocessor for every 64
-    queries of a head.
+class Call(NamedTuple):
+    """What tiles are chosen by, beside the head dim."""
 
-    Forward TFLOP/s on an H200:
-    H = 64, causal, T = 16,384: three warpgroups that overlap 538, without overlap 500, two 421. Causal T =
-    256, 512, 768, 1,024: two that overlap 174, 258, 301, 328, three 164, 274, 345, 360. Full T = 1,024: two
-    that take turns at 256 keys 492, three 448; T = 2,048 488 and 498.
-    H = 128, causal, T = 16,384: three, with no registers to overlap, 728, two that overlap 706; but a crowded
-    kernel would spill the 160 registers a thread that three leave. Causal T = 256 to 1,024: two that overlap
-    239, 383, 449, 495, three 229, 384, 466, 500. Full T = 1,024, where 192 rows leave most of a last block
-    empty: 624 and 560 (an H100). 512 queries on 8,192 keys: two that overlap and take turns 677, that overlap
-    621, that take turns 649; on 2,048 keys 608, 585, 594.
-    H = 256: two hold the accumulators, and overlap: 751, in turn 734, neither 703 (T = 4,096: 684, 645, 652).
-    Full T = 512, 1,024, 4,096, 16,384: 532, 626, 716, 694, with a third tile of V 558, 645, 723, 674; causal
-    366, 511, 682, 741 and 378, 512, 667, 713.
-    In blocks, T = 8,192: H = 64, a quarter of them: in turn 428, overlapped 386; H = 128, half, a quarter, an
-    eighth: in turn 635, 605, 554, overlapped 658, 608, 537 before its present loops (687, 663, 615).
+    num_queries: int | None = None
+    num_keys: int = 0
+    crowded: bool = False  # more than products and a causal mask needs registers too
+    in_blocks: bool = False  # thread blocks that divide the 128 x 128 of a block mask, or of a bias
+    busy: int = 0  # of dropout, segment ids and a bias: they take the registers that overlap needs
+    hashes: bool = False  # dropout is among them, which needs the most
+    has_lengths: bool = False
+    all_visible: bool = False  # nothing is masked
+    starts_light: bool = False  # the first queries see the fewest keys (spare_rows of AttentionPlan)
+    few: bool = False  # there is a multiprocessor for every 64 queries of a head
+
+    def is_short(self, longest: int) -> bool:
+        return self.num_queries is not None and self.num_queries <= longest
+
+    @property
+    def leaves_rows_empty(self) -> bool:
+        """Whether blocks of three warpgroups, of 192 rows, would not be worth what they leave empty."""
+        return self.has_lengths or self.is_short(SHORT // 4 if self.starts_light else SHORT)
+
+
+PLAIN = Call()
+
+
+def default_config(head_dim: int, call: Call = PLAIN) -> FlashConfig:
+    """The tiles for a (padded) head dim; figures here and below are TFLOP/s forward on an H200.
+
     Few: blocks of one compute warpgroup take 6.2 us (T = 512, N = 8, H = 64), those of two 8.6; 22.7 and 27
-    with gradients.
+    with gradients. In blocks, T = 8,192: H = 64, a quarter of them: in turn 428, overlapped 386; H = 128,
+    half, a quarter, an eighth: in turn 635, 605, 554, overlapped 658, 608, 537 before its present loops (687,
+    663, 615).
     """
-    ahead = {"q_stages": 2, "ping_pong": False}
-    if few and head_dim <= 128 and not (crowded or in_blocks or has_lengths):
+    if call.few and head_dim <= 128 and not (call.crowded or call.in_blocks or call.has_lengths):
         gradient = GradientConfig(other=128 if head_dim <= 64 else 64, warpgroups=1)
         return FlashConfig(warpgroups=1, ping_pong=False, dq=gradient, dkv=gradient)
-    longest = SHORT // 4 if starts_light else SHORT
-    short = has_lengths or (num_queries is not None and num_queries <= longest)
-    if in_blocks and head_dim <= 128:
-        gradient = GradientConfig(other=64 if crowded or head_dim > 64 else 128)
+    if call.in_blocks and head_dim <= 128:
+        gradient = GradientConfig(other=64 if call.crowded or head_dim > 64 else 128)
         wide = head_dim > 64
         return FlashConfig(q_stages=2, overlap=wide, ping_pong=not wide, dq=gradient, dkv=gradient)
-    if head_dim <= 64 and short and all_visible and not crowded:
-        dq = GradientConfig(other=128)
-        return FlashConfig(tile_kv=256, q_stages=2, dq=dq)
-    if head_dim <= 64 and busy > 1:
-        return FlashConfig(stages=3, q_stages=2)
     if head_dim <= 64:
-        dq = GradientConfig(other=64 if crowded else 128)
-        warpgroups = 2 if short and not (busy or has_lengths) else 3
-        return FlashConfig(stages=3, warpgroups=warpgroups, overlap=not busy, dq=dq, **ahead)
-    if head_dim <= 128 and busy:
-        return FlashConfig(q_stages=2, overlap=not hashes, ping_pong=hashes and busy == 1)
-    if head_dim <= 128 and (crowded or short):
-        dq = GradientConfig() if crowded else GradientConfig(warpgroups=3)
-        many_keys = all_visible and num_keys > SHORT
-        in_turn = many_keys and not crowded and num_queries is not None and num_queries <= SHORT // 2
+        return _narrow_config(call)
+    return _medium_config(call) if head_dim <= 128 else _wide_config(call)
+
+
+def _narrow_config(call: Call) -> FlashConfig:
+    """H <= 64. Causal, T = 16,384: three warpgroups that overlap 538, without overlap 500, two 421. Causal
+    T = 256, 512, 768, 1,024: two that overlap 174, 258, 301, 328, three 164, 274, 345, 360. Full T = 1,024:
+    two that take turns at 256 keys 492, three 448; T = 2,048 488 and 498.
+    """
+    if call.leaves_rows_empty and call.all_visible and not call.crowded:
+        return FlashConfig(tile_kv=256, q_stages=2, dq=GradientConfig(other=128))
+    if call.busy > 1:
+        return FlashConfig(stages=3, q_stages=2)
+    dq = GradientConfig(other=64 if call.crowded else 128)
+    warpgroups = 2 if call.leaves_rows_empty and not (call.busy or call.has_lengths) else 3
+    ahead = {"q_stages": 2, "ping_pong": False, "overlap": not call.busy}
+    return FlashConfig(stages=3, warpgroups=warpgroups, dq=dq, **ahead)
+
+
+def _medium_config(call: Call) -> FlashConfig:
+    """64 < H <= 128. Causal, T = 16,384: three warpgroups, with no registers to overlap, 728, two that
+    overlap 706; but a crowded kernel would spill the 160 registers a thread that three leave, and so would
+    lengths. Causal T = 256 to 1,024: two that overlap 239, 383, 449, 495, three 229, 384, 466, 500. Full
+    T = 1,024, where 192 rows leave most of a last block empty: 624 and 560 (an H100). 512 queries on 8,192
+    keys: two that overlap and take turns 677, that overlap 621, that take turns 649; on 2,048 keys 608, 585,
+    594.
+    """
+    if call.busy:
+        return FlashConfig(q_stages=2, overlap=not call.hashes, ping_pong=call.hashes and call.busy == 1)
+    if call.crowded:
+        return FlashConfig(q_stages=2, overlap=True, ping_pong=False)
+    dq = GradientConfig(warpgroups=3)
+    if call.leaves_rows_empty:
+        in_turn = call.all_visible and call.num_keys > SHORT and call.is_short(SHORT // 2)
         return FlashConfig(q_stages=2, overlap=True, ping_pong=in_turn, dq=dq)
-    if head_dim <= 128:
-        return FlashConfig(warpgroups=3, dq=GradientConfig(warpgroups=3), **ahead)
+    return FlashConfig(warpgroups=3, q_stages=2, ping_pong=False, dq=dq)
+
+
+def _wide_config(call: Call) -> FlashConfig:
+    """H > 128. Two warpgroups hold the accumulators, and overlap: 751, in turn 734, neither 703 (T = 4,096:
+    684, 645, 652). Full T = 512, 1,024, 4,096, 16,384: 532, 626, 716, 694, with a third tile of V 558, 645,
+    723, 674; causal 366, 511, 682, 741 and 378, 512, 667, 713.
+    """
+    overlap = not (call.crowded or call.in_blocks or call.has_lengths)
+    more_values = overlap and call.all_visible and call.num_keys <= 4 * SHORT
     single = GradientConfig(stages=1)
-    rest = {"ping_pong": False, "dq": single, "dkv": single, "dkv_passes": 2}
-    value_stages = 3 if all_visible and num_keys <= 4 * SHORT and not (crowded or in_blocks) else None
-    overlap = not (crowded or in_blocks or has_lengths)
-    return FlashConfig(tile_kv=64, value_stages=value_stages, overlap=overlap, **rest)
+    return FlashConfig(
+        tile_kv=64,
+        value_stages=3 if more_values else None,
+        overlap=overlap,
+        ping_pong=False,
+        dq=single,
+        dkv=single,
+        dkv_passes=2,
+    )

@@ -15,7 +15,7 @@ from pallas_kernels.flash_attention import (
     forward_sm90,
     reference,
 )
-from pallas_kernels.flash_attention.config import FlashConfig, default_config, default_fused
+from pallas_kernels.flash_attention.config import Call, FlashConfig, default_config, default_fused
 from pallas_kernels.flash_attention.forward_plan import ForwardPlan
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.spec import AttentionGradients, AttentionInputs, AttentionSpec
@@ -143,11 +143,10 @@ def _config(inputs: AttentionInputs, spec: AttentionSpec, head_dim: int, value_d
     masks = features & {"block_mask", "lengths", "segments", "window"}
     has_bias_rows = inputs.bias is not None and inputs.bias.shape[2] > 1
     left, right = spec.reach
-    config = default_config(
-        max(head_dim, value_dim),
+    call = Call(
+        num_queries,
+        num_keys,
         crowded=bool(busy or features & {"slopes", "soft_cap"} or left is not None),
-        num_queries=num_queries,
-        num_keys=num_keys,
         in_blocks="block_mask" in features or has_bias_rows,
         busy=busy,
         hashes="dropout" in features,
@@ -156,9 +155,9 @@ def _config(inputs: AttentionInputs, spec: AttentionSpec, head_dim: int, value_d
         all_visible=not (spec.is_causal or num_keys % 64 or masks),
         starts_light=left is None and right is not None and not masks - {"window"},
     )
-    group = num_heads // num_kv_heads
-    fused = default_fused(max(head_dim, value_dim), num_keys, spec.is_causal, group, features)
-    config = dataclasses.replace(config, fused=fused)
+    widest, group = max(head_dim, value_dim), num_heads // num_kv_heads
+    fused = default_fused(widest, num_keys, spec.is_causal, group, features)
+    config = dataclasses.replace(default_config(widest, call), fused=fused)
     if head_dim != value_dim:  # the output cannot take the queries' place, but takes that of the next queries
         config = dataclasses.replace(config, q_stages=1, value_stages=None)
     if inputs.alibi_slopes is not None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxattn.block_mask import BlockMask
 from pallas_kernels import FlashConfig, flash_attention
-from pallas_kernels.flash_attention.config import FusedConfig, GradientConfig, default_config
+from pallas_kernels.flash_attention.config import Call, FusedConfig, GradientConfig, default_config
 from tests.pallas_kernels.interpreter import interpreted
 from tests.pallas_kernels.tables import CompileCase
 
@@ -18,7 +18,9 @@ THREE = FlashConfig(tile_q=64, tile_kv=64, stages=2, warpgroups=3, ping_pong=Fal
 PERSISTENT_SPILLS = 24  # bytes, under a block mask at H = 128: backward_fused_items.is_persistent says why
 AHEAD = FlashConfig(tile_q=64, tile_kv=64, stages=2, overlap=True, ping_pong=False)
 SMALL = FlashConfig(tile_q=64, tile_kv=64, stages=2, q_stages=2)
-IN_BLOCKS = default_config(128, crowded=True, in_blocks=True, busy=1)  # serves block masks, and all else
+IN_BLOCKS = default_config(
+    128, Call(crowded=True, in_blocks=True, busy=1)
+)  # serves block masks, and all else
 
 
 def fused_config(head_dim: int, config: FlashConfig | None = None) -> FlashConfig:
