@@ -3,10 +3,13 @@
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels import FlashConfig
+from pallas_kernels.flash_attention.extras import Footprint, prepare
 from pallas_kernels.flash_attention.forward_plan import ITEM_COST, ForwardPlan
+from pallas_kernels.flash_attention.spec import AttentionInputs
 from pallas_kernels.flash_attention.tiles import Schedule, TileOrder, kv_tiles
 
 PLAN = ForwardPlan(
@@ -114,3 +117,28 @@ def test_a_causal_mask_cuts_one_tile_where_those_of_keys_are_as_long():
     assert not PLAN.is_cut_once(128, 64)
     assert not dataclasses.replace(PLAN, has_segments=True).is_cut_once(64, 128)
     assert not dataclasses.replace(PLAN, bottom_right=True, has_kv_lengths=True).is_cut_once(64, 128)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("owns_queries", [True, False])
+def test_packed_documents_are_taken_by_what_they_see(owns_queries, is_causal):
+    length, own, other, warpgroups = 1000, 64, 128, 2
+    rng = np.random.default_rng(0)
+    ids = np.stack([np.searchsorted(np.sort(rng.choice(length, 5)), np.arange(length)) for _ in range(2)])
+    plan = dataclasses.replace(
+        PLAN, num_queries=length, num_keys=length, has_segments=True, reach=(None, 0 if is_causal else None)
+    )
+    inputs = AttentionInputs(*[jnp.zeros(())] * 3, q_segment_ids=ids, kv_segment_ids=ids)
+    order = prepare(plan, inputs, Footprint(own, other, warpgroups, owns_queries)).by_weight
+
+    sees = ids[:, :, None] == ids[:, None]
+    sees &= np.tri(length, dtype=bool) if is_causal else True
+    sees = sees if owns_queries else sees.swapaxes(1, 2)
+    num_blocks, num_others = -(-length // (own * warpgroups)), -(-length // other)
+    padding = num_blocks * own * warpgroups - length, num_others * other - length
+    sees = np.pad(sees, ((0, 0), (0, padding[0]), (0, padding[1])))
+    tiles = sees.reshape(2, num_blocks, -1, num_others, other).any(axis=(2, 4))
+    visited = num_others - tiles[:, :, ::-1].argmax(axis=2) - tiles.argmax(axis=2)
+    for blocks, weights in zip(np.asarray(order), visited, strict=True):
+        assert sorted(blocks) == list(range(num_blocks))
+        assert list(weights[blocks]) == sorted(weights, reverse=not owns_queries)
