@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.flash_attention.config import GradientConfig
+from pallas_kernels.flash_attention.extras import Extras
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.tiles import KvTiles
-from pallas_kernels.mosaic import plgpu, swizzled_smem
+from pallas_kernels.mosaic import opaque, pl, plgpu, swizzled_smem
 
 
 class Stream(NamedTuple):
@@ -96,6 +97,30 @@ class Owned(NamedTuple):
         for source, target in zip(vectors, targets, strict=True):
             plgpu.copy_gmem_to_smem(source, target, self.loaded)
         plgpu.barrier_wait(self.loaded)
+
+
+class Block(NamedTuple):
+    """Where a thread block, or one of its warpgroups, stands."""
+
+    batch: Any
+    head: Any  # of the owned rows: a query head in the dq kernel, a KV head in the dk,dv kernel
+    first_row: Any
+    q_length: Any
+    kv_length: Any
+    tiles: KvTiles  # of the streamed operands
+    extras: Extras
+
+    def ids_of(self, ids, first_row, num_rows: int) -> tuple[Any, ...]:
+        """Segment ids of some rows: none where there are no segments."""
+        return () if ids is None else (ids.at[self.batch, pl.ds(first_row, num_rows)],)
+
+
+def opaque_place(warpgroup, owned: Owned, slot):
+    """(warpgroup, its rows, slot) of one tile: descriptors of shared memory are computed where they are used,
+    instead of once, in registers that live through the loop.
+    """
+    warpgroup = opaque(warpgroup)
+    return warpgroup, owned.at(warpgroup), opaque(slot)
 
 
 class Ends(NamedTuple):

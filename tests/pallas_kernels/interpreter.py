@@ -37,10 +37,10 @@ from jax._src.state import types as state_types
 
 from pallas_kernels import mosaic
 from pallas_kernels.flash_attention import (
+    backward_dkv_sm90,
     backward_fused_items,
     backward_fused_tile,
     backward_fused_wide_tile,
-    backward_sm90,
     items,
     mapped,
     scores,
@@ -132,7 +132,7 @@ def _plain_terms():
         "fresh_iota": (_iota, prefill_consumer),
         "load_by_column": (
             _load_by_column,
-            *(backward_fused_tile, backward_fused_wide_tile, backward_sm90, scores),
+            *(backward_fused_tile, backward_fused_wide_tile, backward_dkv_sm90, scores),
         ),
         "store_rows": (_store_rows, prefill_consumer),
         "load_numbers": (_load_numbers, decode_producer, prefill_units),

@@ -1,0 +1,185 @@
+"""The kernel of dK and dV, or of one of them: a thread block owns keys and values, and streams queries; all
+matrices are transposed, keys first.
+"""
+
+import functools
+
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.flash_attention.plan import AttentionPlan
+from pallas_kernels.flash_attention.scores import TilePlace, logit_gradients, weigh
+from pallas_kernels.flash_attention.streams import Block, Ends, Owned, Stream, opaque_place, run_tiles
+from pallas_kernels.flash_attention.tiles import NO_TILES, KvTiles, TileOrder, kv_tiles
+from pallas_kernels.mosaic import broadcast_rows, pl, plgpu, register_zeros, row_iota, specialize
+from pallas_kernels.mosaic_inline import load_by_column
+
+
+def body(plan: AttentionPlan, order: TileOrder, which: str, *refs):
+    q, k, v, d_out, lse2, delta, extras, *outputs, owned, stream = refs
+    config = plan.config.dkv
+    warpgroup = lax.axis_index("warpgroup")
+    tile, batch_head = order.locate(lax.axis_index("block"))
+    batch, kv_head = plan.split_heads(batch_head, plan.num_kv_heads)
+    tile = extras.own_tile(batch, tile)
+    q_length, kv_length = plan.lengths_of(batch, extras)
+    rows = config.own * config.warpgroups
+    block = Block(batch, kv_head, tile * rows, q_length, kv_length, NO_TILES, extras)
+    block = block._replace(tiles=_queries_of(plan, block, block.first_row, config.warpgroups))
+    specialize(
+        config.warpgroups,
+        warpgroup,
+        compute=lambda: _sum_rows(plan, which, block, warpgroup, (k, v), outputs, owned, stream),
+        load=lambda: _load(plan, block, (q, d_out, lse2, delta), stream),
+    )
+
+
+def _queries_of(plan: AttentionPlan, block: Block, first_key, count: int) -> KvTiles:
+    """The mirror image of _keys_of. Queries past the end are zeros and need no mask."""
+    config, q_length, kv_length = plan.config.dkv, block.q_length, block.kv_length
+    (left, right), offset, keys = plan.reach, -plan.offset(q_length, kv_length), config.own * count
+    tiles = kv_tiles(
+        first_key, keys, offset, kv_length, q_length, (right, left), config.other, mask_end=False
+    )
+    head = block.head * plan.group  # a block mask for each query head comes without groups
+    return block.extras.visits(tiles, block.batch, head, first_key, config.own, config.other, count)
+
+
+def _load(plan: AttentionPlan, block: Block, sources, stream: Stream):
+    config, tiles = plan.config.dkv, block.tiles
+    q, d_out, lse2, delta = sources
+    per_head = tiles.stop - tiles.start
+
+    def load_head(group, _):
+        head = block.head * plan.group + group
+
+        def load(tile, _):
+            index = group * per_head + tile - tiles.start
+            slot = lax.rem(index, jnp.int32(config.stages))
+            pl.when(index >= config.stages)(lambda: stream.wait_consumed(slot))
+            place = block.extras.tile_at(tile, block.batch, head, block.first_row, config.other)
+            first_query = place * config.other
+            by_row = (block.batch, first_query, config.other, head, block.q_length)
+            by_head = (block.batch, head, pl.ds(first_query, config.other))
+            ids = block.ids_of(block.extras.q_segment_ids, first_query, config.other)
+            vectors = lse2.at[by_head], delta.at[by_head], *ids
+            stream.load(slot, q.rows(*by_row), d_out.rows(*by_row), *vectors)
+
+        lax.fori_loop(tiles.start, tiles.stop, load, None)
+
+    if plan.group > 1:
+        lax.fori_loop(0, plan.group, load_head, None)
+    else:
+        load_head(0, None)
+    total = plan.group * per_head
+    drain = lambda index, _: stream.wait_consumed(lax.rem(index, jnp.int32(config.stages)))
+    lax.fori_loop(jnp.maximum(0, total - config.stages), total, drain, None)
+
+
+def _sum_rows(
+    plan: AttentionPlan, which: str, block: Block, warpgroup, sources, outputs, owned: Owned, stream
+):
+    config, tiles = plan.config.dkv, block.tiles
+    all_owned, owned = owned, owned.at(warpgroup)
+    first_key = block.first_row + warpgroup * config.own
+    by_row = (block.batch, pl.ds(first_key, config.own), block.head)
+    place = (block.batch, first_key, config.own, block.head, block.kv_length)
+    ids = block.ids_of(block.extras.kv_segment_ids, first_key, config.own)
+    owned.load(*(source.rows(*place) for source in sources), *ids)
+    own = _queries_of(plan, block, first_key, 1)
+    idle = plan.has_kv_lengths or plan.num_keys % (config.own * config.warpgroups) > 0
+    ends = Ends(plan.has_masked_tail or plan.has_block_mask, plan.has_masked_start, idle)
+    per_head = tiles.stop - tiles.start
+
+    def attend_head(group, carry):
+        first_index = group * per_head - tiles.start
+        slot_of = lambda tile: lax.rem(first_index + tile, jnp.int32(config.stages))
+        head = block.head * plan.group + group
+        step = functools.partial(_add_tile, plan, which, block, head, warpgroup, slot_of, all_owned, stream)
+        skip = lambda tile, _: stream.skip(slot_of(tile))
+        return run_tiles(tiles, own, step, skip, carry, ends)
+
+    dims = {"dkv": (plan.head_dim, plan.value_dim), "dk": (plan.head_dim,), "dv": (plan.value_dim,)}[which]
+    carry = tuple(register_zeros((config.own, dim)) for dim in dims)
+    carry = lax.fori_loop(0, plan.group, attend_head, carry) if plan.group > 1 else attend_head(0, carry)
+    live = None
+    if plan.has_kv_lengths:
+        live = first_key + row_iota(config.own) < block.kv_length
+    upscale = 1 / (1 - plan.dropout_rate)
+    scales = {"dkv": (plan.scale, upscale), "dk": (plan.scale,), "dv": (upscale,)}[which]
+    staging = {"dkv": (owned.first, owned.second), "dk": (owned.first,), "dv": (owned.second,)}[which]
+    for acc, scale, smem in zip(carry, scales, staging, strict=True):
+        if live is not None:
+            acc = jnp.where(broadcast_rows(live, acc.shape[1]), acc, 0.0)
+        smem[...] = (acc * scale).astype(plan.dtype)
+    plgpu.commit_smem()
+    for smem, output in zip(staging, outputs, strict=True):
+        plgpu.copy_smem_to_gmem(smem, output.at[by_row])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _add_tile(
+    plan: AttentionPlan,
+    which: str,
+    block: Block,
+    head,
+    warpgroup,
+    slot_of,
+    owned: Owned,
+    stream: Stream,
+    tile,
+    carry,
+    masked=False,
+):
+    config = plan.config.dkv
+    shape = (config.own, config.other)
+    warpgroup, owned, slot = opaque_place(warpgroup, owned, slot_of(tile))
+    first_key = block.first_row + warpgroup * config.own
+    lengths = block.q_length, block.kv_length
+    extras, row = block.extras, (block.batch, head, first_key)
+    first_query = extras.tile_at(tile, *row, config.other) * config.other
+    elements = extras.elements_at(tile, *row, shape) if masked else None
+    ids, row = (stream.ids_at(slot), owned.ids), (block.batch, head, first_query, first_key)
+    place = TilePlace(*row, *lengths, shape, keys_first=True, elements=elements, ids=ids)
+    queries, out_grads = stream.first.at[slot], stream.second.at[slot]
+
+    def weigh_tile(logits):
+        lse2 = load_by_column(stream.lse.at[slot], config.own)
+        return weigh(plan, extras, place, logits, lse2, masked)
+
+    stream.wait_loaded(slot)
+    if which == "dv":
+        kept = weigh_tile(_matmul(owned.first, queries.transpose((1, 0)), shape)).kept
+        accumulate = lambda refs: plgpu.wgmma(refs[0], kept.astype(plan.dtype), out_grads)
+    else:
+
+        def multiply(logits_acc, d_weights_acc):
+            plgpu.wgmma(logits_acc, owned.first, queries.transpose((1, 0)))
+            plgpu.wgmma(d_weights_acc, owned.second, out_grads.transpose((1, 0)))
+            weights = weigh_tile(plgpu.wgmma_accumulator_load(logits_acc, wait_n=1))
+            return weights, d_weights_acc[...]
+
+        acc_type = plgpu.ACC(shape, jnp.float32)
+        weights, d_weights = pl.run_scoped(multiply, acc_type, acc_type)
+        delta = load_by_column(stream.delta.at[slot], config.own)
+        d_logits = logit_gradients(plan, weights, d_weights, delta)
+
+        def accumulate(refs):
+            if which == "dkv":
+                plgpu.wgmma(refs[1], weights.kept.astype(plan.dtype), out_grads)
+            plgpu.wgmma(refs[0], d_logits.astype(plan.dtype), queries)
+
+    carry = pl.run_state(accumulate)(tuple(plgpu.ACC.init(acc) for acc in carry))
+    plgpu.commit_smem()  # our reads of the statistics come before the copies that replace them
+    stream.release(slot)
+    return carry
+
+
+def _matmul(x, y, shape):
+    """x @ y of shared memory, into registers."""
+
+    def multiply(acc):
+        plgpu.wgmma(acc, x, y)
+        return acc[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
