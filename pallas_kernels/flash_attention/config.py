@@ -82,6 +82,10 @@ class FlashConfig:
         _check(self, tile_q=TILES, tile_kv=TILES)
         if self.value_stages is not None and not 1 <= self.value_stages <= MAX_STAGES:
             raise ValueError(f"value_stages must lie in 1..{MAX_STAGES}, got {self.value_stages}")
+        if self.overlap and (self.value_stages or self.stages) < 2:  # it waits for V of two tiles at a time
+            raise ValueError(
+                f"overlap takes two tiles of V, got stages={self.stages}, value_stages={self.value_stages}"
+            )
         if self.ping_pong and self.warpgroups != 2:
             raise ValueError(f"ping_pong takes two warpgroups, got warpgroups={self.warpgroups}")
 

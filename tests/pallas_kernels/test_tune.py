@@ -93,6 +93,23 @@ def test_configs_go_through_json_whole():
         tuned.config_from_dict({"tiles": 1})
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tile_kv": 80}, "tile_kv must be one of .* got 80"),
+        ({"stages": 9}, "stages must lie in 1..8, got 9"),
+        ({"value_stages": 0}, "value_stages must lie in 1..8, got 0"),
+        ({"warpgroups": 3}, "ping_pong takes two warpgroups, got warpgroups=3"),
+        # It would come to no end: the second tile of V waits for the first, and the other way round.
+        ({"overlap": True, "stages": 1}, "overlap takes two tiles of V, got stages=1, value_stages=None"),
+        ({"overlap": True, "value_stages": 1}, "overlap takes two tiles of V, got stages=2, value_stages=1"),
+    ],
+)
+def test_a_config_that_cannot_be_says_what_can(fields, message):
+    with pytest.raises(ValueError, match=message):
+        FlashConfig(**fields)
+
+
 def test_a_config_of_another_version_is_ignored_with_a_warning(cache, caplog):
     name = tuned.shape_class(
         SHAPE,
