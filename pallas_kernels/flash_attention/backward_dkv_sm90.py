@@ -10,7 +10,7 @@ from jax import lax
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.scores import TilePlace, logit_gradients, weigh
 from pallas_kernels.flash_attention.streams import Block, Ends, Owned, Stream, opaque_place, run_tiles
-from pallas_kernels.flash_attention.tiles import NO_TILES, KvTiles, TileOrder, kv_tiles
+from pallas_kernels.flash_attention.tiles import KvTiles, TileOrder, kv_tiles
 from pallas_kernels.mosaic import broadcast_rows, pl, plgpu, register_zeros, row_iota, specialize
 from pallas_kernels.mosaic_inline import load_by_column
 
@@ -19,12 +19,7 @@ def body(plan: AttentionPlan, order: TileOrder, which: str, *refs):
     q, k, v, d_out, lse2, delta, extras, *outputs, owned, stream = refs
     config = plan.config.dkv
     warpgroup = lax.axis_index("warpgroup")
-    tile, batch_head = order.locate(lax.axis_index("block"))
-    batch, kv_head = plan.split_heads(batch_head, plan.num_kv_heads)
-    tile = extras.own_tile(batch, tile)
-    q_length, kv_length = plan.lengths_of(batch, extras)
-    rows = config.own * config.warpgroups
-    block = Block(batch, kv_head, tile * rows, q_length, kv_length, NO_TILES, extras)
+    block = Block.locate(plan, order, extras, plan.num_kv_heads, config.own * config.warpgroups)
     block = block._replace(tiles=_queries_of(plan, block, block.first_row, config.warpgroups))
     specialize(
         config.warpgroups,

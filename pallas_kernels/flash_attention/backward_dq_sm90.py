@@ -8,7 +8,7 @@ from jax import lax
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.scores import TilePlace, logit_gradients, weigh
 from pallas_kernels.flash_attention.streams import Block, Ends, Owned, Stream, opaque_place, run_tiles
-from pallas_kernels.flash_attention.tiles import NO_TILES, KvTiles, TileOrder, kv_tiles
+from pallas_kernels.flash_attention.tiles import KvTiles, TileOrder, kv_tiles
 from pallas_kernels.mosaic import broadcast_rows, pl, plgpu, register_zeros, specialize
 
 
@@ -16,14 +16,9 @@ def body(plan: AttentionPlan, order: TileOrder, which: str, *refs):
     q, k, v, d_out, lse2, delta, extras, d_q, owned, stream = refs
     config = plan.config.dq
     warpgroup = lax.axis_index("warpgroup")
-    tile, batch_head = order.locate(lax.axis_index("block"))
-    batch, head = plan.split_heads(batch_head, plan.num_heads)
-    tile = extras.own_tile(batch, tile)
-    q_length, kv_length = plan.lengths_of(batch, extras)
-    rows = config.own * config.warpgroups
-    first_row = tile * rows - plan.spare_rows(config.own, config.warpgroups)
-    block = Block(batch, head, first_row, q_length, kv_length, NO_TILES, extras)
-    block = block._replace(tiles=_keys_of(plan, block, block.first_row, config.warpgroups))
+    block = Block.locate(plan, order, extras, plan.num_heads, config.own * config.warpgroups)
+    first_row = block.first_row - plan.spare_rows(config.own, config.warpgroups)
+    block = block._replace(first_row=first_row, tiles=_keys_of(plan, block, first_row, config.warpgroups))
     specialize(
         config.warpgroups,
         warpgroup,

@@ -9,7 +9,7 @@ from jax import lax
 from pallas_kernels.flash_attention.config import GradientConfig
 from pallas_kernels.flash_attention.extras import Extras
 from pallas_kernels.flash_attention.plan import AttentionPlan
-from pallas_kernels.flash_attention.tiles import KvTiles
+from pallas_kernels.flash_attention.tiles import NO_TILES, KvTiles, TileOrder
 from pallas_kernels.mosaic import opaque, pl, plgpu, swizzled_smem
 
 
@@ -109,6 +109,17 @@ class Block(NamedTuple):
     kv_length: Any
     tiles: KvTiles  # of the streamed operands
     extras: Extras
+
+    @classmethod
+    def locate(
+        cls, plan: AttentionPlan, order: TileOrder, extras: Extras, num_heads: int, num_rows: int
+    ) -> "Block":
+        """This thread block of those that own num_rows rows of a head each, before its tiles are known."""
+        tile, batch_head = order.locate(lax.axis_index("block"))
+        batch, head = plan.split_heads(batch_head, num_heads)
+        tile = extras.own_tile(batch, tile)
+        q_length, kv_length = plan.lengths_of(batch, extras)
+        return cls(batch, head, tile * num_rows, q_length, kv_length, NO_TILES, extras)
 
     def ids_of(self, ids, first_row, num_rows: int) -> tuple[Any, ...]:
         """Segment ids of some rows: none where there are no segments."""
