@@ -63,7 +63,7 @@ class Buffers(NamedTuple):
     def delta(self, slot, rows: Any = slice(None)):
         return self.statistics.at[1, slot, rows]
 
-    def ids_of(self, slot, rows, warpgroup) -> tuple[Any, Any]:
+    def ids_at(self, slot, rows, warpgroup) -> tuple[Any, Any]:
         """Segment ids of some queries of a slot, and of a warpgroup's keys."""
         if self.ids is None:
             return None, None

@@ -106,7 +106,7 @@ def _differentiate_logits(step: Step, sum_dv, index, part: int, masked: bool):
     slot, rows = slot_of(plan, block.number(index)), _part(part)
     queries, d_outs = buffers.q.at[slot, rows], buffers.d_out.at[slot, rows]
     first_key = block.first_key + step.warpgroup * HALF
-    ids = buffers.ids_of(slot, rows, step.warpgroup)
+    ids = buffers.ids_at(slot, rows, step.warpgroup)
     place = block.place_at(plan, index, first_key, masked, part, ids)
 
     def differentiate(logits_acc, d_weights_acc):

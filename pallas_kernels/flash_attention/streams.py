@@ -13,6 +13,11 @@ from pallas_kernels.flash_attention.tiles import NO_TILES, KvTiles, TileOrder
 from pallas_kernels.mosaic import opaque, pl, plgpu, swizzled_smem
 
 
+def _copy_vectors(vectors, targets, loaded) -> None:
+    for source, target in zip(vectors, targets, strict=True):
+        plgpu.copy_gmem_to_smem(source, target, loaded)
+
+
 class Stream(NamedTuple):
     """Tiles on their way through shared memory: `stages` slots of two operands, and of two statistics of
     their rows.
@@ -44,9 +49,8 @@ class Stream(NamedTuple):
         loaded = self.loaded.at[slot]
         first(self.first.at[slot], loaded)
         second(self.second.at[slot], loaded)
-        targets = [ref for ref in (self.lse, self.delta, self.ids) if ref is not None]
-        for source, target in zip(vectors, targets, strict=True):
-            plgpu.copy_gmem_to_smem(source, target.at[slot], loaded)
+        targets = [ref.at[slot] for ref in (self.lse, self.delta, self.ids) if ref is not None]
+        _copy_vectors(vectors, targets, loaded)
 
     def ids_at(self, slot):
         return None if self.ids is None else self.ids.at[slot]
@@ -93,9 +97,9 @@ class Owned(NamedTuple):
         """Copies this warpgroup's rows in, as Stream.load does, and waits for them."""
         first(self.first, self.loaded)
         second(self.second, self.loaded)
-        targets = [ref for ref in (self.lse, self.delta, self.ids) if ref is not None]
-        for source, target in zip(vectors, targets, strict=True):
-            plgpu.copy_gmem_to_smem(source, target, self.loaded)
+        _copy_vectors(
+            vectors, [ref for ref in (self.lse, self.delta, self.ids) if ref is not None], self.loaded
+        )
         plgpu.barrier_wait(self.loaded)
 
 

@@ -19,9 +19,7 @@ PERSISTENT_SPILLS = 24  # bytes, under a block mask at H = 128: backward_fused_i
 WIDE_SPILLS = 36  # bytes, in the forward at H = 256 with dropout or a block mask: used once an item
 AHEAD = FlashConfig(tile_q=64, tile_kv=64, stages=2, overlap=True, ping_pong=False)
 SMALL = FlashConfig(tile_q=64, tile_kv=64, stages=2, q_stages=2)
-IN_BLOCKS = default_config(
-    128, Call(crowded=True, in_blocks=True, busy=1)
-)  # serves block masks, and all else
+IN_BLOCKS = default_config(128, Call(crowded=True, in_blocks=True, busy=1))  # serves all calls
 
 
 def fused_config(head_dim: int, config: FlashConfig | None = None) -> FlashConfig:
