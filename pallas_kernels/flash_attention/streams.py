@@ -97,9 +97,8 @@ class Owned(NamedTuple):
         """Copies this warpgroup's rows in, as Stream.load does, and waits for them."""
         first(self.first, self.loaded)
         second(self.second, self.loaded)
-        _copy_vectors(
-            vectors, [ref for ref in (self.lse, self.delta, self.ids) if ref is not None], self.loaded
-        )
+        targets = [ref for ref in (self.lse, self.delta, self.ids) if ref is not None]
+        _copy_vectors(vectors, targets, self.loaded)
         plgpu.barrier_wait(self.loaded)
 
 

@@ -16,7 +16,8 @@ from tests.pallas_kernels.tables import CompileCase
 
 THREE = FlashConfig(tile_q=64, tile_kv=64, stages=2, warpgroups=3, ping_pong=False)
 PERSISTENT_SPILLS = 24  # bytes, under a block mask at H = 128: backward_fused_items.is_persistent says why
-WIDE_SPILLS = 36  # bytes, in the forward at H = 256 with dropout or a block mask: used once an item
+# At H = 256 they are the forward's, used once an item.
+SPILLS = {(128, "block mask"): PERSISTENT_SPILLS, (256, "dropout"): 36, (256, "block mask"): 24}
 AHEAD = FlashConfig(tile_q=64, tile_kv=64, stages=2, overlap=True, ping_pong=False)
 SMALL = FlashConfig(tile_q=64, tile_kv=64, stages=2, q_stages=2)
 IN_BLOCKS = default_config(128, Call(crowded=True, in_blocks=True, busy=1))  # serves all calls
@@ -324,7 +325,7 @@ def feature_cases(h, names=None, t=1024, n=4, batch=2):
                 is_causal=name != "block mask",
                 dropout_rate=0.1 if name == "dropout" else 0.0,
             )
-        )._replace(max_spill_bytes=PERSISTENT_SPILLS if name == "block mask" and h == 128 else 0)
+        )._replace(max_spill_bytes=SPILLS.get((h, name), 0))
         for name in names or features
     }
 
@@ -403,8 +404,5 @@ COMPILE = (
     }
     | feature_cases(64, ("segments", "dropout", "bias"))
     | feature_cases(128)
-    | {
-        name: case._replace(max_spill_bytes=WIDE_SPILLS)
-        for name, case in feature_cases(256, ("dropout", "block mask")).items()
-    }
+    | feature_cases(256, ("dropout", "block mask"))
 )

@@ -35,28 +35,9 @@ from jax._src.pallas.mosaic_gpu.interpret import (
 from jax._src.state import discharge
 from jax._src.state import types as state_types
 
-from pallas_kernels import mosaic
-from pallas_kernels.flash_attention import (
-    backward_dkv_sm90,
-    backward_fused_items,
-    backward_fused_tile,
-    backward_fused_wide_tile,
-    items,
-    mapped,
-    scores,
-)
-from pallas_kernels.mosaic import TMA_ALIGNMENT, broadcast_columns, pl, plgpu
-from pallas_kernels.mosaic_inline import deinterleave
-from pallas_kernels.paged_attention import (
-    decode_codes,
-    decode_consumer,
-    decode_producer,
-    decode_tile,
-    prefill_consumer,
-    prefill_producer,
-    prefill_units,
-    units,
-)
+from pallas_kernels.flash_attention import mapped
+from pallas_kernels.mosaic import TMA_ALIGNMENT, plgpu
+from tests.pallas_kernels.plain_terms import plain_terms
 
 Interpreter = jaxpr_interpret.JaxprInterpreter
 
@@ -77,7 +58,7 @@ def interpreted(num_cores: int = 2):
             jax.sharding.use_abstract_mesh(mesh),
             # The interpreter's callbacks are ordered, which a partitioned function may not contain.
             unittest.mock.patch.object(mapped, "_partitioned", lambda function, _: function),
-            _plain_terms(),
+            plain_terms(),
         ):
             yield
         assert _Detector.seen, "no kernel was interpreted"
@@ -119,69 +100,6 @@ def install() -> None:
     gpu_callbacks.copy_smem_to_gmem = copy_or_add
     Interpreter._interpret_inline_mgpu_p = inline_or_ours
     Interpreter._interpret_wgmma_ref_p = wgmma
-
-
-@contextlib.contextmanager
-def _plain_terms():
-    """In JAX's terms, what kernels say in Mosaic's own."""
-    places = {
-        "reduce_rows": (_reduce_rows, decode_consumer, decode_tile),
-        "store_deinterleaved": (_store_deinterleaved, decode_consumer),
-        "load_codes_transposed": (_load_codes_transposed, decode_codes),
-        "draw": (_draw, units, items, backward_fused_items, prefill_producer),
-        "fresh_iota": (_iota, prefill_consumer),
-        "load_by_column": (
-            _load_by_column,
-            *(backward_fused_tile, backward_fused_wide_tile, backward_dkv_sm90, scores),
-        ),
-        "store_rows": (_store_rows, prefill_consumer),
-        "load_numbers": (_load_numbers, decode_producer, prefill_units),
-        "tell_transforms": (lambda buffers: None, mosaic),
-    }
-    with contextlib.ExitStack() as stack:
-        for name, (ours, *modules) in places.items():
-            for module in modules:
-                stack.enter_context(unittest.mock.patch.object(module, name, ours))
-        yield
-
-
-def _draw(counter, target, offset, previous):
-    """Where every block is as fast as the others."""
-    target[...] = jnp.full((1,), previous + offset, jnp.int32)
-
-
-def _reduce_rows(kind, x, space):
-    return x.max(axis=0) if kind == "max" else x.sum(axis=0)
-
-
-def _load_codes_transposed(codes, first):
-    block = codes[:, pl.ds(first, 64)].astype(jnp.float16).T
-    return block.reshape(-1, 8, 2, block.shape[1]).swapaxes(1, 2).reshape(block.shape)
-
-
-def _store_deinterleaved(ref, x):
-    ref[...] = deinterleave(x).T.astype(ref.dtype)
-
-
-def _iota(size, axis):
-    return jnp.arange(size, dtype=jnp.int32)
-
-
-def _load_by_column(ref, rows):
-    return broadcast_columns(ref[...], rows)
-
-
-def _load_numbers(ref, places):
-    return [ref[place] for place in places]
-
-
-def _store_rows(ref, x, row):
-    for i in range(x.shape[0]):
-
-        @pl.when(row[i] >= 0)
-        def _(i=i):
-            place = jnp.unravel_index(row[i], ref.shape[:-1])
-            ref[*place] = x[i].astype(ref.dtype)
 
 
 def _check_alignment(key, transforms):
