@@ -1,4 +1,4 @@
-"""What kernels say in Mosaic's own terms (mosaic_inline.py), said in JAX's: the interpreter knows no other."""
+"""What kernels say in Mosaic's own terms (mosaic_inline.py) in JAX's: the interpreter knows no other."""
 
 import contextlib
 import unittest.mock
