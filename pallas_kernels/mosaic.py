@@ -26,6 +26,7 @@ __all__ = [
     "load_columns",
     "load_rows",
     "make_kernel",
+    "mutable",
     "opaque",
     "pl",
     "plgpu",
@@ -155,6 +156,15 @@ def broadcast_rows(x: jax.Array, columns: int) -> jax.Array:
 def broadcast_columns(x: jax.Array, rows: int) -> jax.Array:
     """[columns] -> [rows, columns]."""
     return lax.broadcast_in_dim(x, (rows, x.shape[0]), [1])
+
+
+def mutable(array: jax.Array) -> Any:
+    """A reference to the array, which kernels write to in place.
+
+    Behind a barrier: of a slice XLA (its dynamic_slice_fusion, seen in JAX 0.11.2) would give the kernel a
+    new buffer, with nothing of the slice's in it.
+    """
+    return jax.new_ref(lax.optimization_barrier(array))
 
 
 def call_in_place(call: Callable[[Any], tuple], array: Any, out_type: tuple) -> list[Any]:

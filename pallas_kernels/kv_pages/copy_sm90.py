@@ -13,14 +13,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.kv_pages.pool import NULL_PAGE, Arrays
-from pallas_kernels.mosaic import div, pl, plgpu
+from pallas_kernels.mosaic import div, mutable, pl, plgpu
 
 BLOCK_BYTES = 32 * 1024  # of K, and again of V: three programs share a multiprocessor
 
 
 def copy_pages(arrays: Arrays, src_pages, dst_pages) -> Arrays:
     """Copies page src to page dst in every layer, for every pair of pages 1..P-1; skips other pairs."""
-    refs = [jax.new_ref(array) for array in arrays]
+    refs = [mutable(array) for array in arrays]
     _launch(_copy, arrays, src_pages.shape[0])(*refs, src_pages, dst_pages)
     return tuple(jax.freeze(ref) for ref in refs)
 
@@ -34,7 +34,7 @@ def gather_pages(arrays: Arrays, pages) -> Arrays:
 
 def scatter_pages(arrays: Arrays, buffers: Arrays, pages) -> Arrays:
     """Copies entry c of buffers [L, C, ...] to page pages[c], if that is one of 1..P-1."""
-    refs = [jax.new_ref(array) for array in arrays]
+    refs = [mutable(array) for array in arrays]
     _launch(_scatter, arrays, pages.shape[0])(*refs, *buffers, pages)
     return tuple(jax.freeze(ref) for ref in refs)
 

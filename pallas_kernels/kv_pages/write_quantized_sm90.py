@@ -14,7 +14,7 @@ from jax import lax
 
 from pallas_kernels.kv_pages.pool import Arrays
 from pallas_kernels.kv_pages.quantize import LIMITS, scale_and_inverse, to_codes
-from pallas_kernels.mosaic import TMA_ALIGNMENT, broadcast_rows, div, pl, plgpu
+from pallas_kernels.mosaic import TMA_ALIGNMENT, broadcast_rows, div, mutable, pl, plgpu
 
 ROWS = 64  # rows of a register tile of one warpgroup
 MAX_BLOCK = 16  # tokens of a program, whose slots are held in registers
@@ -26,7 +26,7 @@ def write_kv(arrays: Arrays, key, value, slots, layer) -> Arrays:
     pitch = padded_heads(num_kv_heads, head_dim)
     block = max(1, min(ROWS // pitch, MAX_BLOCK))
     num_rows = -(-block * pitch // ROWS) * ROWS
-    refs = [jax.new_ref(array) for array in arrays]
+    refs = [mutable(array) for array in arrays]
     rows = functools.partial(_rows, pitch=pitch, at_least=num_rows)
     plgpu.kernel(
         functools.partial(_kernel, block, pitch, num_tokens),

@@ -12,7 +12,7 @@ from jax import lax
 
 from pallas_kernels.kv_pages import write_quantized_sm90
 from pallas_kernels.kv_pages.pool import Arrays
-from pallas_kernels.mosaic import TMA_ALIGNMENT, div, pl, plgpu
+from pallas_kernels.mosaic import TMA_ALIGNMENT, div, mutable, pl, plgpu
 
 # Beyond so many, a program takes more tokens. Short programs keep more copies on their way: 8192 tokens of
 # 8 heads x 128 in bf16 take 19.2 us on an H200, and 20.2 us with 132 * 4.
@@ -40,7 +40,7 @@ def write_kv(arrays: Arrays, key, value, slots, layer) -> Arrays:
     block = max(1, min(-(-num_tokens // NUM_PROGRAMS), SMEM_BUDGET // (2 * token_bytes)))
     if token_bytes % TMA_ALIGNMENT:  # only a block's first token begins where a TMA copy can
         block = 1
-    refs = [jax.new_ref(array) for array in arrays]
+    refs = [mutable(array) for array in arrays]
     tokens_smem = plgpu.SMEM((block, num_kv_heads, head_dim), key.dtype)
     plgpu.kernel(
         functools.partial(_kernel, block, num_tokens),

@@ -14,29 +14,40 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import LOG2_E, ceil_div, div, plgpu
+from pallas_kernels.mosaic import LOG2_E, ceil_div, div, pl, plgpu
 from pallas_kernels.paged_attention.decode_consumer import copy_head
-from pallas_kernels.paged_attention.decode_plan import Cut, Plan
+from pallas_kernels.paged_attention.decode_plan import Inputs, Outputs, Plan
 from pallas_kernels.paged_attention.prefill_config import WARPGROUP_ROWS
 from pallas_kernels.paged_attention.units import split_range
 
-CHUNK = 16  # parts whose loads are in flight together
+CHUNK = 32  # parts whose loads are in flight together
 THREADS = 128  # of a thread block
 FLOOR = -1e30  # the maximum before any part: finite, so that no difference is NaN
 
 
 class Shared(NamedTuple):
-    """Parts of shared keys: the prefill kernel's results, where each token's lie, and each row's token.
+    """Parts of shared keys: the prefill kernel's results, and where each row's lie.
 
-    Token t: item first_item[t] and the num_splits[t] - 1 after it, row of the tile head x tile_q + place[t].
+    Row r: item first_item[r] and the num_splits[r] - 1 after it, row of the tile head x tile_q + place[r].
     """
 
     out: Any  # f32[max_items, K, warpgroups, 64, width]
     lse: Any  # f32[max_items, K, warpgroups, 64]
-    first_item: Any  # i32[tokens]
+    first_item: Any  # i32[R]
     num_splits: Any
     place: Any
-    token: Any  # i32[R]
+
+
+class Operands(NamedTuple):
+    """Operands in global memory; None where the plan has none."""
+
+    out: Any  # f32[R, splits, N, width]: the decode kernel's parts
+    lse: Any  # f32[R, splits, K, columns]
+    lengths: Any  # i32[R]
+    starts: Any  # i32[R + 1]
+    sinks: Any  # f32[N]
+    shared: Shared | None
+    among: Any  # [tokens, N, H]
 
 
 class Parts(NamedTuple):
@@ -57,24 +68,27 @@ class State(NamedTuple):
 
 def combine_parts(
     plan: Plan,
-    out: jax.Array,
-    lse: jax.Array,
-    lengths: jax.Array,
+    parts: Outputs,
+    inputs: Inputs,
     sinks: jax.Array | None,
     shared: Shared | None = None,
+    among: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Merges out f32[R, splits, N, width] and lse f32[R, splits, K, columns], and shared parts, into out
-    [R, N, H] and lse f32[R, N].
+    """Merges parts of the decode kernel, and shared ones, into out [R, N, H] and lse f32[R, N].
 
-    A sink joins here, so that it counts once: it is one more lse_s, of an out_s that is zero.
+    A sink joins here, so that it counts once: it is one more lse_s, of an out_s that is zero. among: a
+    reference to others' results [tokens, N, H], among which those of ragged rows go.
     """
-    num_rows, _, num_heads, _ = out.shape
+    num_rows, num_heads = plan.num_rows, plan.num_heads
+    operands = Operands(*parts, inputs.lengths, inputs.starts, sinks, shared, among)
+    if sinks is not None:
+        operands = operands._replace(sinks=sinks.astype(jnp.float32))
+    out = jax.ShapeDtypeStruct((num_rows, num_heads, plan.head_dim), plan.query_dtype)
+    lse = jax.ShapeDtypeStruct((num_rows, num_heads), jnp.float32)
+    leaves, tree = jax.tree.flatten(operands)
     kernel = plgpu.kernel(
-        functools.partial(_kernel, plan, sinks is not None),
-        out_type=[
-            jax.ShapeDtypeStruct((num_rows, num_heads, plan.head_dim), plan.query_dtype),
-            jax.ShapeDtypeStruct((num_rows, num_heads), jnp.float32),
-        ],
+        functools.partial(_kernel, plan, tree),
+        out_type=[lse] if plan.is_ragged else [out, lse],
         grid=(num_heads, num_rows),
         grid_names=("head", "row"),
         num_threads=1,
@@ -83,52 +97,63 @@ def combine_parts(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="combine_parts",
     )
-    operands = () if sinks is None else (sinks.astype(jnp.float32),)
-    return kernel(out, lse, lengths, *operands, *(() if shared is None else shared))
+    *own, merged_lse = kernel(*leaves)
+    return (own[0] if own else among[...]), merged_lse
 
 
-def _kernel(plan: Plan, has_sinks: bool, out, lse, lengths, *refs):
-    *optional, merged, merged_lse, staged = refs
+def _kernel(plan: Plan, operands, *refs):
+    inputs = jax.tree.unflatten(operands, refs[: operands.num_leaves])
+    *own, merged_lse, staged = refs[operands.num_leaves :]
     row, head = lax.axis_index("row"), lax.axis_index("head")
-    sink = optional.pop(0)[head] if has_sinks else None
+    length = inputs.lengths[row]
+
+    @pl.when(length >= 0 if plan.is_ragged else True)
+    def _():
+        maximum, total, values = _merge_all(plan, inputs, row, head, length)
+        staged[...] = (values * jnp.where(total > 0, 1 / total, 0.0)).astype(plan.query_dtype)
+        plgpu.commit_smem()
+        out = own[0].at[row, head] if own else inputs.among.at[inputs.starts[row], head]
+        copy_head(plan, staged, out)
+        merged_lse[row, head] = jnp.where(total > 0, maximum + jnp.log2(total) * (1 / LOG2_E), -jnp.inf)
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _merge_all(plan: Plan, inputs: Operands, row, head, length) -> State:
     # All numbers before any part: one after the other they would be waited for.
-    parts = [_own_parts(plan, row, head, out, lse, lengths)]
-    if plan.cut is not None:
-        parts.append(_shared_parts(plan, plan.cut, row, head, Shared(*optional)))
+    sink = None if inputs.sinks is None else inputs.sinks[head]
+    parts = [_own_parts(plan, row, head, inputs, length)]
+    if inputs.shared is not None:
+        parts.append(_shared_parts(plan, row, head, inputs.shared))
     state = _init(plan, sink)
     for each in parts:
         state = _merge(each, _layout(plan), state)
-    maximum, total, values = state
-    staged[...] = (values * jnp.where(total > 0, 1 / total, 0.0)).astype(plan.query_dtype)
-    plgpu.commit_smem()
-    copy_head(plan, staged, merged.at[row, head])
-    merged_lse[row, head] = jnp.where(total > 0, maximum + jnp.log2(total) * (1 / LOG2_E), -jnp.inf)
-    plgpu.wait_smem_to_gmem(0)
+    return state
 
 
-def _own_parts(plan: Plan, row, head, out, lse, lengths) -> Parts:
+def _own_parts(plan: Plan, row, head, inputs: Operands, length) -> Parts:
     kv_head, column = div(head, plan.group), lax.rem(head, jnp.int32(plan.column_period))
-    first, stop = split_range(plan, jnp.minimum(lengths[row], plan.capacity))
+    first, stop = split_range(plan, jnp.minimum(length, plan.capacity))
 
     def part(index):
         split = first + index
-        return lse[row, split, kv_head, column], out.at[row, split, head]
+        return inputs.lse[row, split, kv_head, column], inputs.out.at[row, split, head]
 
     return Parts(stop - first, plan.num_splits, part)
 
 
-def _shared_parts(plan: Plan, cut: Cut, row, head, shared: Shared) -> Parts:
-    token = shared.token[row]
+def _shared_parts(plan: Plan, row, head, shared: Shared) -> Parts:
+    cut = plan.cut
+    assert cut is not None
     kv_head, member = div(head, plan.group), lax.rem(head, jnp.int32(plan.group))
-    place = member * cut.tile_q + shared.place[token]
+    place = member * cut.tile_q + shared.place[row]
     warpgroup, place = div(place, WARPGROUP_ROWS), lax.rem(place, jnp.int32(WARPGROUP_ROWS))
-    first = shared.first_item[token]
+    first = shared.first_item[row]
 
     def part(index):
         where = first + index, kv_head, warpgroup, place
         return shared.lse[where], shared.out.at[where]
 
-    return Parts(shared.num_splits[token], cut.splits, part)
+    return Parts(shared.num_splits[row], cut.splits, part)
 
 
 def _layout(plan: Plan) -> Any:

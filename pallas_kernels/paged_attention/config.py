@@ -6,7 +6,8 @@ from pallas_kernels.mosaic import SMEM_BYTES
 
 NUM_PROGRAMS = 132  # multiprocessors of an H100 or H200; a constant, so that results depend on shapes alone
 TILES = (64, 128, 256)
-MAX_SPLIT = 4096  # tokens, of the default cuts
+SPLITS = (256, 512, 1024, 2048, 4096, 8192)  # tokens, of the default cuts
+MANY_UNITS_SPLIT = 4096  # where no split gives every multiprocessor one unit
 MAX_STAGES = 8
 IN_FLIGHT = 112 << 10  # bytes of K and V that a multiprocessor waits for at a time
 
@@ -46,15 +47,17 @@ def fixed_bytes(
     columns: int,
     tile: int,
     consumers: int,
+    split: int,
     page_size: int | None,
+    is_ragged: bool = False,
 ) -> int:
-    """Shared memory beside the stages: lengths, page ids, queries twice, weights of each consumer, fp32
+    """Shared memory beside the stages: rows' numbers, page ids, queries twice, weights of each consumer, fp32
     results, the scratch of a second consumer's reductions, and a margin for the first one's and barriers."""
     rows = -(-head_dim // 64) * 64
     workspace = columns * tile * 2
-    ids = 16 * (MAX_SPLIT // page_size + 32) if page_size else 0
+    ids = 16 * (split // page_size + 32) if page_size else 0
     results = consumers * (workspace + columns * rows * 4) + (consumers - 1) * 2048
-    return 4 * num_rows + ids + 4 * columns * head_dim + results + 7168
+    return 4 * num_rows * (1 + is_ragged) + ids + 4 * columns * head_dim + results + 7168
 
 
 def default_config(
@@ -65,17 +68,18 @@ def default_config(
     capacity: int,
     itemsize: int = 2,
     page_size: int | None = 8,
+    is_ragged: bool = False,
 ) -> PagedConfig:
     """Chooses cuts for R rows of at most `capacity` tokens, K heads of H, `columns` queries a head (padded).
 
     tile: 128, because a step costs about 0.6 us however few its tokens; 64 where two stages of 128 do not
-    fit; 256 of codes at H = 64 (GPT-2 medium 256 x 1024, int8: 158 us instead of 170). split: a unit a
-    multiprocessor if the rows fill them all just once, 4096 tokens at most: long units cost less to begin
-    and to merge, short ones balance rows of uneven length (H200, page size 16: 16 rows x 16384 of Yi-6B take
-    135, 132, 130, 127 us at 1024, 2048, 4096, 8192). stages: of 16-bit pages what IN_FLIGHT bytes hold: more
-    only wait longer in memory's queue (H100: Llama-3-8B 128 x 2048 354.7 us with two stages, 358.5 with
-    three; GPT-2 medium 256 x 1024 354.2 with two and three, 355.5 with four, 356.4 with six); of codes as
-    many as fit, up to 8.
+    fit; 256 of codes at H = 64 (GPT-2 medium 256 x 1024, int8: 158 us instead of 170).
+    split: a unit a multiprocessor if the rows fill them all just once, else 4096 tokens: long units cost less
+    to begin and to merge, short ones balance rows of uneven length (H200, page size 16: 16 rows x 16384 of
+    Yi-6B take 132, 129, 127, 125 us at 1024, 2048, 4096, 8192, of Llama-3-8B 248, 244, 242, 244).
+    stages: of 16-bit pages what IN_FLIGHT bytes hold: more only wait longer in memory's queue (H100:
+    Llama-3-8B 128 x 2048 354.7 us with two stages, 358.5 with three; GPT-2 medium 256 x 1024 354.2 with two
+    and three, 355.5 with four, 356.4 with six); of codes as many as fit, up to 8.
     consumers: two where codes become fp16 (int8, Llama-3-8B 16 x 16384: 140.5 us, with one 140.8; 128 x
     2048: 139 and 142).
     dynamic: where every program has a few units (GPT-2 medium 256 x 1024 238 us instead of 243, Llama-3-8B
@@ -83,19 +87,19 @@ def default_config(
     a program, 128 both).
     """
     is_quantized = itemsize == 1
+    tokens_a_program = num_rows * num_kv_heads * capacity / NUM_PROGRAMS
+    split = next((size for size in SPLITS if size >= tokens_a_program), MANY_UNITS_SPLIT)
     for tile in (256, 128, 64):
         consumers = 1 + (is_quantized and tile < 256)
         if tile == 256 and not (is_quantized and head_dim <= 64 and capacity >= 256):
             continue
         if is_quantized and tile * head_dim > 128 * 128:
             continue  # values are in registers
-        fixed = fixed_bytes(num_rows, head_dim, columns, tile, consumers, page_size)
+        fixed = fixed_bytes(num_rows, head_dim, columns, tile, consumers, split, page_size, is_ragged)
         free = SMEM_BYTES - fixed
         stages = max(0, free) // (2 * tile * (head_dim * itemsize + 4 * is_quantized))
         if stages >= 2 * consumers:
             break
-    tokens_a_program = num_rows * num_kv_heads * capacity / NUM_PROGRAMS
-    split = next((size for size in (256, 512, 1024, 2048) if size >= tokens_a_program), MAX_SPLIT)
     in_flight = MAX_STAGES if is_quantized else max(2, IN_FLIGHT // (2 * tile * head_dim * itemsize))
     stages = min(MAX_STAGES, in_flight, stages // consumers * consumers)
     units = num_rows * num_kv_heads * -(-capacity // split)

@@ -55,8 +55,7 @@ def consume(plan: Plan, consumer, outputs: Outputs, scratch: Scratch):
         finish_unit(to, consumer, count, units, state, sinks)
         return count + unit.num_tiles, units + 1
 
-    schedule = Schedule(scratch.lengths, scratch.tickets, None)
-    _, units = for_each_unit(plan, schedule, visit, (jnp.int32(0), jnp.int32(0)))
+    _, units = for_each_unit(plan, Schedule.of(scratch), visit, (jnp.int32(0), jnp.int32(0)))
     plgpu.wait_smem_to_gmem(0)
     if (merge := scratch.merge) is not None:
 
@@ -170,7 +169,8 @@ def store_unit(to: Destination, result: Result, sinks):
     store = store_deinterleaved if plan.is_quantized else store_transposed
     store(out, result.values * broadcast_columns(norm, plan.width))
     plgpu.commit_smem()
-    copy_heads(plan, unit, out, to.outputs.out.at[unit.row, unit.split])
+    where = (unit.row, unit.split) if plan.is_merged else unit.token
+    copy_heads(plan, unit, out, to.outputs.out.at[where])
     lse = (result.maximum + jnp.log2(result.total)) * (1 / LOG2_E)
     to.outputs.lse[unit.row, unit.split, unit.head] = jnp.where(result.total > 0, lse, -jnp.inf)
 

@@ -17,6 +17,7 @@ MAX_BOX = 256  # elements that one TMA copy takes along a dimension
 MAX_QUERIES = 16 * 256  # numbers in the queries of one KV head: beyond, accumulators spill
 MAX_ROWS = 8192
 ROW_BLOCK = 8  # rows whose lengths are looked at together
+NOT_OURS = -1  # the length of a row whose queries another kernel attends
 
 
 class Cut(NamedTuple):
@@ -34,6 +35,7 @@ class Plan(LaunchPlan):
     page_size: int | None  # None: caches instead of pages
     capacity: int  # tokens that a row has room for
     cut: Cut | None = None  # of keys that rows share, attended elsewhere
+    is_ragged: bool = False  # whether rows' queries lie among others, some of rows that are not ours
 
     @property
     def num_programs(self) -> int:
@@ -49,6 +51,11 @@ class Plan(LaunchPlan):
     def has_numbers(self) -> bool:
         """Whether a unit's queries come with numbers for each head."""
         return self.is_quantized or self.has_sinks or self.has_slopes
+
+    @property
+    def finds_queries(self) -> bool:
+        """Whether a row's query is read where it lies among others, and not from a copy in order of rows."""
+        return self.is_ragged and not self.is_quantized and not self.pads_groups
 
     @property
     def query_rows(self) -> int:
@@ -69,6 +76,10 @@ class Plan(LaunchPlan):
         """Small groups that divide 8 are taken eight heads at a time as they lie in memory, a column each;
         columns of other KV heads are computed and not used. Other groups are padded."""
         return 8 % self.group == 0 and self.num_heads % 8 == 0
+
+    @property
+    def pads_groups(self) -> bool:
+        return not self.shares_columns and self.group != self.columns
 
     @property
     def columns(self) -> int:
@@ -143,6 +154,7 @@ def padded_group(group: int) -> int:
 
 def make_plan(inputs: PagedInputs, spec: PagedSpec, cut: Cut | None = None) -> Plan:
     facts, page_size, capacity = facts_of(inputs, spec), None, inputs.k_pages.shape[1]
+    is_ragged = inputs.query_start is not None
     if inputs.block_tables is not None:
         page_size = inputs.k_pages.shape[3]
         capacity = inputs.block_tables.shape[1] * page_size
@@ -154,8 +166,10 @@ def make_plan(inputs: PagedInputs, spec: PagedSpec, cut: Cut | None = None) -> P
         capacity,
         inputs.k_pages.dtype.itemsize,
         page_size,
+        is_ragged,
     )
-    return Plan(**facts, config=config, page_size=page_size, capacity=capacity, cut=cut)
+    own = {"page_size": page_size, "capacity": capacity, "cut": cut, "is_ragged": is_ragged}
+    return Plan(**facts, config=config, **own)
 
 
 class Inputs(NamedTuple):
@@ -163,22 +177,24 @@ class Inputs(NamedTuple):
 
     query: Any  # [R, N, H], or [R, K * columns, H] where groups are padded; see Plan.query_rows
     query_factor: Any  # f32[R, N or K * columns], of codes
+    starts: Any  # i32[R + 1]: of ragged rows, each one's query among all
     k_pages: Any  # [L, P, K, Z, H], or [R, S, K, H]
     v_pages: Any
     tables: Any  # [R * M]
-    lengths: Any  # [R]
+    lengths: Any  # [R]; NOT_OURS of a row that is left alone
     layer: Any  # [1]
     k_scale: Any  # f32[L, P, K, Z]
     v_scale: Any
     sinks: Any  # f32[K, columns]
     slopes: Any  # f32[K, columns]
     counter: Any  # i32[1]: units drawn, zero at first
+    out: Any  # [tokens, N, H]: others' results, to which ours are added
 
 
 class Outputs(NamedTuple):
     """Results in global memory."""
 
-    out: Any  # [R, 1, N, H], or parts f32[R, splits, N, width]
+    out: Any  # [R, N, H], or others' results [tokens, N, H], or parts f32[R, splits, N, width]
     lse: Any  # f32[R, splits, K, columns]
 
 
@@ -236,6 +252,7 @@ class Scratch(NamedTuple):
     v: Tiles
     queries: Queries
     lengths: Any  # i32[lengths_size]
+    starts: Any  # i32[lengths_size], of ragged rows
     lengths_full: Any
     tickets: Tickets | None
     work: Workspace
@@ -249,12 +266,14 @@ def scratch_types(plan: Plan) -> Scratch:
     row = config.tile if plan.is_quantized else plan.head_dim
     weights = swizzled_smem((config.consumers, columns, config.tile), plan.weights_dtype, row)
     reduction = plgpu.SMEM((config.consumers, REDUCTION_SIZE), jnp.float32)
+    numbers = plgpu.SMEM((plan.lengths_size,), jnp.int32)
     return Scratch(
         k=_tiles(plan),
         v=_tiles(plan),
         queries=_queries(plan),
-        lengths=plgpu.SMEM((plan.lengths_size,), jnp.int32),
-        lengths_full=plgpu.Barrier(num_arrivals=-(-plan.num_rows // MAX_BOX)),
+        lengths=numbers,
+        starts=numbers if plan.is_ragged else None,
+        lengths_full=plgpu.Barrier(num_arrivals=-(-plan.num_rows // MAX_BOX) * (1 + plan.is_ragged)),
         tickets=_tickets(plan) if config.dynamic else None,
         work=Workspace(weights, reduction),
         merge=_merge(plan) if config.consumers == 2 else None,

@@ -7,20 +7,30 @@ from jax import lax
 
 from pallas_kernels.mosaic import div, pl, plgpu
 from pallas_kernels.mosaic_inline import load_numbers
-from pallas_kernels.paged_attention.decode_plan import BUFFERS, MAX_BOX, Inputs, Plan, Queries, Tiles
+from pallas_kernels.paged_attention.decode_plan import (
+    BUFFERS,
+    MAX_BOX,
+    Inputs,
+    Plan,
+    Queries,
+    Scratch,
+    Tiles,
+)
 from pallas_kernels.paged_attention.page_tiles import copy_by_warps
 from pallas_kernels.paged_attention.units import Schedule, Unit, drain, for_each_unit
 
 COPIES = 8  # whose page ids are in registers together
 
 
-def fetch_lengths(plan: Plan, inputs: Inputs, lengths, full):
-    """Starts the copy of all rows' lengths."""
+def fetch_numbers(plan: Plan, inputs: Inputs, scratch: Scratch):
+    """Starts the copies of all rows' lengths, and of where their queries are."""
     size = min(MAX_BOX, plan.lengths_size)
 
     def copy(box, _):
         part = pl.ds(pl.multiple_of(box * size, size), size)
-        plgpu.copy_gmem_to_smem(inputs.lengths.at[part], lengths.at[part], full)
+        for source, target in ((inputs.lengths, scratch.lengths), (inputs.starts, scratch.starts)):
+            if target is not None:
+                plgpu.copy_gmem_to_smem(source.at[part], target.at[part], scratch.lengths_full)
 
     lax.fori_loop(0, -(-plan.num_rows // size), copy, None)
 
@@ -101,7 +111,8 @@ def fetch_queries(plan: Plan, inputs: Inputs, unit: Unit, queries: Queries, unit
         first = unit.head * plan.columns
     first, full = pl.multiple_of(first, 8), queries.full.at[buffer]
     rows = pl.ds(first * (plan.query_rows // plan.columns), plan.query_rows)
-    plgpu.copy_gmem_to_smem(inputs.query.at[unit.row, rows], queries.query.at[buffer], full)
+    row = unit.token if plan.finds_queries else unit.row
+    plgpu.copy_gmem_to_smem(inputs.query.at[row, rows], queries.query.at[buffer], full)
     mode = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
     for source, place, target in (
         (inputs.query_factor, (unit.row, pl.ds(first, plan.columns)), queries.factor),

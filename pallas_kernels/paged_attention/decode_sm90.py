@@ -22,12 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.mosaic import make_kernel, pl, plgpu
+from pallas_kernels.mosaic import make_kernel, mutable, pl, plgpu
 from pallas_kernels.paged_attention.combine_sm90 import Shared, combine_parts
 from pallas_kernels.paged_attention.decode_codes import split_query
 from pallas_kernels.paged_attention.decode_consumer import consume
 from pallas_kernels.paged_attention.decode_plan import Cut, Inputs, Outputs, Plan, make_plan, scratch_types
-from pallas_kernels.paged_attention.decode_producer import fetch_lengths, produce
+from pallas_kernels.paged_attention.decode_producer import fetch_numbers, produce
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 from pallas_kernels.paged_attention.units import Schedule
 
@@ -36,29 +36,40 @@ REGISTERS = {1: None, 2: (32, 224)}  # of producers and consumers; they share 65
 
 
 def forward(
-    inputs: PagedInputs, spec: PagedSpec, shared: Shared | None = None, cut: Cut | None = None
+    inputs: PagedInputs,
+    spec: PagedSpec,
+    shared: Shared | None = None,
+    cut: Cut | None = None,
+    others: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends one query a row to the row's keys, and to those whose parts are `shared`; returns out [R, N, H]
-    and lse f32[R, N]."""
+    and lse f32[R, N].
+
+    With query_start a row's query lies among others, and its result among theirs: `others` [tokens, N, H],
+    written in place and returned as out. Rows of length NOT_OURS are left alone; their lse is undefined.
+    """
     plan = make_plan(inputs, spec, cut)
-    out, lse = launch(plan, inputs)
+    among = None if others is None else mutable(others)
+    operands = operands_of(plan, inputs)
     if plan.is_merged:
-        return combine_parts(plan, out, lse, inputs.kv_lengths.astype(jnp.int32), inputs.sinks, shared)
+        return combine_parts(plan, launch(plan, operands), operands, inputs.sinks, shared, among)
+    out, lse = launch(plan, operands._replace(out=among))
     heads = np.arange(plan.num_heads)
-    return out[:, 0], lse[:, 0, heads // plan.group, heads % plan.column_period]
+    return out, lse[:, 0, heads // plan.group, heads % plan.column_period]
 
 
-def launch(plan: Plan, inputs: PagedInputs) -> Outputs:
+def launch(plan: Plan, operands: Inputs) -> Outputs:
     """Runs the kernel; splits without a visible token stay unwritten, except where there is one split a
     row."""
     rows, splits, heads = plan.num_rows, plan.num_splits, plan.num_heads
-    leaves, operands = jax.tree.flatten(operands_of(plan, inputs))
+    shape = (rows, splits, heads, plan.width) if plan.is_merged else (rows, heads, plan.head_dim)
+    is_own = operands.out is None
+    own = [jax.ShapeDtypeStruct(shape, plan.out_dtype)] if is_own else []
+    lse = jax.ShapeDtypeStruct((rows, splits, plan.num_kv_heads, plan.columns), jnp.float32)
+    leaves, tree = jax.tree.flatten(operands)
     kernel = make_kernel(
-        functools.partial(_kernel, plan, operands),
-        out_type=[
-            jax.ShapeDtypeStruct((rows, splits, heads, plan.out_columns), plan.out_dtype),
-            jax.ShapeDtypeStruct((rows, splits, plan.num_kv_heads, plan.columns), jnp.float32),
-        ],
+        functools.partial(_kernel, plan, tree),
+        out_type=[*own, lse],
         grid=(plan.num_programs,),
         grid_names=("program",),
         num_threads=FIRST_CONSUMER + plan.config.consumers,
@@ -67,15 +78,20 @@ def launch(plan: Plan, inputs: PagedInputs) -> Outputs:
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="paged_decode",
     )
-    return Outputs(*kernel(*leaves))
+    *own, lse = kernel(*leaves)
+    return Outputs(own[0] if own else operands.out[...], lse)
 
 
 def operands_of(plan: Plan, inputs: PagedInputs) -> Inputs:
-    tables = inputs.block_tables
-    query, factor = _query_operands(plan, inputs.query)
+    tables, start, query = inputs.block_tables, inputs.query_start, inputs.query
+    if plan.is_ragged and not plan.finds_queries:
+        assert start is not None
+        query = query.at[start[:-1]].get(mode="clip")
+    query, factor = _query_operands(plan, query)
     return Inputs(
         query=query,
         query_factor=factor,
+        starts=None if start is None else start.astype(jnp.int32),
         k_pages=inputs.k_pages,
         v_pages=inputs.v_pages,
         tables=None if tables is None else tables.astype(jnp.int32).reshape(-1),
@@ -86,6 +102,7 @@ def operands_of(plan: Plan, inputs: PagedInputs) -> Inputs:
         sinks=_per_head(plan, inputs.sinks),
         slopes=_per_head(plan, inputs.alibi_slopes),
         counter=jax.new_ref(jnp.zeros(1, jnp.int32)) if plan.config.dynamic else None,
+        out=None,
     )
 
 
@@ -95,7 +112,7 @@ def _query_operands(plan: Plan, query: jax.Array) -> tuple[jax.Array, jax.Array 
     A TMA copy into tiles takes heads by eights, so that other groups are padded. Both codes of a unit's
     columns lie together.
     """
-    if not (plan.shares_columns or plan.group == plan.columns):
+    if plan.pads_groups:
         query = query.reshape(plan.num_rows, plan.num_kv_heads, plan.group, plan.head_dim)
         query = jnp.pad(query, ((0, 0), (0, 0), (0, plan.columns - plan.group), (0, 0)))
         query = query.reshape(plan.num_rows, plan.num_kv_heads * plan.columns, plan.head_dim)
@@ -116,10 +133,10 @@ def _per_head(plan: Plan, x: jax.Array | None) -> jax.Array | None:
 
 
 def _kernel(plan: Plan, operands, *refs):
-    *refs, out, lse, scratch = refs
-    inputs, outputs = jax.tree.unflatten(operands, refs), Outputs(out, lse)
+    inputs = jax.tree.unflatten(operands, refs[: operands.num_leaves])
+    *own, lse, scratch = refs[operands.num_leaves :]
+    outputs = Outputs(own[0] if own else inputs.out, lse)
     warpgroup = lax.axis_index("warpgroup")
-    schedule = Schedule(scratch.lengths, scratch.tickets, None)
     registers: Any = REGISTERS[plan.config.consumers]
 
     @pl.when(warpgroup < FIRST_CONSUMER)
@@ -129,15 +146,15 @@ def _kernel(plan: Plan, operands, *refs):
 
         @pl.when(warpgroup == K_PRODUCER)
         def _():
-            fetch_lengths(plan, inputs, scratch.lengths, scratch.lengths_full)
+            fetch_numbers(plan, inputs, scratch)
             plgpu.barrier_wait(scratch.lengths_full)
-            drawing = schedule._replace(counter=inputs.counter)
-            produce(plan, inputs, inputs.k_pages, inputs.k_scale, scratch.k, drawing, scratch.queries)
+            schedule = Schedule.of(scratch, inputs.counter)
+            produce(plan, inputs, inputs.k_pages, inputs.k_scale, scratch.k, schedule, scratch.queries)
 
         @pl.when(warpgroup == V_PRODUCER)
         def _():
             plgpu.barrier_wait(scratch.lengths_full)
-            produce(plan, inputs, inputs.v_pages, inputs.v_scale, scratch.v, schedule, None)
+            produce(plan, inputs, inputs.v_pages, inputs.v_scale, scratch.v, Schedule.of(scratch), None)
 
     @pl.when(warpgroup >= FIRST_CONSUMER)
     def _():

@@ -36,7 +36,7 @@ from pallas_kernels.paged_attention.prefill_plan import (
     octet_at,
 )
 from pallas_kernels.paged_attention.prefill_units import Work, for_each_unit
-from pallas_kernels.paged_attention.prefill_work import visible_keys, visible_tiles
+from pallas_kernels.paged_attention.prefill_work import visible_keys
 
 FLOOR = -1e30  # the running maximum before a key was seen: finite, so that no difference is NaN
 
@@ -69,9 +69,9 @@ class Unit(NamedTuple):
     @property
     def own_tiles(self) -> KvTiles:
         """The positions of the tiles that the warpgroup sees."""
-        work = self.work
-        own = visible_tiles(self.plan, work, self.warpgroup)
-        return KvTiles(*(self.stop - (work.tile_stop - tile) for tile in own))
+        index = self.warpgroup if self.plan.has_own_ranges else 0
+        own = self.scratch.records.read_range(opaque(self.turn), index)
+        return KvTiles(*(self.stop - count for count in own))
 
     def given(self, per_row):
         """The part of what is given for each row of a tile, or None."""

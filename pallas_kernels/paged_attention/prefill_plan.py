@@ -20,7 +20,7 @@ from pallas_kernels.paged_attention.prefill_config import (
     default_config,
     max_tiles,
 )
-from pallas_kernels.paged_attention.prefill_units import Records
+from pallas_kernels.paged_attention.prefill_units import Records, record_size
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 
 RESERVED_BYTES = 3072  # of shared memory, for records, barriers and what is lost to alignment
@@ -63,6 +63,15 @@ class PrefillPlan(LaunchPlan):
     def has_own_ranges(self) -> bool:
         """Whether the warpgroups of a tile hold different tokens, and so see different keys."""
         return self.group == 1 and self.config.warpgroups > 1
+
+    @property
+    def num_ranges(self) -> int:
+        """Ranges of keys in a unit's record."""
+        return self.config.warpgroups if self.has_own_ranges else 1
+
+    @property
+    def record_size(self) -> int:
+        return record_size(self.num_ranges)
 
     @property
     def head_octets(self) -> int:
@@ -199,7 +208,7 @@ class Inputs(NamedTuple):
     v_pages: Any
     tables: Any  # [R * M]
     layer: Any  # [1]
-    units: Any  # i32[(max_units + 1) * RECORD]
+    units: Any  # i32[(max_units + 1) * record size]
     k_scale: Any  # f32[L, P, K, Z]
     v_scale: Any
     sinks: Any  # f32[K, warpgroups, 64]
@@ -254,7 +263,7 @@ def scratch_types(plan: PrefillPlan) -> Scratch:
         v=ready,
         k_codes=codes,
         v_codes=codes,
-        records=Records.types(config.warpgroups + 1 + plan.is_quantized),
+        records=Records.types(config.warpgroups + 1 + plan.is_quantized, plan.record_size),
         rows=plgpu.RefUnion(*(swizzled_smem(rows, dtype) for dtype in (plan.dtype, plan.query_dtype))),
         query_full=plgpu.Barrier(num_barriers=num_buffers, num_arrivals=copies),
         query_empty=plgpu.Barrier(num_barriers=num_buffers),

@@ -1,6 +1,5 @@
 """The producer warpgroups of paged prefill: what a unit needs to shared memory, and codes to 16 bits."""
 
-import functools
 import itertools
 import math
 
@@ -19,7 +18,7 @@ from pallas_kernels.paged_attention.prefill_plan import (
     buffer_of,
     octet_at,
 )
-from pallas_kernels.paged_attention.prefill_units import RECORD, RECORDS, Work, for_each_unit, slot_of
+from pallas_kernels.paged_attention.prefill_units import RECORDS, Work, for_each_unit, slot_of
 from pallas_kernels.paged_attention.prefill_work import visible_keys
 from pallas_kernels.paged_attention.units import drain
 
@@ -29,13 +28,17 @@ WIDE_COLUMNS = 128  # that the widening warpgroup's registers hold of 64 rows
 def load_units(plan: PrefillPlan, inputs: Inputs, scratch: Scratch):
     """The loading warpgroup: records a unit ahead, queries, and tile after tile of K and V."""
     program = lax.axis_index("program")
-    load_record(inputs, scratch, jnp.int32(0), program)
+    load_record(plan, inputs, scratch, jnp.int32(0), program)
 
     def load(turn, carry):
         unit, position = carry
+        # First the first keys: queries may wait for other results to leave, and a draw takes a while.
+        has_keys = scratch.records.read(turn).num_tiles > 0
+        pl.when(has_keys)(lambda: load_keys(plan, inputs, scratch, turn, position, 0))
+        load_queries(plan, inputs, scratch, turn)
         unit = next_unit(plan, inputs, scratch, turn + 1, unit)
-        load_record(inputs, scratch, turn + 1, unit)
-        return unit, load_unit(plan, inputs, scratch, turn, position)
+        load_record(plan, inputs, scratch, turn + 1, unit)
+        return unit, load_tiles(plan, inputs, scratch, turn, position)
 
     turns, (_, position) = for_each_unit(scratch.records, load, (program, jnp.int32(0)))
     for ring in (scratch.k_codes or scratch.k, scratch.v_codes or scratch.v):
@@ -54,36 +57,36 @@ def next_unit(plan: PrefillPlan, inputs: Inputs, scratch: Scratch, turn, unit):
     return scratch.records.drawn[slot]
 
 
-def load_record(inputs: Inputs, scratch: Scratch, turn, unit):
+def load_record(plan: PrefillPlan, inputs: Inputs, scratch: Scratch, turn, unit):
     """Starts the copy of a unit's record; beyond the last unit it is of no work."""
     records, slot = scratch.records, slot_of(turn)
     pl.when(turn >= RECORDS)(lambda: plgpu.barrier_wait(records.empty.at[slot]))
-    unit = jnp.minimum(unit, div(inputs.units.shape[0], RECORD) - 1)
-    source = inputs.units.at[pl.ds(pl.multiple_of(unit * RECORD, 4), RECORD)]
+    size = plan.record_size
+    unit = jnp.minimum(unit, plan.max_units)  # where no work is
+    source = inputs.units.at[pl.ds(pl.multiple_of(unit * size, 4), size)]
     mode = plgpu.OOBFillMode.PROMISE_IN_BOUNDS  # not a tensor copy, so that records may lie close together
     plgpu.copy_gmem_to_smem(source, records.fields.at[slot], records.full.at[slot], oob_mode=mode)
 
 
-def load_unit(plan: PrefillPlan, inputs: Inputs, scratch: Scratch, turn, position):
-    """Starts the copies of a unit's queries, and of its tiles of K and V as slots become empty."""
-    k, v = scratch.k_codes or scratch.k, scratch.v_codes or scratch.v
+def load_tiles(plan: PrefillPlan, inputs: Inputs, scratch: Scratch, turn, position):
+    """Starts the copies of a unit's tiles of K and V, but for the first keys, as slots become empty."""
     num_tiles = scratch.records.read(turn).num_tiles
 
-    def load(ring, pages, scale, index):
+    def load(index, _):
         work = scratch.records.read(opaque(turn))  # again: registers are few
-        load_tile(plan, inputs, pages, scale, ring, work, index, position + index)
+        values = inputs.v_pages, inputs.v_scale, scratch.v_codes or scratch.v
+        load_tile(plan, inputs, *values, work, index, position + index)
+        following = index + 1
+        pl.when(following < num_tiles)(lambda: load_keys(plan, inputs, scratch, turn, position, following))
 
-    load_keys = functools.partial(load, k, inputs.k_pages, inputs.k_scale)
-
-    def load_values(index, _):
-        load(v, inputs.v_pages, inputs.v_scale, index)
-        pl.when(index + 1 < num_tiles)(lambda: load_keys(index + 1))
-
-    # The first keys come before the queries, which may wait for other results to leave.
-    pl.when(num_tiles > 0)(lambda: load_keys(0))
-    load_queries(plan, inputs, scratch, turn)
-    lax.fori_loop(0, num_tiles, load_values, None)
+    lax.fori_loop(0, num_tiles, load, None)
     return position + num_tiles
+
+
+def load_keys(plan: PrefillPlan, inputs: Inputs, scratch: Scratch, turn, position, index):
+    work = scratch.records.read(opaque(turn))
+    keys = inputs.k_pages, inputs.k_scale, scratch.k_codes or scratch.k
+    load_tile(plan, inputs, *keys, work, index, position + index)
 
 
 def load_queries(plan: PrefillPlan, inputs: Inputs, scratch: Scratch, turn):

@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.flash_attention.tiles import KvTiles
 from pallas_kernels.mosaic import plgpu
 from pallas_kernels.mosaic_inline import load_numbers
 
 NO_WORK = -1  # the row of a record that is no unit: behind it there are only such
-RECORD = 12  # numbers in the record of a unit, in multiples of 16 bytes, as TMA copies them
 RECORDS = 4  # of the unit that is computed, of the next, whose tiles are loaded, of one more, and of the last
 
 
@@ -33,18 +33,23 @@ class Work(NamedTuple):
         return self.tile_stop - self.tile_start
 
 
+def record_size(num_ranges: int) -> int:
+    """Numbers in a unit's record, its fields and ranges of tiles: a multiple of 16 bytes, as TMA copies."""
+    return -(-(len(Work._fields) + num_ranges * len(KvTiles._fields)) // 4) * 4
+
+
 class Records(NamedTuple):
     """A ring of records in shared memory: the loading warpgroup fills it, every warpgroup reads it."""
 
-    fields: Any  # i32[RECORDS, RECORD]
+    fields: Any  # i32[RECORDS, record size]
     full: Any
     empty: Any
     drawn: Any  # i32[RECORDS]: what the loading warpgroup drew
 
     @classmethod
-    def types(cls, num_warpgroups: int) -> "Records":
+    def types(cls, num_warpgroups: int, size: int) -> "Records":
         return cls(
-            fields=plgpu.SMEM((RECORDS, RECORD), jnp.int32),
+            fields=plgpu.SMEM((RECORDS, size), jnp.int32),
             full=plgpu.Barrier(num_barriers=RECORDS),
             empty=plgpu.Barrier(num_barriers=RECORDS, num_arrivals=num_warpgroups),
             drawn=plgpu.SMEM((RECORDS,), jnp.int32),
@@ -52,6 +57,12 @@ class Records(NamedTuple):
 
     def read(self, turn) -> Work:
         return Work(*load_numbers(self.fields.at[slot_of(turn)], range(len(Work._fields))))
+
+    def read_range(self, turn, index) -> KvTiles:
+        """A range of tiles, as they count down to the unit's end."""
+        first, size = len(Work._fields), len(KvTiles._fields)
+        places = [first + index * size + i for i in range(size)]
+        return KvTiles(*load_numbers(self.fields.at[slot_of(turn)], places))
 
     def wait(self, turn):
         """Waits for a record, and returns its row."""

@@ -10,13 +10,13 @@ from pallas_kernels.flash_attention.tiles import KvTiles
 from pallas_kernels.mosaic import ceil_div, div
 from pallas_kernels.paged_attention.prefill_config import MIN_SPLIT_TILES, OCTET, WARPGROUP_ROWS
 from pallas_kernels.paged_attention.prefill_plan import PrefillPlan
-from pallas_kernels.paged_attention.prefill_units import NO_WORK, RECORD, Work
+from pallas_kernels.paged_attention.prefill_units import NO_WORK, Work
 
 
 class WorkList(NamedTuple):
     """The units of a launch, and where each token's result lies."""
 
-    units: jax.Array  # i32[max_units + 1, RECORD]: Work, of each item its KV heads; then NO_WORK
+    units: jax.Array  # i32[max_units + 1, record size]: Work, of each item its KV heads; then NO_WORK
     first_item: jax.Array  # i32[tokens]: of each token's tile; its splits follow
     num_splits: jax.Array  # i32[tokens]; 0: no item holds the token
     place: jax.Array  # i32[tokens]: the token's place in its tile
@@ -110,13 +110,16 @@ def _records(plan: PrefillPlan, items: Work) -> jax.Array:
     """A record for every item and KV head, and one behind them that is no work."""
     kv_head = jnp.arange(plan.num_kv_heads)
     shape = plan.max_items, plan.num_kv_heads
-    fields = [jnp.broadcast_to(x[:, None], shape) for x in items[:-1]]
-    records = jnp.stack([*fields, jnp.broadcast_to(kv_head, shape)], axis=-1).reshape(-1, len(Work._fields))
-    return jnp.pad(records, ((0, 1), (0, RECORD - len(Work._fields))), constant_values=NO_WORK)
+    ranges = [_visible_tiles(plan, items, index) for index in range(plan.num_ranges)]
+    counts = [items.tile_stop - tile for tiles in ranges for tile in tiles]
+    fields = [jnp.broadcast_to(x[:, None], shape) for x in (*items[:-1], *counts)]
+    fields.insert(len(Work._fields) - 1, jnp.broadcast_to(kv_head, shape))
+    records = jnp.stack(fields, axis=-1).reshape(-1, len(fields))
+    return jnp.pad(records, ((0, 1), (0, plan.record_size - len(fields))), constant_values=NO_WORK)
 
 
-def visible_tiles(plan: PrefillPlan, work: Work, warpgroup) -> KvTiles:
-    """The KV tiles of a unit that the tokens of a warpgroup see, and those of them that need no mask."""
+def _visible_tiles(plan: PrefillPlan, work: Work, warpgroup: int) -> KvTiles:
+    """The KV tiles of units that the tokens of a warpgroup see, and those of them that need no mask."""
     first, stop, tile_kv = work.first, work.stop, plan.config.tile_kv
     if plan.has_own_ranges:
         token = work.token + warpgroup * WARPGROUP_ROWS
@@ -126,7 +129,7 @@ def visible_tiles(plan: PrefillPlan, work: Work, warpgroup) -> KvTiles:
     if plan.spec.is_causal:
         end = jnp.maximum(last_position + 1, 0)
         full_end = jnp.maximum(first + work.offset + 1, 0)
-    start = full_start = jnp.int32(0)
+    start = full_start = jnp.zeros_like(work.tile_start)
     if plan.spec.window_left is not None:
         start = div(jnp.maximum(first + work.offset - plan.spec.window_left, 0), tile_kv)
         full_start = ceil_div(jnp.maximum(last_position - plan.spec.window_left, 0), tile_kv)

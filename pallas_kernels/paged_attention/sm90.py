@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.paged_attention import decode_plan, decode_sm90, prefill_plan, prefill_sm90
 from pallas_kernels.paged_attention.combine_sm90 import Shared
-from pallas_kernels.paged_attention.decode_plan import Cut
+from pallas_kernels.paged_attention.decode_plan import NOT_OURS, Cut
 from pallas_kernels.paged_attention.prefill_config import OCTET
 from pallas_kernels.paged_attention.prefill_plan import Outputs, PrefillPlan
 from pallas_kernels.paged_attention.prefill_work import WorkList, plan_work
@@ -31,23 +31,16 @@ def forward(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]
     """Attends every query token; returns out [tokens, N, H] and lse f32[tokens, N]."""
     if inputs.query_start is None:
         return decode_sm90.forward(inputs, spec)
-    if not spec.is_causal:
-        return prefill(inputs, spec)
-    is_single = inputs.query_start[1:] - inputs.query_start[:-1] == 1
+    is_single = (inputs.query_start[1:] - inputs.query_start[:-1] == 1) & spec.is_causal
     out, lse = prefill(inputs, spec, skip=is_single)
-    token = jnp.where(is_single, inputs.query_start[:-1], 0)
-    single = inputs._replace(
-        query=inputs.query[token],
-        kv_lengths=jnp.where(is_single, inputs.kv_lengths, 0),
-        query_start=None,
-    )
-    row_out, row_lse = decode_sm90.forward(single, spec)
-    # In place. Rows that are not single aim beyond the end, each elsewhere, and are dropped.
-    token = jnp.where(is_single, token, out.shape[0] + jnp.arange(token.shape[0]))
-    return (
-        out.at[token].set(row_out, mode="drop", unique_indices=True),
-        lse.at[token].set(row_lse, mode="drop", unique_indices=True),
-    )
+    if spec.is_causal:
+        single = inputs._replace(kv_lengths=jnp.where(is_single, inputs.kv_lengths, NOT_OURS))
+        out, row_lse = decode_sm90.forward(single, spec, others=out)
+        # Rows that are not single aim beyond the end, each elsewhere, and are dropped.
+        token = jnp.where(is_single, inputs.query_start[:-1], lse.shape[0] + jnp.arange(is_single.shape[0]))
+        lse = lse.at[token].set(row_lse, mode="drop", unique_indices=True)
+    num_tokens = inputs.query.shape[0]
+    return out[:num_tokens], lse[:num_tokens]
 
 
 def cascade(
@@ -57,16 +50,16 @@ def cascade(
     place[r]. Sinks are `own`'s. Returns out [R, N, H] and lse f32[R, N].
     """
     whole = dataclasses.replace(spec, is_causal=False)
-    plan, work, results = _launch_prefill(shared, whole, keeps_parts=True)
-    parts = Shared(*results, work.first_item, work.num_splits, work.place, place)
+    nobody = jnp.zeros(shared.kv_lengths.shape, bool)
+    plan, work, results = _launch_prefill(shared, whole, skip=nobody, keeps_parts=True)
+    parts = Shared(*results, *(x[place] for x in (work.first_item, work.num_splits, work.place)))
     return decode_sm90.forward(own, spec, parts, Cut(plan.tile_q, plan.config.splits))
 
 
-def prefill(
-    inputs: PagedInputs, spec: PagedSpec, skip: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """The prefill kernel alone; the results of rows to skip (bool[R]) are undefined."""
-    num_tokens, start = inputs.query.shape[0], inputs.query_start
+def prefill(inputs: PagedInputs, spec: PagedSpec, skip: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The prefill kernel alone: out [tokens, N, H] and lse f32[tokens, N], tokens a multiple of OCTET; the
+    results of rows to skip (bool[R]) are undefined."""
+    start = inputs.query_start
     assert start is not None
     plan, work, (out, lse) = _launch_prefill(inputs, spec, skip)
     if plan.has_parts:
@@ -77,14 +70,13 @@ def prefill(
         token = jnp.arange(plan.num_tokens)
         is_ours = (token >= start[0]) & (token < start[-1])
         lse = jnp.where(is_ours[:, None], lse, -jnp.inf)
-    return out[:num_tokens], lse[:num_tokens]
+    return out, lse
 
 
 def _launch_prefill(
-    inputs: PagedInputs, spec: PagedSpec, skip: jax.Array | None = None, keeps_parts: bool = False
+    inputs: PagedInputs, spec: PagedSpec, skip: jax.Array, keeps_parts: bool = False
 ) -> tuple[PrefillPlan, WorkList, Outputs]:
     num_tokens = inputs.query.shape[0]
-    skip = jnp.zeros(inputs.kv_lengths.shape, bool) if skip is None else skip
     inputs = inputs._replace(query=jnp.pad(inputs.query, ((0, -num_tokens % OCTET), (0, 0), (0, 0))))
     plan = prefill_plan.make_plan(inputs, spec, keeps_parts)
     work = plan_work(plan, inputs.query_start, inputs.kv_lengths, skip)

@@ -8,13 +8,14 @@ from jax import lax
 
 from pallas_kernels.mosaic import ceil_div, div, pl, plgpu
 from pallas_kernels.mosaic_inline import draw
-from pallas_kernels.paged_attention.decode_plan import BUFFERS, ROW_BLOCK, Plan, Tickets
+from pallas_kernels.paged_attention.decode_plan import BUFFERS, ROW_BLOCK, Plan, Scratch, Tickets
 
 
 class Unit(NamedTuple):
     """One piece of work: `num_tiles` tiles of a row from `start` on, for one KV head."""
 
     row: jax.Array
+    token: jax.Array  # of its query, and of its results
     split: jax.Array
     head: jax.Array
     length: jax.Array  # of the row
@@ -37,16 +38,21 @@ class Schedule(NamedTuple):
     """What a warpgroup needs to know of its program's units."""
 
     lengths: Any  # i32[lengths_size], in shared memory
+    starts: Any  # i32[lengths_size], where rows are ragged
     tickets: Tickets | None  # where units are drawn
     counter: Any  # i32[1] in global memory, of the warpgroup that draws
+
+    @classmethod
+    def of(cls, scratch: Scratch, counter: Any = None) -> "Schedule":
+        return cls(scratch.lengths, scratch.starts, scratch.tickets, counter)
 
 
 def for_each_unit(plan: Plan, schedule: Schedule, visit, carry):
     """Calls carry = visit(unit, next_unit, carry) on this program's units: its place, then every
     `num_programs`th after it, or what it draws.
 
-    Splits without a visible token are not in the list. A row that cannot be cut always is, however short:
-    nobody else would write its zeros.
+    Splits without a visible token are not in the list. A row that cannot be cut always is, however short,
+    unless it is not ours: nobody else would write its zeros.
     """
     program, lengths = lax.axis_index("program"), schedule.lengths
     zero = jnp.int32(0)
@@ -55,10 +61,10 @@ def for_each_unit(plan: Plan, schedule: Schedule, visit, carry):
     def step(state):
         units, cursor, unit, carry = state
         following = _seek(plan, lengths, cursor, _next_index(plan, schedule, cursor.index, units))
-        next_unit = _unit_at(plan, lengths, following)
+        next_unit = _unit_at(plan, schedule, following)
         return units + 1, following, next_unit, visit(unit, next_unit, carry)
 
-    state = zero, start, _unit_at(plan, lengths, start), carry
+    state = zero, start, _unit_at(plan, schedule, start), carry
     units, _, _, carry = lax.while_loop(lambda state: state[1].row < plan.num_rows, step, state)
     if schedule.counter is not None:
         assert schedule.tickets is not None
@@ -98,7 +104,7 @@ def drain(barriers, size: int, total):
 
 def _seek(plan: Plan, lengths, cursor: Cursor, index) -> Cursor:
     """The cursor of unit `index`, which does not come before the cursor's."""
-    if plan.num_splits == 1:
+    if plan.num_splits == 1 and not plan.is_ragged:
         row = jnp.minimum(div(index, plan.num_kv_heads), plan.num_rows)
         return Cursor(index, row, row * plan.num_kv_heads)
 
@@ -133,13 +139,17 @@ def _first_visible(plan: Plan, length):
 
 
 def _count_units(plan: Plan, length):
+    if plan.num_splits == 1:
+        return (length >= 0) * jnp.int32(plan.num_kv_heads)
     first, stop = split_range(plan, jnp.minimum(length, plan.capacity))
     return (stop - first) * plan.num_kv_heads
 
 
-def _unit_at(plan: Plan, lengths, cursor: Cursor) -> Unit:
+def _unit_at(plan: Plan, schedule: Schedule, cursor: Cursor) -> Unit:
     """The cursor's unit; one without tiles if it stands beyond the last."""
-    length = jnp.minimum(lengths[jnp.minimum(cursor.row, plan.num_rows)], plan.capacity)
+    row = jnp.minimum(cursor.row, plan.num_rows)
+    length = jnp.minimum(schedule.lengths[row], plan.capacity)
+    token = row if schedule.starts is None else schedule.starts[row]
     offset = cursor.index - cursor.first
     head = lax.rem(offset, jnp.int32(plan.num_kv_heads))
     split = div(offset, plan.num_kv_heads) + split_range(plan, length)[0]
@@ -148,4 +158,4 @@ def _unit_at(plan: Plan, lengths, cursor: Cursor) -> Unit:
     start = div(first_visible, plan.config.tile) * plan.config.tile
     num_tiles = ceil_div(jnp.maximum(end - start, 0), plan.config.tile)
     num_tiles = jnp.where(cursor.row < plan.num_rows, num_tiles, 0)
-    return Unit(cursor.row, split, head, length, start, first_visible, end, num_tiles)
+    return Unit(cursor.row, token, split, head, length, start, first_visible, end, num_tiles)

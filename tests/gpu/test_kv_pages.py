@@ -65,6 +65,18 @@ def test_write_and_copy(shape, num_tokens, token_dtype, dtype):
         np.testing.assert_array_equal(np.asarray(actual), copy_oracle(pages, src[:4], dst[:4]))
 
 
+def test_write_to_a_part_of_a_pool():
+    shape = (3, 40, 2, 16, 64)
+    pools, (key, value, slots) = random_pool(shape, jnp.bfloat16), random_tokens(shape, 33, jnp.bfloat16)
+
+    @jax.jit
+    def write(k_pages, v_pages, *arrays):
+        return write_kv(k_pages[1:], v_pages[1:], *arrays, layer=1, implementation="sm90")
+
+    for pages, token, actual in zip(pools, (key, value), write(*pools, key, value, slots), strict=True):
+        np.testing.assert_array_equal(np.asarray(actual), write_oracle(pages[1:], token, slots, 1))
+
+
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn])
 def test_what_is_not_finite_stays_in_its_vector(dtype):
     shape = (1, 4, 8, 16, 128)

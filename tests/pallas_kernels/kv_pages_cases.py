@@ -97,6 +97,16 @@ def copy_case(pairs, dtype=jnp.bfloat16, shape=LARGE_POOL):
     return in_place_case(copy_pages, shape, dtype, (integers(pairs), integers(pairs)))
 
 
+def part_case(num_tokens=32, shape=LARGE_POOL):
+    """write_kv to one of a pool's layers, sliced off."""
+    pages, token = (jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in (shape, (num_tokens, shape[2], shape[4])))
+
+    def write(k_pages, v_pages, *arrays):
+        return write_kv(k_pages[1:], v_pages[1:], *arrays, implementation="sm90")
+
+    return CompileCase(write, (pages, pages, token, token, integers(num_tokens)), keep_hlo=True)
+
+
 def scatter_case(num_pages, dtype=jnp.bfloat16, shape=LARGE_POOL):
     buffers = pool_specs((shape[0], num_pages, *shape[2:]), dtype)
     return in_place_case(scatter_pages, shape, dtype, (buffers, integers(num_pages)))
@@ -131,6 +141,7 @@ def step_case(rows=16, num_layers=3, page_size=16):
 COMPILE = {
     "kv_pages:write a decode step": write_case(256),
     "kv_pages:write a prefill, f32": write_case(5000, jnp.float32),
+    "kv_pages:write to a part of a pool": part_case(),
     "kv_pages:write a pool beyond 2^31 elements": write_case(8, shape=(2, 80_000, 8, 16, 128)),
     "kv_pages:quantize a decode step to int8": write_case(256, jnp.int8, token_dtype=jnp.bfloat16),
     "kv_pages:quantize a prefill to fp8": write_case(

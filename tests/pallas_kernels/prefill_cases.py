@@ -227,10 +227,12 @@ def prefill_case(
 
     def attend(*arrays):
         attended = PagedInputs(**dict.fromkeys(PagedInputs._fields) | dict(zip(given, arrays, strict=True)))
-        return (sm90.forward if whole else sm90.prefill)(attended, spec)
+        if whole:
+            return sm90.forward(attended, spec)
+        return sm90.prefill(attended, spec, skip=jnp.zeros(rows, bool))
 
     # The log-sum-exp by tile, the parts of split keys, and what decode's splits need.
-    return CompileCase(attend, tuple(given.values()), max_temp_bytes=80 * 2**20)
+    return CompileCase(attend, tuple(given.values()), max_temp_bytes=80 * 2**20, keep_hlo=whole)
 
 
 EVERYTHING = {
@@ -243,6 +245,7 @@ COMPILE = {
     f"paged_attention:prefill {name}": prefill_case(**arguments)
     for name, arguments in {
         "Llama-3-8B": {"whole": True},
+        "tokens no multiple of eight": {"tokens": 1023, "whole": True},
         "page size 8, fp16": {"page_size": 8, "dtype": jnp.float16},
         "GPT-2 medium, page size 256": {"heads": 16, "kv_heads": 16, "head_dim": 64, "page_size": 256},
         "few tokens of few rows, keys split": {"tokens": 64, "rows": 4},
