@@ -110,12 +110,16 @@ def _kernel(plan: Plan, operands, *refs):
     @pl.when(length >= 0 if plan.is_ragged else True)
     def _():
         maximum, total, values = _merge_all(plan, inputs, row, head, length)
-        staged[...] = (values * jnp.where(total > 0, 1 / total, 0.0)).astype(plan.query_dtype)
-        plgpu.commit_smem()
+        values = (values * jnp.where(total > 0, 1 / total, 0.0)).astype(plan.query_dtype)
         out = own[0].at[row, head] if own else inputs.among.at[inputs.starts[row], head]
-        copy_head(plan, staged, out)
         merged_lse[row, head] = jnp.where(total > 0, maximum + jnp.log2(total) * (1 / LOG2_E), -jnp.inf)
-        plgpu.wait_smem_to_gmem(0)
+        if plan.width == plan.head_dim:
+            out[...] = values
+        else:
+            staged[...] = values
+            plgpu.commit_smem()
+            copy_head(plan, staged, out)
+            plgpu.wait_smem_to_gmem(0)
 
 
 def _merge_all(plan: Plan, inputs: Operands, row, head, length) -> State:

@@ -57,7 +57,7 @@ def fixed_bytes(
     workspace = columns * tile * 2
     ids = 16 * (split // page_size + 32) if page_size else 0
     results = consumers * (workspace + columns * rows * 4) + (consumers - 1) * 2048
-    return 4 * num_rows * (1 + is_ragged) + ids + 4 * columns * head_dim + results + 7168
+    return 4 * num_rows * (2 + is_ragged) + ids + 4 * columns * head_dim + results + 7168
 
 
 def default_config(
@@ -81,7 +81,8 @@ def default_config(
     Llama-3-8B 128 x 2048 354.7 us with two stages, 358.5 with three; GPT-2 medium 256 x 1024 354.2 with two
     and three, 355.5 with four, 356.4 with six); of codes as many as fit, up to 8.
     consumers: two where codes become fp16 (int8, Llama-3-8B 16 x 16384: 140.5 us, with one 140.8; 128 x
-    2048: 139 and 142).
+    2048: 139 and 142), and at H = 64, where a tile is soon there (16/16 heads, 256 rows of 16 to 640
+    tokens: 90 us, with one 103; of 1024: 238 and 239; 32/8 heads, 256 rows of 16 to 640: 50 and 56).
     dynamic: where every program has a few units (GPT-2 medium 256 x 1024 238 us instead of 243, Llama-3-8B
     16 x 16384 243 instead of 247, rows of uneven length 263 instead of 268; 16 x 16384 of Yi-6B, two units
     a program, 128 both).
@@ -90,7 +91,7 @@ def default_config(
     tokens_a_program = num_rows * num_kv_heads * capacity / NUM_PROGRAMS
     split = next((size for size in SPLITS if size >= tokens_a_program), MANY_UNITS_SPLIT)
     for tile in (256, 128, 64):
-        consumers = 1 + (is_quantized and tile < 256)
+        consumers = 2 if tile < 256 and (is_quantized or head_dim <= 64) else 1
         if tile == 256 and not (is_quantized and head_dim <= 64 and capacity >= 256):
             continue
         if is_quantized and tile * head_dim > 128 * 128:
@@ -101,7 +102,7 @@ def default_config(
         if stages >= 2 * consumers:
             break
     in_flight = MAX_STAGES if is_quantized else max(2, IN_FLIGHT // (2 * tile * head_dim * itemsize))
-    stages = min(MAX_STAGES, in_flight, stages // consumers * consumers)
+    stages = min(MAX_STAGES, *(x // consumers * consumers for x in (in_flight + consumers - 1, stages)))
     units = num_rows * num_kv_heads * -(-capacity // split)
     dynamic = units >= 3 * NUM_PROGRAMS and not is_quantized
     return PagedConfig(tile=tile, split=split, stages=stages, consumers=consumers, dynamic=dynamic)

@@ -113,9 +113,15 @@ class Plan(LaunchPlan):
 
     @property
     def lengths_size(self) -> int:
-        """Room for all lengths and those looked at together with the last, in whole copies."""
-        size = -(-(self.num_rows + ROW_BLOCK) // 32) * 32
+        """Room for all lengths and those looked at together with the last, in whole copies, of which every
+        thread of a warpgroup takes as many numbers."""
+        size = -(-(self.num_rows + ROW_BLOCK) // 128) * 128
         return size if size <= MAX_BOX else -(-size // MAX_BOX) * MAX_BOX
+
+    @property
+    def counts_units(self) -> bool:
+        """Whether rows have other numbers of units than one a KV head."""
+        return self.num_splits > 1 or self.is_ragged
 
     @property
     def out_dtype(self) -> Any:
@@ -254,6 +260,8 @@ class Scratch(NamedTuple):
     lengths: Any  # i32[lengths_size]
     starts: Any  # i32[lengths_size], of ragged rows
     lengths_full: Any
+    counts: Any  # i32[lengths_size]: units of each row, where they are counted
+    counted: Any
     tickets: Tickets | None
     work: Workspace
     merge: Merge | None
@@ -274,6 +282,8 @@ def scratch_types(plan: Plan) -> Scratch:
         lengths=numbers,
         starts=numbers if plan.is_ragged else None,
         lengths_full=plgpu.Barrier(num_arrivals=-(-plan.num_rows // MAX_BOX) * (1 + plan.is_ragged)),
+        counts=numbers if plan.counts_units else None,
+        counted=plgpu.Barrier(),
         tickets=_tickets(plan) if config.dynamic else None,
         work=Workspace(weights, reduction),
         merge=_merge(plan) if config.consumers == 2 else None,

@@ -29,7 +29,7 @@ from pallas_kernels.paged_attention.decode_consumer import consume
 from pallas_kernels.paged_attention.decode_plan import Cut, Inputs, Outputs, Plan, make_plan, scratch_types
 from pallas_kernels.paged_attention.decode_producer import fetch_numbers, produce
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
-from pallas_kernels.paged_attention.units import Schedule
+from pallas_kernels.paged_attention.units import Schedule, count_units
 
 K_PRODUCER, V_PRODUCER, FIRST_CONSUMER = range(3)  # warpgroups
 REGISTERS = {1: None, 2: (32, 224)}  # of producers and consumers; they share 65,536
@@ -148,17 +148,21 @@ def _kernel(plan: Plan, operands, *refs):
         def _():
             fetch_numbers(plan, inputs, scratch)
             plgpu.barrier_wait(scratch.lengths_full)
+            if plan.counts_units:
+                count_units(plan, scratch)
+            plgpu.barrier_arrive(scratch.counted)
+            plgpu.barrier_wait(scratch.counted)  # its threads look at each other's counts
             schedule = Schedule.of(scratch, inputs.counter)
             produce(plan, inputs, inputs.k_pages, inputs.k_scale, scratch.k, schedule, scratch.queries)
 
         @pl.when(warpgroup == V_PRODUCER)
         def _():
-            plgpu.barrier_wait(scratch.lengths_full)
+            plgpu.barrier_wait(scratch.counted)
             produce(plan, inputs, inputs.v_pages, inputs.v_scale, scratch.v, Schedule.of(scratch), None)
 
     @pl.when(warpgroup >= FIRST_CONSUMER)
     def _():
         if registers:
             plgpu.set_max_registers(registers[1], action="increase")
-        plgpu.barrier_wait(scratch.lengths_full)
+        plgpu.barrier_wait(scratch.counted)
         consume(plan, warpgroup - FIRST_CONSUMER, outputs, scratch)

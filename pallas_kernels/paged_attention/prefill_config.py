@@ -18,13 +18,15 @@ class PrefillConfig:
 
     warpgroups: of 64 rows (tokens x query heads of a group) each; at most two for quantized pages. tile_kv:
     keys a step takes. stages: tiles of K, and of V, in flight. splits: parts that a row's keys are cut into
-    at most, where there are too few rows to fill the GPU.
+    at most, where there are too few rows to fill the GPU. overlap: a tile's softmax runs while its
+    warpgroup's matmul of the tile before does; not for quantized pages.
     """
 
     warpgroups: int = 3
     tile_kv: int = 128
     stages: int = 2
     splits: int = 1
+    overlap: bool = False
 
     def __post_init__(self):
         for name, allowed in {"warpgroups": (1, 2, 3), "tile_kv": (64, 128)}.items():
@@ -87,7 +89,7 @@ def default_config(
         rows = num_tokens * group / num_rows
         in_pairs, in_threes = (math.ceil(rows / size) * size for size in (tile_rows, 3 * WARPGROUP_ROWS))
         pairs = has_slopes or (rows >= WARPGROUP_ROWS and 1.2 * in_pairs < in_threes)
-        return PrefillConfig(2 if pairs else 3, tile_kv, 3)
+        return PrefillConfig(2 if pairs else 3, tile_kv, 3, overlap=not (crowded or has_slopes))
     if head_dim <= 128:
         return PrefillConfig(2 if crowded or has_slopes else 3, tile_kv, 256 // tile_kv)
     return PrefillConfig(warpgroups, 64, 2)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.flash_attention.tiles import KvTiles
+from pallas_kernels.flash_attention.forward_tile import Steps
 from pallas_kernels.mosaic import (
     LOG2_E,
     broadcast_columns,
@@ -54,7 +54,7 @@ class Unit(NamedTuple):
 
     @property
     def work(self) -> Work:
-        return self.scratch.records.read(opaque(self.turn))
+        return self.scratch.records.read(opaque(self.turn), self.plan.num_kv_heads)
 
     @property
     def buffer(self) -> Any:
@@ -64,18 +64,24 @@ class Unit(NamedTuple):
         return lax.rem(position, jnp.int32(self.plan.slots))
 
     def first_key(self, position):
-        return (self.work.tile_stop - (self.stop - position)) * self.plan.config.tile_kv
+        return (self.work.tile_start + (self.stop - 1 - position)) * self.plan.config.tile_kv
 
     @property
-    def own_tiles(self) -> KvTiles:
+    def steps(self) -> Steps:
         """The positions of the tiles that the warpgroup sees."""
         index = self.warpgroup if self.plan.has_own_ranges else 0
         own = self.scratch.records.read_range(opaque(self.turn), index)
-        return KvTiles(*(self.stop - count for count in own))
+        return Steps(*(self.stop - tile for tile in (own.stop, own.full_stop, own.full_start, own.start)))
 
     def given(self, per_row):
         """The part of what is given for each row of a tile, or None."""
         return None if per_row is None else per_row.at[self.work.kv_head, self.warpgroup]
+
+    def release_last(self):
+        """Releases the turn before: late enough not to wait for its results, early enough for the next
+        queries."""
+        if self.plan.query_buffers > 1:
+            pl.when(self.turn > 0)(lambda: self.release(self.turn - 1))
 
     def release(self, turn):
         """Gives the loading warpgroup a turn's buffer, when the copies of its results have been read."""
@@ -88,7 +94,7 @@ def attend_units(plan: PrefillPlan, warpgroup, inputs: Inputs, outputs: Outputs,
     at = functools.partial(Unit, plan, warpgroup, inputs, scratch)
 
     def attend(turn, position):
-        work = scratch.records.read(turn)
+        work = scratch.records.read(turn, plan.num_kv_heads)
         unit = at(turn, position + work.num_tiles)
         store_unit(unit, attend_unit(unit, position), outputs)
         return unit.stop
@@ -100,31 +106,65 @@ def attend_units(plan: PrefillPlan, warpgroup, inputs: Inputs, outputs: Outputs,
 
 
 def attend_unit(unit: Unit, start):
-    """Online softmax over the KV tiles that the queries see; only the ends of their range need a mask."""
-    plan, scratch, turn = unit.plan, unit.scratch, unit.turn
+    """Online softmax over the KV tiles that the queries see, from the last to the first: (values, maximum,
+    total).
+
+    Only the ends of their range need a mask, and mostly the last tile alone.
+    """
+    plan, scratch = unit.plan, unit.scratch
     plgpu.barrier_wait(scratch.query_full.at[unit.buffer])
     pl.when(start < unit.stop)(lambda: plgpu.barrier_wait(scratch.k.full.at[unit.slot(start)]))
-    own = unit.own_tiles
+    skip = functools.partial(skip_tile, unit)
+    if plan.has_own_ranges:
+        lax.fori_loop(start, unit.steps.start, skip, None)
+    carry = (_attend_overlapped if plan.config.overlap else _attend_in_order)(unit)
+    if plan.has_own_ranges and plan.spec.window_left is not None:
+        lax.fori_loop(unit.steps.stop, unit.stop, skip, None)
+    return carry
+
+
+def _attend_in_order(unit: Unit):
     attend = functools.partial(attend_tile, unit)
     masked = functools.partial(attend, masked=True)
-    skip = functools.partial(skip_tile, unit)
     carry = (
-        register_zeros((WARPGROUP_ROWS, plan.head_dim)),
+        register_zeros((WARPGROUP_ROWS, unit.plan.head_dim)),
         row_full(WARPGROUP_ROWS, FLOOR),
         row_full(WARPGROUP_ROWS, 0.0),
     )
-    if plan.spec.window_left is not None:
-        if plan.has_own_ranges:
-            lax.fori_loop(start, own.start, skip, None)
-        carry = lax.fori_loop(own.start, own.full_start, masked, carry)
-    carry = lax.fori_loop(own.full_start, own.full_stop, attend, carry)
-    if plan.query_buffers > 1:  # late enough not to wait for results, early enough for the next queries
-        pl.when(turn > 0)(lambda: unit.release(turn - 1))
-    own = unit.own_tiles
-    carry = lax.fori_loop(own.full_stop, own.stop, masked, carry)
-    if plan.has_own_ranges:
-        lax.fori_loop(unit.own_tiles.stop, unit.stop, skip, None)
+    carry = lax.fori_loop(unit.steps.start, unit.steps.masked_stop, masked, carry)
+    unit.release_last()
+    carry = lax.fori_loop(unit.steps.masked_stop, unit.steps.full_stop, attend, carry)
+    if unit.plan.spec.window_left is not None:
+        carry = lax.fori_loop(unit.steps.full_stop, unit.steps.stop, masked, carry)
     return carry
+
+
+def _attend_overlapped(unit: Unit):
+    """As _attend_in_order, the softmax always one tile ahead (FlashAttention-3, algorithm 2)."""
+    tile_kv, steps = unit.plan.config.tile_kv, unit.steps
+    second = jnp.minimum(steps.start + 1, steps.stop)
+    carry = (
+        row_full(WARPGROUP_ROWS, FLOOR),
+        row_full(WARPGROUP_ROWS, 0.0),
+        register_zeros((WARPGROUP_ROWS, tile_kv)).astype(unit.plan.dtype),
+    )
+    carry = lax.fori_loop(steps.start, second, functools.partial(attend_first, unit), carry)
+    unit.release_last()
+    carry = (register_zeros((WARPGROUP_ROWS, unit.plan.head_dim)), *carry)
+    masked = functools.partial(attend_behind, unit)
+    masked_stop, full_stop = (jnp.maximum(x, second) for x in (steps.masked_stop, steps.full_stop))
+    carry = lax.fori_loop(second, masked_stop, masked, carry)
+    carry = lax.fori_loop(masked_stop, full_stop, functools.partial(attend_ahead, unit), carry)
+    if unit.plan.spec.window_left is not None:
+        carry = lax.fori_loop(full_stop, unit.steps.stop, masked, carry)
+    values, maximum, total, weights16 = carry
+    steps = unit.steps
+
+    def attend_last(position, values):
+        return multiply_values(unit, position, weights16, values)
+
+    last = jnp.where(steps.start < steps.stop, steps.stop - 1, steps.stop)
+    return lax.fori_loop(last, steps.stop, attend_last, values), maximum, total
 
 
 def wait_next_keys(unit: Unit, position):
@@ -145,42 +185,103 @@ def skip_tile(unit: Unit, position, _):
 
 def attend_tile(unit: Unit, position, carry, masked=False):
     values, maximum, total = carry
-    plan, scratch, slot = unit.plan, unit.scratch, unit.slot(position)
-    waits_early = masked or plan.is_quantized  # before the accumulators are full
-    if waits_early:
-        plgpu.barrier_wait(scratch.v.full.at[slot])
-    if masked:
-        clean_values(unit, position)
-    logits = multiply_keys(unit, slot)
-    logits, scale, shift = bend(unit, position, logits)
-    if masked:
-        logits = jnp.where(sees(unit, position, logits.shape), logits, -jnp.inf)
-
-    # The scale is applied where the maximum is subtracted: one fused multiply-add an element.
-    new_maximum = jnp.maximum(maximum, logits.max(axis=1) * scale - shift)
-    decay = jnp.exp2(maximum - new_maximum)
-    weights = jnp.exp2(logits * scale - broadcast_rows(new_maximum + shift, plan.config.tile_kv))
+    plan, slot = unit.plan, unit.slot(position)
+    if plan.is_quantized:  # before the accumulators are full
+        plgpu.barrier_wait(unit.scratch.v.full.at[slot])
+    weights, decay, maximum = weigh(unit, position, multiply_keys(unit, slot), maximum, masked)
     values *= broadcast_rows(decay, plan.head_dim)
     total *= decay
     weights16 = round_weights(unit, slot, weights)
     if plan.head_dim <= 128:
         total += weights.sum(axis=1)
-        values, total, new_maximum, weights16 = lax.optimization_barrier(
-            (values, total, new_maximum, weights16)
-        )
-    if not waits_early:
-        plgpu.barrier_wait(scratch.v.full.at[slot])
+        values, total, maximum, weights16 = lax.optimization_barrier((values, total, maximum, weights16))
+    if not plan.is_quantized:
+        plgpu.barrier_wait(unit.scratch.v.full.at[slot])
+    if masked:
+        clean_values(unit, position)
     # At 64 x 256 accumulators the sum would hold the weights' registers across the barrier.
     if plan.head_dim > 128:
         total += weights.sum(axis=1)
+    meanwhile = functools.partial(wait_next_keys, unit, position)
+    return multiply_values(unit, position, weights16, values, meanwhile), maximum, total
 
-    def multiply_values(values_ref):
-        plgpu.wgmma(values_ref, weights16, scratch.v.smem.at[slot])
+
+def attend_first(unit: Unit, position, carry):
+    """The weights of a tile that may need a mask, for attend_ahead or attend_behind of the next."""
+    maximum, total, _ = carry
+    slot = unit.slot(position)
+    weights, decay, maximum = weigh(unit, position, multiply_keys(unit, slot), maximum, masked=True)
+    total, weights16 = total * decay + weights.sum(axis=1), weights.astype(unit.plan.dtype)
+    maximum, total, weights16 = lax.optimization_barrier((maximum, total, weights16))
+    plgpu.barrier_wait(unit.scratch.v.full.at[slot])
+    clean_values(unit, position)
+    wait_next_keys(unit, position)
+    return maximum, total, weights16
+
+
+def attend_behind(unit: Unit, position, carry):
+    """As attend_ahead, one after the other: what a mask needs in registers."""
+    values, maximum, total, weights16 = carry
+    values = multiply_values(unit, position - 1, weights16, values)
+    before = maximum
+    maximum, total, weights16 = attend_first(unit, position, (maximum, total, weights16))
+    # Of the maximum alone: a tile's decay is what it raised it by.
+    decay = jnp.exp2(before - maximum)
+    return values * broadcast_rows(decay, unit.plan.head_dim), maximum, total, weights16
+
+
+def attend_ahead(unit: Unit, position, carry):
+    """The softmax of a tile, while the tensor cores multiply the tile before with its values.
+
+    What holds the assembler to that order: the wait for this tile's values, a loop that it moves no softmax
+    across, and the rounding of the weights after the matmul that reads their predecessors' registers.
+    """
+    values, maximum, total, weights16 = carry
+    plan, scratch = unit.plan, unit.scratch
+    slot, before = unit.slot(position), unit.slot(position - 1)
+
+    def multiply(logits_ref, values_ref):
+        values_ref[...] = values
+        plgpu.wgmma(logits_ref, scratch.rows[0].at[unit.buffer], scratch.k.smem.at[slot].transpose((1, 0)))
+        plgpu.wgmma(values_ref, weights16, scratch.v.smem.at[before])
+        logits = plgpu.wgmma_accumulator_load(logits_ref, wait_n=1)
+        plgpu.barrier_arrive(scratch.k.empty.at[slot])
+        weights, decay, after = weigh(unit, position, logits, maximum, masked=False)
+        after = after, total * decay + weights.sum(axis=1)
+        weights, decay, after = lax.optimization_barrier((weights, decay, after))
+        plgpu.barrier_wait(scratch.v.full.at[slot])
         wait_next_keys(unit, position)
+        return values_ref[...], weights, decay, after
 
-    values: Any = pl.run_state(multiply_values)(plgpu.ACC.init(values))
-    plgpu.barrier_arrive(scratch.v.empty.at[slot])
-    return values, new_maximum, total
+    types = [plgpu.ACC((WARPGROUP_ROWS, x), jnp.float32) for x in (plan.config.tile_kv, plan.head_dim)]
+    values, weights, decay, after = pl.run_scoped(multiply, *types)
+    plgpu.barrier_arrive(scratch.v.empty.at[before])
+    return values * broadcast_rows(decay, plan.head_dim), *after, weights.astype(plan.dtype)
+
+
+def weigh(unit: Unit, position, logits, maximum, masked: bool):
+    """(weights, decay, maximum): exponentials relative to the new maximum, and by how much what was summed
+    before shrinks."""
+    logits, scale, shift = bend(unit, position, logits)
+    if masked:
+        logits = jnp.where(sees(unit, position, logits.shape), logits, -jnp.inf)
+    # The scale is applied where the maximum is subtracted: one fused multiply-add an element.
+    new_maximum = jnp.maximum(maximum, logits.max(axis=1) * scale - shift)
+    weights = jnp.exp2(logits * scale - broadcast_rows(new_maximum + shift, logits.shape[1]))
+    return weights, jnp.exp2(maximum - new_maximum), new_maximum
+
+
+def multiply_values(unit: Unit, position, weights16, values, meanwhile=lambda: None):
+    """values + P V of one tile."""
+    slot = unit.slot(position)
+
+    def multiply(values_ref):
+        plgpu.wgmma(values_ref, weights16, unit.scratch.v.smem.at[slot])
+        meanwhile()
+
+    values = pl.run_state(multiply)(plgpu.ACC.init(values))
+    plgpu.barrier_arrive(unit.scratch.v.empty.at[slot])
+    return values
 
 
 def multiply_keys(unit: Unit, slot):

@@ -66,7 +66,7 @@ class PrefillPlan(LaunchPlan):
 
     @property
     def num_ranges(self) -> int:
-        """Ranges of keys in a unit's record."""
+        """Ranges of keys in an item's record."""
         return self.config.warpgroups if self.has_own_ranges else 1
 
     @property
@@ -148,8 +148,9 @@ def unsupported(inputs: PagedInputs, spec: PagedSpec) -> str | None:
         return None
     if (head_dim := inputs.query.shape[2]) > MAX_QUANTIZED:
         return f"the head dim of quantized pages must be at most {MAX_QUANTIZED}, got {head_dim}"
-    if spec.prefill_config is not None and spec.prefill_config.warpgroups > 2:
-        return f"quantized pages take at most two warpgroups, got {spec.prefill_config}"
+    config = spec.prefill_config
+    if config is not None and (config.warpgroups > 2 or config.overlap):
+        return f"quantized pages take at most two warpgroups, and no overlap, got {config}"
     return None
 
 
@@ -208,7 +209,7 @@ class Inputs(NamedTuple):
     v_pages: Any
     tables: Any  # [R * M]
     layer: Any  # [1]
-    units: Any  # i32[(max_units + 1) * record size]
+    items: Any  # i32[(max_items + 1) * record size]
     k_scale: Any  # f32[L, P, K, Z]
     v_scale: Any
     sinks: Any  # f32[K, warpgroups, 64]

@@ -26,21 +26,34 @@ WIDE_COLUMNS = 128  # that the widening warpgroup's registers hold of 64 rows
 
 
 def load_units(plan: PrefillPlan, inputs: Inputs, scratch: Scratch):
-    """The loading warpgroup: records a unit ahead, queries, and tile after tile of K and V."""
-    program = lax.axis_index("program")
-    load_record(plan, inputs, scratch, jnp.int32(0), program)
+    """The loading warpgroup: records a unit ahead, queries, and tiles of K and V as slots become empty, from
+    a unit's last to its first: see attend_unit."""
+    first = load_record(plan, inputs, scratch, jnp.int32(0))
 
     def load(turn, carry):
         unit, position = carry
-        # First the first keys: queries may wait for other results to leave, and a draw takes a while.
-        has_keys = scratch.records.read(turn).num_tiles > 0
-        pl.when(has_keys)(lambda: load_keys(plan, inputs, scratch, turn, position, 0))
-        load_queries(plan, inputs, scratch, turn)
-        unit = next_unit(plan, inputs, scratch, turn + 1, unit)
-        load_record(plan, inputs, scratch, turn + 1, unit)
-        return unit, load_tiles(plan, inputs, scratch, turn, position)
+        num_tiles = read(plan, scratch, turn).num_tiles
+        keys = inputs.k_pages, inputs.k_scale, scratch.k_codes or scratch.k
+        values = inputs.v_pages, inputs.v_scale, scratch.v_codes or scratch.v
 
-    turns, (_, position) = for_each_unit(scratch.records, load, (program, jnp.int32(0)))
+        def load_tile_of(of, index):
+            pages, scale, ring = of
+            work = read(plan, scratch, turn)  # again: registers are few
+            load_tile(plan, inputs, pages, scale, ring, work, index, position + index)
+
+        def load_both(index, _):
+            load_tile_of(keys, index)
+            load_tile_of(values, index)
+
+        # First the first keys: queries may wait for other results to leave, and a draw takes a while.
+        pl.when(num_tiles > 0)(lambda: load_tile_of(keys, 0))
+        load_queries(plan, inputs, scratch, turn)
+        pl.when(num_tiles > 0)(lambda: load_tile_of(values, 0))
+        unit = load_record(plan, inputs, scratch, turn + 1, unit)
+        lax.fori_loop(1, num_tiles, load_both, None)
+        return unit, position + num_tiles
+
+    turns, (_, position) = for_each_unit(scratch.records, load, (first, jnp.int32(0)))
     for ring in (scratch.k_codes or scratch.k, scratch.v_codes or scratch.v):
         drain(ring.empty, plan.config.stages, position)
     drain(scratch.records.empty, RECORDS, turns + 1)
@@ -48,50 +61,32 @@ def load_units(plan: PrefillPlan, inputs: Inputs, scratch: Scratch):
         wait_for_buffer(plan, scratch, turns + turn, warpgroup)
 
 
-def next_unit(plan: PrefillPlan, inputs: Inputs, scratch: Scratch, turn, unit):
-    """The unit of a turn: what is drawn, from behind the first unit of every program."""
-    if inputs.counter is None:
-        return unit + plan.num_programs
-    slot = slot_of(turn)
-    draw(inputs.counter, scratch.records.drawn.at[pl.ds(slot, 1)], plan.num_programs, unit)
-    return scratch.records.drawn[slot]
+def read(plan: PrefillPlan, scratch: Scratch, turn) -> Work:
+    return scratch.records.read(opaque(turn), plan.num_kv_heads)
 
 
-def load_record(plan: PrefillPlan, inputs: Inputs, scratch: Scratch, turn, unit):
-    """Starts the copy of a unit's record; beyond the last unit it is of no work."""
+def load_record(plan: PrefillPlan, inputs: Inputs, scratch: Scratch, turn, before=None):
+    """Finds the unit of a turn, given that of the turn before, or the program's first, and starts the copy of
+    its item's record; beyond the last unit it is of no work. Others are drawn from behind all first ones."""
     records, slot = scratch.records, slot_of(turn)
     pl.when(turn >= RECORDS)(lambda: plgpu.barrier_wait(records.empty.at[slot]))
-    size = plan.record_size
-    unit = jnp.minimum(unit, plan.max_units)  # where no work is
-    source = inputs.units.at[pl.ds(pl.multiple_of(unit * size, 4), size)]
+    if before is None:
+        records.units[slot] = lax.axis_index("program")
+    elif inputs.counter is None:
+        records.units[slot] = before + plan.num_programs
+    else:
+        draw(inputs.counter, records.units.at[pl.ds(slot, 1)], plan.num_programs, before)
+    unit, size = records.units[slot], plan.record_size
+    item = jnp.minimum(div(unit, plan.num_kv_heads), plan.max_items)
+    source = inputs.items.at[pl.ds(pl.multiple_of(item * size, 4), size)]
     mode = plgpu.OOBFillMode.PROMISE_IN_BOUNDS  # not a tensor copy, so that records may lie close together
     plgpu.copy_gmem_to_smem(source, records.fields.at[slot], records.full.at[slot], oob_mode=mode)
-
-
-def load_tiles(plan: PrefillPlan, inputs: Inputs, scratch: Scratch, turn, position):
-    """Starts the copies of a unit's tiles of K and V, but for the first keys, as slots become empty."""
-    num_tiles = scratch.records.read(turn).num_tiles
-
-    def load(index, _):
-        work = scratch.records.read(opaque(turn))  # again: registers are few
-        values = inputs.v_pages, inputs.v_scale, scratch.v_codes or scratch.v
-        load_tile(plan, inputs, *values, work, index, position + index)
-        following = index + 1
-        pl.when(following < num_tiles)(lambda: load_keys(plan, inputs, scratch, turn, position, following))
-
-    lax.fori_loop(0, num_tiles, load, None)
-    return position + num_tiles
-
-
-def load_keys(plan: PrefillPlan, inputs: Inputs, scratch: Scratch, turn, position, index):
-    work = scratch.records.read(opaque(turn))
-    keys = inputs.k_pages, inputs.k_scale, scratch.k_codes or scratch.k
-    load_tile(plan, inputs, *keys, work, index, position + index)
+    return unit
 
 
 def load_queries(plan: PrefillPlan, inputs: Inputs, scratch: Scratch, turn):
     """Starts the copies of a tile's queries, every warpgroup's rows; rows of no head take the last head's."""
-    work, rows = scratch.records.read(opaque(turn)), plan.run * OCTET
+    work, rows = read(plan, scratch, turn), plan.run * OCTET
     for warpgroup in range(plan.config.warpgroups):
         buffer = buffer_of(plan, turn, warpgroup)
         wait_for_buffer(plan, scratch, turn, warpgroup)
@@ -120,7 +115,7 @@ def load_tile(plan: PrefillPlan, inputs: Inputs, pages, scale, ring: Ring, work:
     """Starts the copies of a tile's pages into its slot, when the slot's last users have left it."""
     slot = lax.rem(position, jnp.int32(plan.config.stages))
     pl.when(position >= plan.config.stages)(lambda: plgpu.barrier_wait(ring.empty.at[slot]))
-    token, layer = (work.tile_start + index) * plan.config.tile_kv, inputs.layer[0]
+    token, layer = (work.tile_stop - 1 - index) * plan.config.tile_kv, inputs.layer[0]
 
     def copy(place):
         source = find_page(plan, inputs, work, token, place, layer)
@@ -154,7 +149,7 @@ def widen_units(plan: PrefillPlan, scratch: Scratch):
     k, v = (scratch.k_codes, scratch.k), (scratch.v_codes, scratch.v)
 
     def widen_unit(turn, position):
-        work = scratch.records.read(turn)
+        work = read(plan, scratch, turn)
 
         def widen_tiles(index, _):
             widen_tile(plan, work, *k, index, position + index)
@@ -174,7 +169,7 @@ def widen_tile(plan: PrefillPlan, work: Work, codes: Ring, wide: Ring, index, po
     source, slot = (lax.rem(position, jnp.int32(size)) for size in (plan.config.stages, plan.slots))
     plgpu.barrier_wait(codes.full.at[source])
     pl.when(position >= plan.slots)(lambda: plgpu.barrier_wait(wide.empty.at[slot]))
-    first_key = (work.tile_start + index) * tile_kv
+    first_key = (work.tile_stop - 1 - index) * tile_kv
     first, stop = visible_keys(plan, work)
     key = plgpu.broadcasted_iota(jnp.int32, (tile_kv,), 0, layout=plgpu.Layout.WGMMA.reduce(0)) + first_key
     scale = jnp.where((key >= first) & (key < stop), load_columns(codes.scale.at[source]), 0.0)

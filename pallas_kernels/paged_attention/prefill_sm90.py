@@ -70,7 +70,7 @@ def operands_of(plan: PrefillPlan, inputs: PagedInputs, work: WorkList) -> Input
         v_pages=inputs.v_pages,
         tables=inputs.block_tables.astype(jnp.int32).reshape(-1),
         layer=inputs.layer[None],
-        units=work.units.reshape(-1),
+        items=work.items.reshape(-1),
         k_scale=inputs.k_scale,
         v_scale=inputs.v_scale,
         sinks=per_row(plan, inputs.sinks) if plan.joins_sinks else None,

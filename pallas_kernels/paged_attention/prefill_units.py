@@ -9,13 +9,13 @@ from pallas_kernels.flash_attention.tiles import KvTiles
 from pallas_kernels.mosaic import plgpu
 from pallas_kernels.mosaic_inline import load_numbers
 
-NO_WORK = -1  # the row of a record that is no unit: behind it there are only such
+NO_WORK = -1  # the row of a record that is no item: behind it there are only such
 RECORDS = 4  # of the unit that is computed, of the next, whose tiles are loaded, of one more, and of the last
 
 
 class Work(NamedTuple):
-    """A unit of work: a query tile of a row, the KV tiles it takes, and a KV head. Tokens count over the
-    whole batch."""
+    """A unit of work: an item, which is a query tile of a row and the KV tiles that it takes, and a KV head.
+    Tokens count over the whole batch."""
 
     row: Any  # of the block tables
     token: Any  # the tile's first token, a multiple of OCTET, maybe negative
@@ -25,7 +25,7 @@ class Work(NamedTuple):
     kv_length: Any
     tile_start: Any  # KV tiles [tile_start, tile_stop)
     tile_stop: Any
-    item: Any  # place in the list of items, each of which is a unit for every KV head
+    item: Any  # place in the list of items
     kv_head: Any
 
     @property
@@ -33,18 +33,22 @@ class Work(NamedTuple):
         return self.tile_stop - self.tile_start
 
 
+FIELDS = len(Work._fields) - 2  # of an item, which its record holds
+
+
 def record_size(num_ranges: int) -> int:
-    """Numbers in a unit's record, its fields and ranges of tiles: a multiple of 16 bytes, as TMA copies."""
-    return -(-(len(Work._fields) + num_ranges * len(KvTiles._fields)) // 4) * 4
+    """Numbers in an item's record, its fields and ranges of tiles: a multiple of 16 bytes, as TMA copies."""
+    return -(-(FIELDS + num_ranges * len(KvTiles._fields)) // 4) * 4
 
 
 class Records(NamedTuple):
-    """A ring of records in shared memory: the loading warpgroup fills it, every warpgroup reads it."""
+    """A ring of units in shared memory, their items' records: the loading warpgroup fills it, every warpgroup
+    reads it."""
 
     fields: Any  # i32[RECORDS, record size]
     full: Any
     empty: Any
-    drawn: Any  # i32[RECORDS]: what the loading warpgroup drew
+    units: Any  # i32[RECORDS]: units, counted over items and, of each, its KV heads
 
     @classmethod
     def types(cls, num_warpgroups: int, size: int) -> "Records":
@@ -52,16 +56,18 @@ class Records(NamedTuple):
             fields=plgpu.SMEM((RECORDS, size), jnp.int32),
             full=plgpu.Barrier(num_barriers=RECORDS),
             empty=plgpu.Barrier(num_barriers=RECORDS, num_arrivals=num_warpgroups),
-            drawn=plgpu.SMEM((RECORDS,), jnp.int32),
+            units=plgpu.SMEM((RECORDS,), jnp.int32),
         )
 
-    def read(self, turn) -> Work:
-        return Work(*load_numbers(self.fields.at[slot_of(turn)], range(len(Work._fields))))
+    def read(self, turn, num_kv_heads: int) -> Work:
+        fields = load_numbers(self.fields.at[slot_of(turn)], range(FIELDS))
+        unit, heads = self.units[slot_of(turn)], jnp.int32(num_kv_heads)
+        return Work(*fields, item=lax.div(unit, heads), kv_head=lax.rem(unit, heads))
 
     def read_range(self, turn, index) -> KvTiles:
-        """A range of tiles, as they count down to the unit's end."""
-        first, size = len(Work._fields), len(KvTiles._fields)
-        places = [first + index * size + i for i in range(size)]
+        """A range of tiles, counted from the unit's first."""
+        size = len(KvTiles._fields)
+        places = [FIELDS + index * size + i for i in range(size)]
         return KvTiles(*load_numbers(self.fields.at[slot_of(turn)], places))
 
     def wait(self, turn):

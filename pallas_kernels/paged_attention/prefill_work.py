@@ -10,13 +10,13 @@ from pallas_kernels.flash_attention.tiles import KvTiles
 from pallas_kernels.mosaic import ceil_div, div
 from pallas_kernels.paged_attention.prefill_config import MIN_SPLIT_TILES, OCTET, WARPGROUP_ROWS
 from pallas_kernels.paged_attention.prefill_plan import PrefillPlan
-from pallas_kernels.paged_attention.prefill_units import NO_WORK, Work
+from pallas_kernels.paged_attention.prefill_units import FIELDS, NO_WORK, Work
 
 
 class WorkList(NamedTuple):
     """The units of a launch, and where each token's result lies."""
 
-    units: jax.Array  # i32[max_units + 1, record size]: Work, of each item its KV heads; then NO_WORK
+    items: jax.Array  # i32[max_items + 1, record size]: Records.fields of each; then NO_WORK
     first_item: jax.Array  # i32[tokens]: of each token's tile; its splits follow
     num_splits: jax.Array  # i32[tokens]; 0: no item holds the token
     place: jax.Array  # i32[tokens]: the token's place in its tile
@@ -47,15 +47,15 @@ def plan_work(plan: PrefillPlan, query_start, kv_lengths, skip) -> WorkList:
     own = Segments(*(field[segment] for field in segments))
     index = jnp.maximum(item[:, 0] - own.first_item, 0)
     tile = own.num_tiles - 1 - lax.div(index, own.num_splits)
-    work = _cut(plan, segment, own, own.first_tile + tile * plan.tile_q, lax.rem(index, own.num_splits))
-    row = jnp.where(segment < 0, NO_WORK, work.row)
+    items = _cut(plan, segment, own, own.first_tile + tile * plan.tile_q, lax.rem(index, own.num_splits))
+    row = jnp.where(segment < 0, NO_WORK, items.row)
 
     token = jnp.arange(plan.num_tokens)[:, None]
     own = Segments(*(field[_last((segments.start <= token) & (token < segments.stop))] for field in segments))
     distance = token[:, 0] - own.first_tile
     tile = own.num_tiles - 1 - div(distance, plan.tile_q)
     return WorkList(
-        units=_records(plan, work._replace(row=row)),
+        items=_records(plan, items._replace(row=row)),
         first_item=own.first_item + tile * own.num_splits,
         num_splits=jnp.where(own.num_tiles > 0, own.num_splits, 0),
         place=lax.rem(distance, jnp.int32(plan.tile_q)),
@@ -90,8 +90,7 @@ def _segments(plan: PrefillPlan, query_start, kv_lengths, skip) -> Segments:
 
 
 def _cut(plan: PrefillPlan, segment, own: Segments, token, split) -> Work:
-    """The items of these tiles: which KV tiles their visible keys, or one split's part of them, take. KV
-    heads join where records are made."""
+    """The items of these tiles: which KV tiles their visible keys, or one split's part of them, take."""
     first, stop = jnp.maximum(own.start, token), jnp.minimum(own.stop, token + plan.tile_q)
     offset, tile_kv = own.kv_length - own.stop, plan.config.tile_kv
     end = jnp.clip(stop + offset, 0, own.kv_length) if plan.spec.is_causal else own.kv_length
@@ -102,24 +101,21 @@ def _cut(plan: PrefillPlan, segment, own: Segments, token, split) -> Work:
     size = lax.div(end - begin + own.num_splits - 1, own.num_splits)
     begin = jnp.minimum(begin + split * size, end)
     row = jnp.clip(segment - 1, 0, plan.num_rows - 1)
-    tile_stop, item = jnp.minimum(begin + size, end), jnp.arange(plan.max_items)
-    return Work(row, token, first, stop, offset, own.kv_length, begin, tile_stop, item, kv_head=None)
+    tile_stop = jnp.minimum(begin + size, end)
+    return Work(row, token, first, stop, offset, own.kv_length, begin, tile_stop, item=None, kv_head=None)
 
 
 def _records(plan: PrefillPlan, items: Work) -> jax.Array:
-    """A record for every item and KV head, and one behind them that is no work."""
-    kv_head = jnp.arange(plan.num_kv_heads)
-    shape = plan.max_items, plan.num_kv_heads
+    """A record for every item, and one behind them that is none."""
     ranges = [_visible_tiles(plan, items, index) for index in range(plan.num_ranges)]
-    counts = [items.tile_stop - tile for tiles in ranges for tile in tiles]
-    fields = [jnp.broadcast_to(x[:, None], shape) for x in (*items[:-1], *counts)]
-    fields.insert(len(Work._fields) - 1, jnp.broadcast_to(kv_head, shape))
-    records = jnp.stack(fields, axis=-1).reshape(-1, len(fields))
-    return jnp.pad(records, ((0, 1), (0, plan.record_size - len(fields))), constant_values=NO_WORK)
+    counts = [tile - items.tile_start for tiles in ranges for tile in tiles]
+    records = jnp.stack([*items[:FIELDS], *counts], axis=-1)
+    padding = plan.record_size - records.shape[1]
+    return jnp.pad(records, ((0, 1), (0, padding)), constant_values=NO_WORK)
 
 
 def _visible_tiles(plan: PrefillPlan, work: Work, warpgroup: int) -> KvTiles:
-    """The KV tiles of units that the tokens of a warpgroup see, and those of them that need no mask."""
+    """The KV tiles of items that the tokens of a warpgroup see, and those of them that need no mask."""
     first, stop, tile_kv = work.first, work.stop, plan.config.tile_kv
     if plan.has_own_ranges:
         token = work.token + warpgroup * WARPGROUP_ROWS

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic import ceil_div, div, pl, plgpu
-from pallas_kernels.mosaic_inline import draw
+from pallas_kernels.mosaic_inline import draw, load_numbers
 from pallas_kernels.paged_attention.decode_plan import BUFFERS, ROW_BLOCK, Plan, Scratch, Tickets
+
+COUNTED = 128  # rows at a time: a thread each
 
 
 class Unit(NamedTuple):
@@ -39,12 +41,13 @@ class Schedule(NamedTuple):
 
     lengths: Any  # i32[lengths_size], in shared memory
     starts: Any  # i32[lengths_size], where rows are ragged
+    counts: Any  # i32[lengths_size]: units of each row, where they are counted
     tickets: Tickets | None  # where units are drawn
     counter: Any  # i32[1] in global memory, of the warpgroup that draws
 
     @classmethod
     def of(cls, scratch: Scratch, counter: Any = None) -> "Schedule":
-        return cls(scratch.lengths, scratch.starts, scratch.tickets, counter)
+        return cls(scratch.lengths, scratch.starts, scratch.counts, scratch.tickets, counter)
 
 
 def for_each_unit(plan: Plan, schedule: Schedule, visit, carry):
@@ -54,13 +57,12 @@ def for_each_unit(plan: Plan, schedule: Schedule, visit, carry):
     Splits without a visible token are not in the list. A row that cannot be cut always is, however short,
     unless it is not ours: nobody else would write its zeros.
     """
-    program, lengths = lax.axis_index("program"), schedule.lengths
     zero = jnp.int32(0)
-    start = _seek(plan, lengths, Cursor(zero, zero, zero), program)
+    start = _seek(plan, schedule, Cursor(zero, zero, zero), lax.axis_index("program"))
 
     def step(state):
         units, cursor, unit, carry = state
-        following = _seek(plan, lengths, cursor, _next_index(plan, schedule, cursor.index, units))
+        following = _seek(plan, schedule, cursor, _next_index(plan, schedule, cursor.index, units))
         next_unit = _unit_at(plan, schedule, following)
         return units + 1, following, next_unit, visit(unit, next_unit, carry)
 
@@ -68,27 +70,34 @@ def for_each_unit(plan: Plan, schedule: Schedule, visit, carry):
     units, _, _, carry = lax.while_loop(lambda state: state[1].row < plan.num_rows, step, state)
     if schedule.counter is not None:
         assert schedule.tickets is not None
-        drain(schedule.tickets.empty, BUFFERS, units)
+        drain(schedule.tickets.empty, BUFFERS, jnp.maximum(units - 1, 0))
     return carry
 
 
 def _next_index(plan: Plan, schedule: Schedule, index, units):
-    """The unit after `index`. One warpgroup draws it, the others read what it drew."""
-    if schedule.tickets is None:
-        return index + plan.num_programs
-    indices, full, empty = schedule.tickets
-    slot = lax.rem(units, jnp.int32(BUFFERS))
+    """The unit after `index`, which is the program's unit number `units`. The second is never drawn: that
+    would hold up the loads of the first."""
+    following, tickets = index + plan.num_programs, schedule.tickets
+    if tickets is None:
+        return following
+    return lax.cond(units == 0, lambda: following, lambda: _drawn(plan, schedule, tickets, index, units - 1))
+
+
+def _drawn(plan: Plan, schedule: Schedule, tickets: Tickets, index, number):
+    """What is drawn after `number` others. One warpgroup draws it, the others read what it drew."""
+    indices, full, empty = tickets
+    slot = lax.rem(number, jnp.int32(BUFFERS))
     if schedule.counter is None:
         plgpu.barrier_wait(full.at[slot])
         drawn = indices[slot]
         plgpu.barrier_arrive(empty.at[slot])
         return drawn
 
-    @pl.when(units >= BUFFERS)
+    @pl.when(number >= BUFFERS)
     def _():
         plgpu.barrier_wait(empty.at[slot])
 
-    draw(schedule.counter, indices.at[pl.ds(slot, 1)], plan.num_programs, index)
+    draw(schedule.counter, indices.at[pl.ds(slot, 1)], 2 * plan.num_programs, index)
     plgpu.barrier_arrive(full.at[slot])
     return indices[slot]
 
@@ -102,9 +111,9 @@ def drain(barriers, size: int, total):
     lax.fori_loop(jnp.maximum(total - size, 0), total, wait, None)
 
 
-def _seek(plan: Plan, lengths, cursor: Cursor, index) -> Cursor:
+def _seek(plan: Plan, schedule: Schedule, cursor: Cursor, index) -> Cursor:
     """The cursor of unit `index`, which does not come before the cursor's."""
-    if plan.num_splits == 1 and not plan.is_ragged:
+    if schedule.counts is None:
         row = jnp.minimum(div(index, plan.num_kv_heads), plan.num_rows)
         return Cursor(index, row, row * plan.num_kv_heads)
 
@@ -115,9 +124,10 @@ def _seek(plan: Plan, lengths, cursor: Cursor, index) -> Cursor:
     def skip_rows(state):
         cursor, _ = state
         skipped, first = jnp.int32(0), cursor.first
+        counts = load_numbers(schedule.counts, [cursor.row + offset for offset in range(ROW_BLOCK)])
         behind = cursor.first
         for offset in range(ROW_BLOCK):
-            behind += _count_units(plan, lengths[cursor.row + offset])
+            behind += counts[offset]
             is_skipped = (behind <= index) & (cursor.row + offset < plan.num_rows)
             skipped += is_skipped.astype(jnp.int32)
             first = jnp.where(is_skipped, behind, first)
@@ -138,11 +148,21 @@ def _first_visible(plan: Plan, length):
     return jnp.maximum(length - 1 - plan.spec.window_left, 0)
 
 
-def _count_units(plan: Plan, length):
-    if plan.num_splits == 1:
-        return (length >= 0) * jnp.int32(plan.num_kv_heads)
-    first, stop = split_range(plan, jnp.minimum(length, plan.capacity))
-    return (stop - first) * plan.num_kv_heads
+def count_units(plan: Plan, scratch: Scratch):
+    """Counts the units of every row, whose lengths are there; a warpgroup does it for all."""
+    layout = plgpu.Layout.WG_STRIDED((COUNTED,), vec_size=1)
+
+    def count(block, _):
+        part = pl.ds(pl.multiple_of(block * COUNTED, COUNTED), COUNTED)
+        length = plgpu.load(scratch.lengths.at[part], layout=layout, optimized=False)
+        if plan.num_splits == 1:
+            splits = (length >= 0).astype(jnp.int32)
+        else:
+            first, stop = split_range(plan, jnp.minimum(length, plan.capacity))
+            splits = stop - first
+        scratch.counts[part] = splits * plan.num_kv_heads
+
+    lax.fori_loop(0, plan.lengths_size // COUNTED, count, None)
 
 
 def _unit_at(plan: Plan, schedule: Schedule, cursor: Cursor) -> Unit:

@@ -42,7 +42,7 @@ def plain_terms():
             *(backward_fused_tile, backward_fused_wide_tile, backward_dkv_sm90, scores),
         ),
         "store_rows": (_store_rows, prefill_consumer),
-        "load_numbers": (_load_numbers, decode_producer, prefill_units),
+        "load_numbers": (_load_numbers, decode_producer, prefill_units, units),
         "tell_transforms": (lambda buffers: None, mosaic),
     }
     with contextlib.ExitStack() as stack:

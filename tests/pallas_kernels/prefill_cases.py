@@ -1,5 +1,6 @@
 """Rows of tables.py for paged_attention over ragged queries."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests.pallas_kernels.tables import CompileCase
 
 SMALL = PrefillConfig(warpgroups=1, tile_kv=64, stages=2)
 PAIR = PrefillConfig(warpgroups=2, tile_kv=64, stages=2)
+AHEAD = dataclasses.replace(PAIR, overlap=True)
 
 
 def check_prefill(dtype=jnp.bfloat16, pages=None, config=SMALL, call=None, heads=4, padding=0, **shapes):
@@ -64,6 +66,27 @@ PREFILL_CASES: dict[str, dict[str, Any]] = {
         "query_lengths": [145, 20],
         "dtype": jnp.float16,
         "config": PAIR,
+    },
+    "softmax a tile ahead, two warpgroups with tokens of their own": {
+        "rows": 3,
+        "heads": 2,
+        "kv_heads": 2,
+        "page_size": 16,
+        "width": 17,
+        "lengths": [150, 20, 260],
+        "query_lengths": [145, 20, 5],
+        "config": AHEAD,
+    },
+    "softmax a tile ahead, a window, sinks": {
+        "rows": 2,
+        "heads": 2,
+        "kv_heads": 1,
+        "page_size": 8,
+        "width": 40,
+        "lengths": [310, 0],
+        "query_lengths": [130, 2],
+        "config": dataclasses.replace(AHEAD, stages=3),
+        "call": {"local_window_size": 100, "sinks": None},
     },
     "group 4 over two warpgroups, whole tiles": {
         "rows": 1,
