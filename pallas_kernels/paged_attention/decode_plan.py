@@ -15,7 +15,7 @@ from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 BUFFERS = 2  # of queries and of page ids: this unit's and the next one's
 MAX_BOX = 256  # elements that one TMA copy takes along a dimension
 MAX_QUERIES = 16 * 256  # numbers in the queries of one KV head: beyond, accumulators spill
-MAX_ROWS = 8192
+MAX_ROWS = 4096
 ROW_BLOCK = 8  # rows whose lengths are looked at together
 NOT_OURS = -1  # the length of a row whose queries another kernel attends
 
@@ -146,7 +146,7 @@ def unsupported(inputs: PagedInputs, spec: PagedSpec) -> str | None:
     if queries > MAX_QUERIES:
         return f"the queries of a KV head must hold at most {MAX_QUERIES} numbers, got {queries}"
     if (num_rows := inputs.kv_lengths.shape[0]) > MAX_ROWS:
-        return f"the lengths of at most {MAX_ROWS} rows are kept in shared memory, got {num_rows}"
+        return f"the numbers of at most {MAX_ROWS} rows are kept in shared memory, got {num_rows}"
     room = inputs.k_pages.shape[1]  # of a cache: TMA takes it in tiles, of 8 tokens as they lie in memory
     if inputs.block_tables is None and (room < MAX_BOX or room % 8):
         return f"caches must have room for {MAX_BOX} tokens or more, in multiples of 8, got {room}"

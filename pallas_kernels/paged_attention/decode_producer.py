@@ -48,7 +48,10 @@ def produce(
     def visit(unit: Unit, next_unit: Unit, carry):
         count, units = carry
         if plan.page_size is not None:
-            fetch_ids_ahead(plan, inputs, tiles, unit, next_unit, units)
+            # A unit ahead: under full memory traffic a load takes microseconds.
+            pl.when(next_unit.row < plan.num_rows)(
+                lambda: fetch_ids(plan, inputs, next_unit, tiles, units + 1)
+            )
         if queries is not None:
             fetch_queries(plan, inputs, unit, queries, units)
         buffer = lax.rem(units, jnp.int32(BUFFERS))
@@ -59,22 +62,14 @@ def produce(
         plgpu.commit_smem()  # all ids are read before a copy overwrites them
         return count + unit.num_tiles, units + 1
 
-    count, units = for_each_unit(plan, schedule, visit, (jnp.int32(0), jnp.int32(0)))
+    def begin(unit: Unit):
+        if plan.page_size is not None:
+            fetch_ids(plan, inputs, unit, tiles, jnp.int32(0))
+
+    count, units = for_each_unit(plan, schedule, visit, (jnp.int32(0), jnp.int32(0)), begin)
     drain(tiles.empty, plan.config.stages, count)
     if queries is not None:
         drain(queries.empty, BUFFERS, units)
-
-
-def fetch_ids_ahead(plan: Plan, inputs: Inputs, tiles: Tiles, unit: Unit, next_unit: Unit, units):
-    """Copies page ids a unit ahead: under full memory traffic a load takes microseconds."""
-
-    @pl.when(units == 0)
-    def _():
-        fetch_ids(plan, inputs, unit, tiles, units)
-
-    @pl.when(next_unit.row < plan.num_rows)
-    def _():
-        fetch_ids(plan, inputs, next_unit, tiles, units + 1)
 
 
 def fetch_ids(plan: Plan, inputs: Inputs, unit: Unit, tiles: Tiles, units):

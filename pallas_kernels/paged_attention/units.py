@@ -50,9 +50,9 @@ class Schedule(NamedTuple):
         return cls(scratch.lengths, scratch.starts, scratch.counts, scratch.tickets, counter)
 
 
-def for_each_unit(plan: Plan, schedule: Schedule, visit, carry):
+def for_each_unit(plan: Plan, schedule: Schedule, visit, carry, begin=lambda unit: None):
     """Calls carry = visit(unit, next_unit, carry) on this program's units: its place, then every
-    `num_programs`th after it, or what it draws.
+    `num_programs`th after it, or what it draws; begin(unit) on the first, before the next is looked for.
 
     Splits without a visible token are not in the list. A row that cannot be cut always is, however short,
     unless it is not ours: nobody else would write its zeros.
@@ -66,7 +66,9 @@ def for_each_unit(plan: Plan, schedule: Schedule, visit, carry):
         next_unit = _unit_at(plan, schedule, following)
         return units + 1, following, next_unit, visit(unit, next_unit, carry)
 
-    state = zero, start, _unit_at(plan, schedule, start), carry
+    first = _unit_at(plan, schedule, start)
+    pl.when(first.row < plan.num_rows)(lambda: begin(first))
+    state = zero, start, first, carry
     units, _, _, carry = lax.while_loop(lambda state: state[1].row < plan.num_rows, step, state)
     if schedule.counter is not None:
         assert schedule.tickets is not None
@@ -97,7 +99,9 @@ def _drawn(plan: Plan, schedule: Schedule, tickets: Tickets, index, number):
     def _():
         plgpu.barrier_wait(empty.at[slot])
 
-    draw(schedule.counter, indices.at[pl.ds(slot, 1)], 2 * plan.num_programs, index)
+    # In turn it would draw index + programs: two for each program were not drawn.
+    before = index - plan.num_programs
+    draw(schedule.counter, indices.at[pl.ds(slot, 1)], 2 * plan.num_programs, before)
     plgpu.barrier_arrive(full.at[slot])
     return indices[slot]
 

@@ -13,7 +13,7 @@ from pallas_kernels import PrefillConfig, paged_attention
 from pallas_kernels.paged_attention import decode_plan, sm90
 from pallas_kernels.paged_attention.prefill_config import default_config
 from pallas_kernels.paged_attention.prefill_plan import PrefillPlan, unsupported
-from pallas_kernels.paged_attention.prefill_units import NO_WORK, Work
+from pallas_kernels.paged_attention.prefill_units import FIELDS, NO_WORK, Work
 from pallas_kernels.paged_attention.prefill_work import plan_work
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 from tests.pallas_kernels.paged_inputs import make_case
@@ -66,7 +66,10 @@ def test_kernel_says_what_it_cannot():
     assert "at most 224" in str(unsupported(inputs, PagedSpec(1.0)))
     inputs = inputs._replace(query=jax.ShapeDtypeStruct((8, 1, 64), jnp.bfloat16))
     assert unsupported(inputs, PagedSpec(1.0)) is None
-    assert "two warpgroups" in str(unsupported(inputs, PagedSpec(1.0, prefill_config=PrefillConfig())))
+    for config in (PrefillConfig(), PrefillConfig(2, overlap=True)):
+        assert "two warpgroups, and no overlap" in str(
+            unsupported(inputs, PagedSpec(1.0, prefill_config=config))
+        )
 
 
 def test_kernels_count_rows_not_tokens():
@@ -78,7 +81,7 @@ def test_kernels_count_rows_not_tokens():
     inputs = PagedInputs(query, pool, pool, integers(rows, 8), integers(rows), integers(), integers(rows + 1))
     assert sm90.unsupported(inputs, PagedSpec(1.0)) is None
     inputs = inputs._replace(kv_lengths=integers(tokens), query_start=None)
-    assert "8192 rows" in str(sm90.unsupported(inputs, PagedSpec(1.0)))
+    assert f"{decode_plan.MAX_ROWS} rows" in str(sm90.unsupported(inputs, PagedSpec(1.0)))
 
 
 def make_plan(tokens, rows, group, width, config, is_causal=True, window_left=None):
@@ -116,11 +119,9 @@ def test_every_token_sees_its_keys_in_one_item(data, group, config, is_causal):
     skip = queries == 1
     plan = make_plan(tokens, 3, group, 40, config, is_causal, window)
     work = jax.tree.map(np.asarray, plan_work(plan, jnp.asarray(starts), jnp.asarray(lengths), skip))
-    units = [Work(*row[: len(Work._fields)]) for row in work.units if row[0] != NO_WORK]
-    assert [(unit.item, unit.kv_head) for unit in units] == [divmod(i, 2) for i in range(len(units))]
-    assert len(units) <= plan.max_units
-    assert work.units[len(units), 0] == NO_WORK
-    items = units[::2]
+    items = [Work(*row[:FIELDS], i, None) for i, row in enumerate(work.items) if row[0] != NO_WORK]
+    assert len(items) <= plan.max_items
+    assert work.items[len(items), 0] == NO_WORK
     for token in range(tokens):
         row = int(np.searchsorted(starts, token, side="right")) - 1
         is_dead = not 0 <= row < 3
