@@ -18,6 +18,7 @@ __all__ = [
     "LOG2_E",
     "SMEM_BYTES",
     "TMA_ALIGNMENT",
+    "broadcast",
     "broadcast_columns",
     "broadcast_rows",
     "call_in_place",
@@ -30,6 +31,7 @@ __all__ = [
     "opaque",
     "pl",
     "plgpu",
+    "register_full",
     "register_zeros",
     "row_full",
     "row_iota",
@@ -123,14 +125,19 @@ def swizzle_bytes(row_bytes: int) -> int:
     return next(width for width in (128, 64, 32) if row_bytes % width == 0)
 
 
+def register_full(shape: Sequence[int], value: float, layout: Any = plgpu.Layout.WGMMA) -> jax.Array:
+    """One fp32 value everywhere, in the registers of a warpgroup."""
+    return broadcast(jnp.float32(value), shape, (), layout)
+
+
 def register_zeros(shape: Sequence[int]) -> jax.Array:
     """fp32 zeros in the registers of a warpgroup, laid out as a wgmma accumulator."""
-    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+    return register_full(shape, 0.0)
 
 
 def row_full(rows: int, value: float) -> jax.Array:
     """One fp32 statistic for each row of a wgmma accumulator."""
-    return plgpu.layout_cast(jnp.full((rows,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+    return register_full((rows,), value, plgpu.Layout.WGMMA.reduce(1))
 
 
 def row_iota(rows: int) -> jax.Array:
@@ -148,14 +155,29 @@ def load_columns(ref: Any) -> jax.Array:
     return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
 
 
-def broadcast_rows(x: jax.Array, columns: int) -> jax.Array:
+def broadcast_rows(x: jax.Array, columns: int, layout: Any = plgpu.Layout.WGMMA) -> jax.Array:
     """[rows] -> [rows, columns]."""
-    return lax.broadcast_in_dim(x, (x.shape[0], columns), [0])
+    return broadcast(x, (x.shape[0], columns), (0,), layout)
 
 
 def broadcast_columns(x: jax.Array, rows: int) -> jax.Array:
-    """[columns] -> [rows, columns]."""
-    return lax.broadcast_in_dim(x, (rows, x.shape[0]), [1])
+    """[columns] -> [rows, columns], as a wgmma accumulator."""
+    return broadcast(x, (rows, x.shape[0]), (1,), plgpu.Layout.WGMMA)
+
+
+def broadcast(x: jax.Array, shape: Sequence[int], dims: tuple[int, ...], layout: Any) -> jax.Array:
+    """lax.broadcast_in_dim of a number (dims = ()), or of a vector that lies along dims[0] of a layout.
+
+    In one step, which tells the layouts: of lax's, which does not, each would be guessed.
+    """
+    source = layout.reduce(1 - dims[0]) if dims else plgpu.Layout.WG_SPLAT
+    result = plgpu.ShapeDtypeStruct(tuple(shape), x.dtype, layout=layout)
+
+    @plgpu.inline_mgpu(arg_types=(source,), return_type=result)
+    def spread(_, array):
+        return array.broadcast_in_dim(result.shape, dims, layout.to_mgpu())
+
+    return spread(x)
 
 
 def mutable(array: jax.Array) -> Any:

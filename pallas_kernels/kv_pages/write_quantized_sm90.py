@@ -96,7 +96,7 @@ def _quantize_rows(rows, rows_smem, codes_smem, scale_smem, loaded):
         vectors = plgpu.load(rows_smem.at[part], layout=layout, optimized=False).astype(jnp.float32)
         largest = jnp.max(jnp.abs(vectors), axis=1)
         scale, inverse = scale_and_inverse(largest, LIMITS[codes_smem.dtype])
-        codes_smem[part] = to_codes(vectors * broadcast_rows(inverse, head_dim), codes_smem.dtype)
+        codes_smem[part] = to_codes(vectors * broadcast_rows(inverse, head_dim, layout), codes_smem.dtype)
         scale_smem[part] = scale
     plgpu.commit_smem()
 

@@ -13,6 +13,8 @@ from pallas_kernels.mosaic import (
     load_columns,
     pl,
     plgpu,
+    register_full,
+    register_zeros,
 )
 from pallas_kernels.mosaic_inline import reduce_rows, store_deinterleaved
 from pallas_kernels.paged_attention import decode_codes, decode_tile
@@ -101,11 +103,9 @@ def workspace_of(work: Workspace, consumer) -> Workspace:
 
 
 def init_softmax(plan: Plan) -> Softmax:
-    def full(rows, value):
-        return plgpu.layout_cast(jnp.full((rows, plan.columns), value, jnp.float32), plgpu.Layout.WGMMA)
-
-    maximum = plgpu.layout_cast(jnp.full((plan.columns,), MASKED, jnp.float32), COLUMNS)
-    return Softmax(maximum, full(plan.config.tile, 0.0), full(plan.width, 0.0))
+    maximum = register_full((plan.columns,), MASKED, COLUMNS)
+    total, values = (register_zeros((rows, plan.columns)) for rows in (plan.config.tile, plan.width))
+    return Softmax(maximum, total, values)
 
 
 def finish_unit(to: Destination, consumer, count, units, state: Softmax, sinks):

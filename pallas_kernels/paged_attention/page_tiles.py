@@ -93,6 +93,6 @@ def _zero_block(block: Any, start: Any, first: Any, stop: Any):
     if is_code:  # there are no selects of 8 bits
         values = values.astype(jnp.float16).astype(jnp.float32)
     token = lax.iota(jnp.int32, values.shape[0]) + start
-    is_seen = broadcast_rows((token >= first) & (token < stop), values.shape[1])
+    is_seen = broadcast_rows((token >= first) & (token < stop), values.shape[1], layout)
     values = jnp.where(is_seen, values, jnp.zeros_like(values))
     block[...] = values.astype(block.dtype)

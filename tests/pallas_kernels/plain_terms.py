@@ -4,6 +4,7 @@ import contextlib
 import unittest.mock
 
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels import mosaic
 from pallas_kernels.flash_attention import (
@@ -44,6 +45,7 @@ def plain_terms():
         "store_rows": (_store_rows, prefill_consumer),
         "load_numbers": (_load_numbers, decode_producer, prefill_units, units),
         "tell_transforms": (lambda buffers: None, mosaic),
+        "broadcast": (lambda x, shape, dims, layout: lax.broadcast_in_dim(x, shape, dims), mosaic),
     }
     with contextlib.ExitStack() as stack:
         for name, (ours, *modules) in places.items():
