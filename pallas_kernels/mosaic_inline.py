@@ -51,24 +51,27 @@ def fresh_iota(size: int, axis: int) -> jax.Array:
     return iota()
 
 
-def load_by_column(ref: Any, rows: int) -> jax.Array:
-    """A vector in shared memory, a number for each column, as a wgmma accumulator of so many rows.
+def load_by_column(ref: Any, place: Sequence[Any], shape: tuple[int, int]) -> jax.Array:
+    """A vector in shared memory, from ref[*place] on, a number for each column of a wgmma accumulator.
 
-    In one step, which tells the layout: one that is inferred takes time, and more of it in larger kernels.
+    In one step, which finds it and tells the layouts: those that are inferred take time, and more of it in
+    larger kernels.
     """
-    shape = rows, ref.shape[0]
-    is_signed = True if ref.dtype == jnp.int32 else None
     result = plgpu.ShapeDtypeStruct(shape, ref.dtype, layout=plgpu.Layout.WGMMA)
+    is_signed = True if ref.dtype == jnp.int32 else None
+    splats = (plgpu.Layout.WG_SPLAT,) * len(place)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=result)
-    def load(_, source):
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), splats), return_type=result)
+    def load(_, source, indices):
+        *row, first = _to_indices(indices)
+        vector_ref = mgpu_utils.memref_slice(source, (*row, mgpu_utils.DynamicSlice(first, shape[1])))
         layout = fragmented_array.WGMMA_LAYOUT
         columns = fragmented_array.FragmentedArray.load_untiled(
-            source, layout=layout.reduce((0,)), is_signed=is_signed
+            vector_ref, layout=layout.reduce((0,)), is_signed=is_signed, optimized=False
         )
         return columns.broadcast_in_dim(shape, (1,), layout)
 
-    return load(ref)
+    return load(ref, tuple(map(jnp.int32, place)))
 
 
 def load_numbers(ref: Any, places: Sequence[Any]) -> list[jax.Array]:
@@ -82,11 +85,10 @@ def load_numbers(ref: Any, places: Sequence[Any]) -> list[jax.Array]:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), (splat,) * count), return_type=(number,) * count)
     def load(_, source, indices):
-        indices = [arith.index_cast(ir.IndexType.get(), index.registers.item()) for index in indices]
-        numbers = [memref.load(source, [index]) for index in indices]
+        numbers = [memref.load(source, [index]) for index in _to_indices(indices)]
         return tuple(fragmented_array.FragmentedArray.splat(x, (), is_signed=True) for x in numbers)
 
-    return load(ref, tuple(jnp.int32(place) for place in places))
+    return load(ref, tuple(map(jnp.int32, places)))
 
 
 def reduce_rows(kind: str, x: jax.Array, space: Any) -> jax.Array:
@@ -277,6 +279,10 @@ def _fresh_thread() -> Any:
     """The thread's index, asked for anew: what follows from it is not kept in registers."""
     i32 = ir.IntegerType.get_signless(32)
     return mgpu_utils.inline_ptx("mov.u32 $0, %tid.x;", result_types=i32, has_side_effects=True)
+
+
+def _to_indices(scalars: Sequence[Any]) -> list[Any]:
+    return [arith.index_cast(ir.IndexType.get(), scalar.registers.item()) for scalar in scalars]
 
 
 def _extract(register: Any, place: int) -> Any:

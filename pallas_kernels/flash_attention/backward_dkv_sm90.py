@@ -139,7 +139,7 @@ def _add_tile(
     queries, out_grads = stream.first.at[slot], stream.second.at[slot]
 
     def weigh_tile(logits):
-        lse2 = load_by_column(stream.lse.at[slot], config.own)
+        lse2 = load_by_column(stream.lse, (slot, 0), shape)
         return weigh(plan, extras, place, logits, lse2, masked)
 
     stream.wait_loaded(slot)
@@ -156,7 +156,7 @@ def _add_tile(
 
         acc_type = plgpu.ACC(shape, jnp.float32)
         weights, d_weights = pl.run_scoped(multiply, acc_type, acc_type)
-        delta = load_by_column(stream.delta.at[slot], config.own)
+        delta = load_by_column(stream.delta, (slot, 0), shape)
         d_logits = logit_gradients(plan, weights, d_weights, delta)
 
         def accumulate(refs):

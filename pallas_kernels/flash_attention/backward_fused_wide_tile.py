@@ -91,7 +91,7 @@ def take_weights(step: Step, sum_dv, index, _, masked=False, is_first=False):
 
     def sum_weights(logits_acc, d_q_acc):
         place = step.block.place_at(plan, index, step.block.first_key, masked)
-        lse2 = load_by_column(buffers.lse.at[slot], HALF)
+        lse2 = load_by_column(buffers.lse, (slot, 0), (HALF, plan.fused.tile_q))
         logits = plgpu.wgmma_accumulator_load(logits_acc, wait_n=0 if d_q_acc is None else 1)
         weights = weigh(plan, step.block.extras, place, logits, lse2, masked, rounds_slope=True)
         weights = rounded(plan, weights)
@@ -123,7 +123,7 @@ def take_gradients(step: Step, sum_dk, index, _, is_first=False):
     slot = slot_of(plan, index)
 
     def sum_gradients(d_weights_acc, d_q_acc):
-        delta = load_by_column(buffers.delta, HALF)
+        delta = load_by_column(buffers.delta, (0,), (HALF, plan.fused.tile_q))
         d_weights = plgpu.wgmma_accumulator_load(d_weights_acc, wait_n=0 if d_q_acc is None else 1)
         plgpu.barrier_wait(barriers.weights_written)
         weights = _unsigned(plan, plgpu.load(buffers.weights, layout=plgpu.Layout.WGMMA))

@@ -141,7 +141,7 @@ def _same_segment(extras: Extras, tile: TilePlace):
         q_ids, kv_ids = (ref.at[tile.batch] for ref in (extras.q_segment_ids, extras.kv_segment_ids))
         return tile.load_by_query(q_ids) == tile.load_by_key(kv_ids)
     rows, columns = reversed(tile.ids) if tile.keys_first else tile.ids
-    same = broadcast_rows(load_rows(rows), tile.shape[1]) == load_by_column(columns, tile.shape[0])
+    same = broadcast_rows(load_rows(rows), tile.shape[1]) == load_by_column(columns, (0,), tile.shape)
     plgpu.commit_smem()  # read before others take its place
     return same
 

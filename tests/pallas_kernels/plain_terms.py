@@ -76,8 +76,9 @@ def _iota(size, axis):
     return jnp.arange(size, dtype=jnp.int32)
 
 
-def _load_by_column(ref, rows):
-    return broadcast_columns(ref[...], rows)
+def _load_by_column(ref, place, shape):
+    *row, first = place
+    return broadcast_columns(ref[*row, pl.ds(first, shape[1])], shape[0])
 
 
 def _load_numbers(ref, places):
