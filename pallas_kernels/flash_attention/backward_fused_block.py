@@ -231,7 +231,7 @@ def _tiles(plan: AttentionPlan, extras: Extras, batch, head, first_key, q_length
 
 
 def load_item(
-    plan: AttentionPlan, block: Block, item, is_first, sources, buffers: Buffers, barriers: Barriers
+    plan: AttentionPlan, block: Block, item, is_later, sources, buffers: Buffers, barriers: Barriers
 ) -> None:
     """Loads an item's queries, keys and values, as soon as what has their place is no longer needed."""
     q, k, v, d_out, lse2, delta = sources
@@ -255,10 +255,13 @@ def load_item(
     # In the order in which the item before releases them.
     lax.fori_loop(start, second, load_tile, None)
     for gmem, smem, free in ((v, buffers.v, barriers.v_free), (k, buffers.k, barriers.k_free)):
-        if is_first is not True:
-            pl.when(~is_first)(functools.partial(plgpu.barrier_wait, free))
-        for half in range(WARPGROUPS):
+        if is_later is not False:
+            pl.when(is_later)(functools.partial(plgpu.barrier_wait, free))
+
+        def load_half(half, _, gmem=gmem, smem=smem):
             gmem.rows(*block.keys_at(half))(smem.at[half], barriers.item_loaded)
+
+        lax.fori_loop(0, WARPGROUPS, load_half, None)
     if brings_ids(plan):  # read as long as values are
         for half in range(WARPGROUPS):
             ids = block.extras.kv_segment_ids.at[block.batch, pl.ds(block.first_key + half * HALF, HALF)]
@@ -280,8 +283,7 @@ def end(plan: AttentionPlan, num_items: int | None, num_tiles, buffers: Buffers,
     if num_items is None:
         return
     buffers.item[0] = jnp.int32(num_items)
-    for _ in range(_arrivals(plan)):
-        plgpu.barrier_arrive(barriers.item_loaded)
+    lax.fori_loop(0, _arrivals(plan), lambda *_: plgpu.barrier_arrive(barriers.item_loaded), None)
 
 
 def slot_of(plan: AttentionPlan, number):

@@ -76,17 +76,17 @@ class Queue(NamedTuple):
         return None if self.table is None else self.order.num_blocks
 
     def visit(self, visit: Callable, carry):
-        """Calls carry = visit(item, is_first, carry) for each; returns the last."""
+        """Calls carry = visit(item, is_later, carry) for each, is_later: not the first; returns the last."""
         block = jnp.int32(lax.axis_index("block"))
         if self.table is None:
-            return visit(block, True, carry)
+            return visit(block, False, carry)
         if self.drawn is None:
-            step = lambda turn, carry: visit(self.table[block, 1 + turn], turn == 0, carry)
+            step = lambda turn, carry: visit(self.table[block, 1 + turn], turn != 0, carry)
             return lax.fori_loop(0, self.table[block, 0], step, carry)
 
         def draw_next(state):
             item, carry = state
-            carry = visit(item, item < self.num_blocks, carry)
+            carry = visit(item, item >= self.num_blocks, carry)
             draw(self.table, self.drawn, self.num_blocks, item)
             return self.drawn[0], carry
 

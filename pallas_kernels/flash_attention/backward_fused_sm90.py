@@ -174,9 +174,9 @@ def _body(plan: AttentionPlan, order: TileOrder, num_blocks: int, *refs):
 def _load(plan: AttentionPlan, begin, queue: Queue, sources, buffers: Buffers, barriers: Barriers):
     """What the loading warpgroup does."""
 
-    def load(item, is_first, num_taken):
+    def load(item, is_later, num_taken):
         block = begin(item, num_taken).block
-        load_item(plan, block, (item, num_taken), is_first, sources, buffers, barriers)
+        load_item(plan, block, (item, num_taken), is_later, sources, buffers, barriers)
         return block.number(block.indices.stop)
 
     end(plan, queue.last, queue.visit(load, jnp.int32(0)), buffers, barriers)

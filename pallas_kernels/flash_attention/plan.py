@@ -108,7 +108,7 @@ class AttentionPlan:
 
     def offset(self, q_length, kv_length):
         """Query i stands at position i + offset."""
-        return kv_length - q_length if self.bottom_right else jnp.int32(0)
+        return kv_length - q_length if self.bottom_right else 0
 
     def split_heads(self, batch_head, num_heads: int):
         """(batch, head) of an index in [0, B x heads)."""
