@@ -25,13 +25,13 @@ from pallas_kernels.flash_attention.backward_fused_wide_tile import (
     K,
     Step,
     V,
-    add_dq,
+    add_last_dq,
     take_gradients,
     take_weights,
 )
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.tiles import TileOrder
-from pallas_kernels.mosaic import pl, plgpu, register_zeros, specialize
+from pallas_kernels.mosaic import opaque, pl, plgpu, register_zeros, specialize
 
 
 def scratch(plan: AttentionPlan) -> tuple[Buffers, Barriers]:
@@ -45,23 +45,31 @@ def body(plan: AttentionPlan, order: TileOrder, *refs):
     step = Step(plan, block, d_q, buffers, barriers)
 
     def compute():
-        pl.when(warpgroup == 0)(lambda: _sum_dv(step._replace(role=0), d_v))
-        pl.when(warpgroup == 1)(lambda: _sum_dk(step._replace(role=1), d_k))
+        for loaded in (barriers.k_loaded, barriers.v_loaded):
+            plgpu.barrier_wait(loaded)
+        total = lax.cond(warpgroup == 1, lambda: _sum_dk(step), lambda: _sum_dv(step))
+        ours = step._replace(role=opaque(warpgroup))  # what follows from it is found after the loops
+        visit_last(block.indices, functools.partial(add_last_dq, ours))
+        _store(ours, total, (d_v, d_k))
 
     load = lambda: _load(step, (q, k, v, d_out, lse2, delta))
     specialize(WARPGROUPS, warpgroup, compute=compute, load=load)
 
 
-def _sum_dv(step: Step, d_v):
+def _sum_dv(step: Step):
+    """dV of the block's keys; the last dS is written when it is done."""
+    step = step._replace(role=0)
+
     def attend(sum_dv):
-        take = functools.partial(take_weights, step, sum_dv)
-        visit_queries(step.plan, step.block.indices, take)
-        visit_last(step.block.indices, functools.partial(add_dq, step))
+        visit_queries(step.plan, step.block.indices, functools.partial(take_weights, step, sum_dv))
+        visit_last(step.block.indices, lambda *_: plgpu.barrier_wait(step.barriers.d_logits_written))
 
-    _store(step, attend, 1 / (1 - step.plan.dropout_rate), step.buffers.keys.at[V], d_v)
+    return _sum(step.plan, attend)
 
 
-def _sum_dk(step: Step, d_k):
+def _sum_dk(step: Step):
+    """dK of the block's keys, not yet scaled."""
+    step = step._replace(role=1)
     start, _, _, stop = step.block.indices
     second = jnp.minimum(start + 1, stop)
 
@@ -69,23 +77,28 @@ def _sum_dk(step: Step, d_k):
         take = functools.partial(take_gradients, step, sum_dk)
         lax.fori_loop(start, second, functools.partial(take, is_first=True), None)
         lax.fori_loop(second, stop, take, None)
-        visit_last(step.block.indices, functools.partial(add_dq, step))
 
-    _store(step, attend, step.plan.scale, step.buffers.keys.at[K], d_k)
+    return _sum(step.plan, attend)
 
 
-def _store(step: Step, attend, scale: float, staging, output):
-    """Sums over the block's queries, and stores the sum through the memory of the keys or values."""
-    plan, block, _, _, barriers, _ = step
-    for loaded in (barriers.k_loaded, barriers.v_loaded):
-        plgpu.barrier_wait(loaded)
-    total = pl.run_state(attend)(plgpu.ACC.init(register_zeros((HALF, plan.head_dim))))
+def _sum(plan: AttentionPlan, attend):
+    return pl.run_state(attend)(plgpu.ACC.init(register_zeros((HALF, plan.head_dim))))
+
+
+def _store(step: Step, total, outputs):
+    """Stores a warpgroup's sum over the queries, through the memory of the values or keys."""
+    plan, block, _, buffers, barriers, role = step
+    staging = buffers.keys.at[jnp.where(role == 0, V, K)]
+    scale = jnp.where(role == 0, 1 / (1 - plan.dropout_rate), plan.scale)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     plgpu.barrier_arrive(barriers.finished)  # no one reads the keys any more
     plgpu.barrier_wait(barriers.finished)
     staging[...] = (total * scale).astype(plan.dtype)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(staging, output.at[block.batch, pl.ds(block.first_key, HALF), block.head])
+    rows = block.batch, pl.ds(block.first_key, HALF), block.head
+    for owner, output in enumerate(outputs):
+        copy = functools.partial(plgpu.copy_smem_to_gmem, staging, output.at[rows])
+        pl.when(role == owner)(copy)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 

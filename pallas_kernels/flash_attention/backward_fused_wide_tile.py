@@ -3,13 +3,14 @@
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.flash_attention.backward_fused_block import HALF, WARPGROUPS, Block, slot_of
 from pallas_kernels.flash_attention.backward_fused_tile import rounded, turn_of
 from pallas_kernels.flash_attention.extras import Extras
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.scores import Weights, logit_gradients, weigh
-from pallas_kernels.mosaic import opaque, pl, plgpu, swizzled_smem
+from pallas_kernels.mosaic import ceil_div, opaque, pl, plgpu, swizzled_smem
 from pallas_kernels.mosaic_inline import load_by_column
 
 K, V = 0, 1
@@ -80,7 +81,7 @@ class Step(NamedTuple):
     d_q: Any
     buffers: Buffers
     barriers: Barriers
-    role: int = 0  # 0: weights and dV, 1: their gradients and dK
+    role: Any = 0  # 0: weights and dV, 1: their gradients and dK; an array where one code serves both
 
 
 def take_weights(step: Step, sum_dv, index, _, masked=False, is_first=False):
@@ -106,10 +107,10 @@ def take_weights(step: Step, sum_dv, index, _, masked=False, is_first=False):
 
     def take(logits_acc):
         plgpu.wgmma(logits_acc, buffers.own(K), buffers.q.at[slot].transpose((1, 0)))
-        if is_crowded and not is_first:
-            add_dq(step, index - 1, None)
-        elif not is_first:
+        if not is_first:
             plgpu.barrier_wait(barriers.d_logits_written)
+            for columns in _columns(step) if is_crowded else ():
+                _add_columns(step, index - 1, columns)
         _beside_dq(step, index, is_first or is_crowded, lambda d_q_acc: sum_weights(logits_acc, d_q_acc))
 
     plgpu.barrier_wait(barriers.q_loaded.at[slot])
@@ -145,17 +146,21 @@ def take_gradients(step: Step, sum_dk, index, _, is_first=False):
     pl.run_scoped(take, plgpu.ACC((HALF, plan.fused.tile_q), jnp.float32))
 
 
-def add_dq(step: Step, index, _):
-    """Adds our half of dQ of a tile whose dS is written."""
-    if step.role == 0:
-        plgpu.barrier_wait(step.barriers.d_logits_written)
-    for columns in _columns(step):
+def add_last_dq(step: Step, index, _):
+    """Adds our half of dQ of the last tile, whose dS is written: the code is the same for both roles."""
+    num_parts = ceil_div(step.plan.head_dim // COLUMNS - step.role, WARPGROUPS)
+    add = lambda part, _: _add_columns(step, index, (step.role + part * WARPGROUPS) * COLUMNS)
+    lax.fori_loop(0, num_parts, add, None)
 
-        def multiply(acc, columns=columns):
-            _multiply_dq(step, acc, index, columns)
-            return acc[...]
 
-        _add_dq(step, index, columns, pl.run_scoped(multiply, _dq_acc(step)))
+def _add_columns(step: Step, index, columns):
+    """Adds COLUMNS columns of dQ of a tile whose dS is written."""
+
+    def multiply(acc):
+        _multiply_dq(step, acc, index, columns)
+        return acc[...]
+
+    _add_dq(step, index, columns, pl.run_scoped(multiply, _dq_acc(step)))
 
 
 def _has_more(plan: AttentionPlan, extras: Extras) -> bool:
@@ -210,7 +215,7 @@ def _columns(step: Step) -> range:
     return range(step.role * COLUMNS, step.plan.head_dim, WARPGROUPS * COLUMNS)
 
 
-def _multiply_dq(step: Step, acc, index, columns: int):
+def _multiply_dq(step: Step, acc, index, columns):
     """acc += dS K, for COLUMNS columns."""
     d_logits = step.buffers.d_logits.at[turn_of(index)]
     plgpu.wgmma(acc, d_logits.transpose((1, 0)), step.buffers.own(K, pl.ds(columns, COLUMNS)))
@@ -220,7 +225,7 @@ def _dq_acc(step: Step):
     return plgpu.ACC((step.plan.fused.tile_q, COLUMNS), jnp.float32)
 
 
-def _add_dq(step: Step, index, columns: int, d_q):
+def _add_dq(step: Step, index, columns, d_q):
     """Lets the copy engine add a part of dQ to the sums in global memory."""
     plan, block, staging = step.plan, step.block, step.buffers.d_q.at[opaque(step.role)]
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
