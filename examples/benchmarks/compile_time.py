@@ -8,6 +8,7 @@ jax.nn.dot_product_attention. JAX's persistent compilation cache is off.
 """
 
 import functools
+import gc
 import itertools
 import sys
 import time
@@ -73,6 +74,7 @@ def make_cases(length: int) -> dict[str, Callable[[], tuple]]:
 
 def measure(name: str, make: Callable[[], tuple]) -> dict[str, Any]:
     call, arguments = make()
+    gc.collect()  # what calls before this one have left
     times = [time.perf_counter()]
     traced = jax.jit(call).trace(*arguments)
     times.append(time.perf_counter())
