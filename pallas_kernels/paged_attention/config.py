@@ -6,6 +6,9 @@ from pallas_kernels.mosaic import SMEM_BYTES
 
 NUM_PROGRAMS = 132  # multiprocessors of an H100 or H200; a constant, so that results depend on shapes alone
 TILES = (64, 128, 256)
+MAX_BOX = 256  # elements that one TMA copy takes along a dimension
+ROW_BLOCK = 8  # rows whose numbers are looked at together
+COUNTED_ROWS = 1024  # of more there is no room for the number of units of each
 SPLITS = (256, 512, 1024, 2048, 4096, 8192)  # tokens, of the default cuts
 MANY_UNITS_SPLIT = 4096  # where no split gives every multiprocessor one unit
 MAX_STAGES = 8
@@ -41,6 +44,13 @@ class PagedConfig:
             raise ValueError(f"stages must be a multiple of consumers={self.consumers}, got {self.stages!r}")
 
 
+def numbers_size(num_rows: int) -> int:
+    """Room for a number of every row and of those that are looked at together with the last, in whole copies,
+    of which every thread of a warpgroup takes as many."""
+    size = -(-(num_rows + ROW_BLOCK) // 128) * 128
+    return size if size <= MAX_BOX else -(-size // MAX_BOX) * MAX_BOX
+
+
 def fixed_bytes(
     num_rows: int,
     head_dim: int,
@@ -57,7 +67,8 @@ def fixed_bytes(
     workspace = columns * tile * 2
     ids = 16 * (split // page_size + 32) if page_size else 0
     results = consumers * (workspace + columns * rows * 4) + (consumers - 1) * 2048
-    return 4 * num_rows * (2 + is_ragged) + ids + 4 * columns * head_dim + results + 7168
+    numbers = numbers_size(num_rows) * (1 + is_ragged + (num_rows <= COUNTED_ROWS))
+    return 4 * numbers + ids + 4 * columns * head_dim + results + 7168
 
 
 def default_config(

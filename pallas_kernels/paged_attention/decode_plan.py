@@ -1,22 +1,30 @@
 """What a launch of paged decode does: static facts, operands, shared memory."""
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels.kv_pages.pool import QUANTIZED
-from pallas_kernels.mosaic import plgpu, swizzled_smem
+from pallas_kernels.mosaic import SMEM_BYTES, plgpu, swizzled_smem
 from pallas_kernels.mosaic_inline import REDUCTION_SIZE
-from pallas_kernels.paged_attention.config import NUM_PROGRAMS, PagedConfig, default_config
+from pallas_kernels.paged_attention.config import (
+    COUNTED_ROWS,
+    MAX_BOX,
+    NUM_PROGRAMS,
+    PagedConfig,
+    default_config,
+    numbers_size,
+)
 from pallas_kernels.paged_attention.plan import LaunchPlan, facts_of
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 
 BUFFERS = 2  # of queries and of page ids: this unit's and the next one's
-MAX_BOX = 256  # elements that one TMA copy takes along a dimension
 MAX_QUERIES = 16 * 256  # numbers in the queries of one KV head: beyond, accumulators spill
 MAX_ROWS = 4096
-ROW_BLOCK = 8  # rows whose lengths are looked at together
+RESERVED_BYTES = 1024  # of shared memory, for barriers
 NOT_OURS = -1  # the length of a row whose queries another kernel attends
 
 
@@ -112,16 +120,19 @@ class Plan(LaunchPlan):
         return -(-(-(-self.config.split // self.page_size) + 3) // 32) * 32
 
     @property
-    def lengths_size(self) -> int:
-        """Room for all lengths and those looked at together with the last, in whole copies, of which every
-        thread of a warpgroup takes as many numbers."""
-        size = -(-(self.num_rows + ROW_BLOCK) // 128) * 128
-        return size if size <= MAX_BOX else -(-size // MAX_BOX) * MAX_BOX
+    def numbers_size(self) -> int:
+        """Of an array with a number for every row."""
+        return numbers_size(self.num_rows)
+
+    @property
+    def has_uneven_rows(self) -> bool:
+        """Whether rows have other numbers of units than one a KV head."""
+        return self.num_splits > 1 or self.is_ragged
 
     @property
     def counts_units(self) -> bool:
-        """Whether rows have other numbers of units than one a KV head."""
-        return self.num_splits > 1 or self.is_ragged
+        """Whether the units of every row are counted before the first is looked for."""
+        return self.has_uneven_rows and self.num_rows <= COUNTED_ROWS
 
     @property
     def out_dtype(self) -> Any:
@@ -175,7 +186,19 @@ def make_plan(inputs: PagedInputs, spec: PagedSpec, cut: Cut | None = None) -> P
         is_ragged,
     )
     own = {"page_size": page_size, "capacity": capacity, "cut": cut, "is_ragged": is_ragged}
-    return Plan(**facts, config=config, **own)
+    plan = Plan(**facts, config=config, **own)
+    # The default's estimate counts bytes, not what is lost between buffers.
+    while spec.config is None and shared_bytes(plan) > SMEM_BYTES and plan.config.stages > 2:
+        fewer = dataclasses.replace(plan.config, stages=plan.config.stages - plan.config.consumers)
+        plan = dataclasses.replace(plan, config=fewer)
+    return plan
+
+
+def shared_bytes(plan: Plan) -> int:
+    """Shared memory that a launch takes, where each buffer begins at a multiple of 1,024 bytes."""
+    buffers = [x for x in jax.tree.leaves(scratch_types(plan)) if not isinstance(x, plgpu.Barrier)]
+    sizes = [math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in buffers]
+    return sum(-(-size // 1024) * 1024 for size in sizes) + RESERVED_BYTES
 
 
 class Inputs(NamedTuple):
@@ -257,10 +280,10 @@ class Scratch(NamedTuple):
     k: Tiles
     v: Tiles
     queries: Queries
-    lengths: Any  # i32[lengths_size]
-    starts: Any  # i32[lengths_size], of ragged rows
+    lengths: Any  # i32[numbers_size]
+    starts: Any  # i32[numbers_size], of ragged rows
     lengths_full: Any
-    counts: Any  # i32[lengths_size]: units of each row, where they are counted
+    counts: Any  # i32[numbers_size]: units of each row, where they are counted
     counted: Any
     tickets: Tickets | None
     work: Workspace
@@ -274,7 +297,7 @@ def scratch_types(plan: Plan) -> Scratch:
     row = config.tile if plan.is_quantized else plan.head_dim
     weights = swizzled_smem((config.consumers, columns, config.tile), plan.weights_dtype, row)
     reduction = plgpu.SMEM((config.consumers, REDUCTION_SIZE), jnp.float32)
-    numbers = plgpu.SMEM((plan.lengths_size,), jnp.int32)
+    numbers = plgpu.SMEM((plan.numbers_size,), jnp.int32)
     return Scratch(
         k=_tiles(plan),
         v=_tiles(plan),

@@ -24,7 +24,7 @@ COPIES = 8  # whose page ids are in registers together
 
 def fetch_numbers(plan: Plan, inputs: Inputs, scratch: Scratch):
     """Starts the copies of all rows' lengths, and of where their queries are."""
-    size = min(MAX_BOX, plan.lengths_size)
+    size = min(MAX_BOX, plan.numbers_size)
 
     def copy(box, _):
         part = pl.ds(pl.multiple_of(box * size, size), size)

@@ -8,7 +8,8 @@ from jax import lax
 
 from pallas_kernels.mosaic import ceil_div, div, pl, plgpu
 from pallas_kernels.mosaic_inline import draw, load_numbers
-from pallas_kernels.paged_attention.decode_plan import BUFFERS, ROW_BLOCK, Plan, Scratch, Tickets
+from pallas_kernels.paged_attention.config import ROW_BLOCK
+from pallas_kernels.paged_attention.decode_plan import BUFFERS, Plan, Scratch, Tickets
 
 COUNTED = 128  # rows at a time: a thread each
 
@@ -39,9 +40,9 @@ class Cursor(NamedTuple):
 class Schedule(NamedTuple):
     """What a warpgroup needs to know of its program's units."""
 
-    lengths: Any  # i32[lengths_size], in shared memory
-    starts: Any  # i32[lengths_size], where rows are ragged
-    counts: Any  # i32[lengths_size]: units of each row, where they are counted
+    lengths: Any  # i32[numbers_size], in shared memory
+    starts: Any  # i32[numbers_size], where rows are ragged
+    counts: Any  # i32[numbers_size]: units of each row, where they are counted
     tickets: Tickets | None  # where units are drawn
     counter: Any  # i32[1] in global memory, of the warpgroup that draws
 
@@ -117,7 +118,7 @@ def drain(barriers, size: int, total):
 
 def _seek(plan: Plan, schedule: Schedule, cursor: Cursor, index) -> Cursor:
     """The cursor of unit `index`, which does not come before the cursor's."""
-    if schedule.counts is None:
+    if not plan.has_uneven_rows:
         row = jnp.minimum(div(index, plan.num_kv_heads), plan.num_rows)
         return Cursor(index, row, row * plan.num_kv_heads)
 
@@ -128,7 +129,10 @@ def _seek(plan: Plan, schedule: Schedule, cursor: Cursor, index) -> Cursor:
     def skip_rows(state):
         cursor, _ = state
         skipped, first = jnp.int32(0), cursor.first
-        counts = load_numbers(schedule.counts, [cursor.row + offset for offset in range(ROW_BLOCK)])
+        known = schedule.lengths if schedule.counts is None else schedule.counts
+        counts = load_numbers(known, [cursor.row + offset for offset in range(ROW_BLOCK)])
+        if schedule.counts is None:
+            counts = [_count_units(plan, length) for length in counts]
         behind = cursor.first
         for offset in range(ROW_BLOCK):
             behind += counts[offset]
@@ -152,6 +156,13 @@ def _first_visible(plan: Plan, length):
     return jnp.maximum(length - 1 - plan.spec.window_left, 0)
 
 
+def _count_units(plan: Plan, length):
+    if plan.num_splits == 1:
+        return (length >= 0).astype(jnp.int32) * plan.num_kv_heads
+    first, stop = split_range(plan, jnp.minimum(length, plan.capacity))
+    return (stop - first) * plan.num_kv_heads
+
+
 def count_units(plan: Plan, scratch: Scratch):
     """Counts the units of every row, whose lengths are there; a warpgroup does it for all."""
     layout = plgpu.Layout.WG_STRIDED((COUNTED,), vec_size=1)
@@ -159,14 +170,9 @@ def count_units(plan: Plan, scratch: Scratch):
     def count(block, _):
         part = pl.ds(pl.multiple_of(block * COUNTED, COUNTED), COUNTED)
         length = plgpu.load(scratch.lengths.at[part], layout=layout, optimized=False)
-        if plan.num_splits == 1:
-            splits = (length >= 0).astype(jnp.int32)
-        else:
-            first, stop = split_range(plan, jnp.minimum(length, plan.capacity))
-            splits = stop - first
-        scratch.counts[part] = splits * plan.num_kv_heads
+        scratch.counts[part] = _count_units(plan, length)
 
-    lax.fori_loop(0, plan.lengths_size // COUNTED, count, None)
+    lax.fori_loop(0, plan.numbers_size // COUNTED, count, None)
 
 
 def _unit_at(plan: Plan, schedule: Schedule, cursor: Cursor) -> Unit:

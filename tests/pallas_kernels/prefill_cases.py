@@ -284,6 +284,16 @@ COMPILE = {
         "H=128, everything": EVERYTHING,
         "H=256, everything": {"heads": 8, "kv_heads": 4, "head_dim": 256, **EVERYTHING},
         "int8 pages": {"pages": jnp.int8},
+        "int8 pages, H=96, decode rows, sinks and slopes": {
+            "tokens": 671,
+            "rows": 5,
+            "heads": 8,
+            "kv_heads": 2,
+            "head_dim": 96,
+            "pages": jnp.int8,
+            "per_head": ("sinks", "alibi_slopes"),
+            "whole": True,
+        },
         "int8 pages of 8, H=64, keys split": {
             "tokens": 64,
             "rows": 4,

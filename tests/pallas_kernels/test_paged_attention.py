@@ -12,9 +12,11 @@ import pytest
 from hypothesis import strategies as st
 
 from pallas_kernels import PAGE_SIZES, PagedConfig, contiguous_attention, paged_attention
+from pallas_kernels.mosaic import SMEM_BYTES
 from pallas_kernels.paged_attention import decode_plan, op
-from pallas_kernels.paged_attention.config import default_config
 from pallas_kernels.paged_attention.decode_codes import BASE, split_query
+from pallas_kernels.paged_attention.decode_plan import make_plan, shared_bytes
+from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 from tests.pallas_kernels.paged_inputs import GARBAGE, cast, contiguous, make_case, oracle
 
 
@@ -276,13 +278,21 @@ def test_config_holds_itself_to_what_the_kernel_can():
             PagedConfig(**wrong)
 
 
-def test_default_config_fits_shared_memory_and_cuts_long_rows():
-    for head_dim, itemsize in itertools.product((64, 96, 128, 256), (1, 2)):
-        for columns in range(8, itemsize * decode_plan.MAX_QUERIES // 2 // head_dim + 1, 8):
-            for rows in (1, 16, 256, decode_plan.MAX_ROWS):
-                config = default_config(rows, 8, head_dim, columns, 32768, itemsize)
-                assert config.stages >= 2
-                assert 256 <= config.split <= 4096
+@pytest.mark.parametrize("is_ragged", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.bfloat16])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 160, 256])
+def test_default_config_fits_shared_memory_and_cuts_long_rows(head_dim, dtype, is_ragged):
+    spec = jax.ShapeDtypeStruct
+    for rows, group, width in itertools.product((1, 5, 256, 1000, decode_plan.MAX_ROWS), (1, 8), (100, 4096)):
+        query, pages = spec((rows, 2 * group, head_dim), jnp.bfloat16), spec((1, 9, 2, 8, head_dim), dtype)
+        per_head = spec((2 * group,), jnp.float32)
+        inputs = PagedInputs(
+            query, pages, pages, spec((rows, width), jnp.int32), spec((rows,), jnp.int32), None
+        )
+        inputs = inputs._replace(sinks=per_head, alibi_slopes=per_head)
+        plan = make_plan(inputs._replace(query_start=0 if is_ragged else None), PagedSpec(1.0))
+        assert shared_bytes(plan) <= SMEM_BYTES
+        assert 256 <= plan.config.split <= 8192
 
 
 def test_two_consumers_reduce_in_memory_of_their_own():
