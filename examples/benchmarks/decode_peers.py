@@ -80,10 +80,13 @@ def _tables(row: Row, page_size: int) -> np.ndarray:
 
 
 def config_of(row: Row, page_size: int, changes: Mapping[str, Any]) -> PagedConfig:
-    """The default config with some fields changed."""
+    """The default config with some fields changed; NotImplementedError where they do not go together."""
     group, itemsize = padded_group(row.num_heads // row.num_kv_heads), jnp.dtype(row.dtype).itemsize
     cuts = row.num_rows, row.num_kv_heads, row.head_dim, group, row.room, itemsize, page_size
-    return dataclasses.replace(default_config(*cuts), **changes)
+    try:
+        return dataclasses.replace(default_config(*cuts), **changes)
+    except ValueError as error:
+        raise NotImplementedError(str(error)) from None
 
 
 def over_pages(
