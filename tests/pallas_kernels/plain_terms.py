@@ -24,6 +24,7 @@ from pallas_kernels.paged_attention import (
     decode_tile,
     prefill_consumer,
     prefill_producer,
+    prefill_tile,
     prefill_units,
     units,
 )
@@ -37,7 +38,7 @@ def plain_terms():
         "store_deinterleaved": (_store_deinterleaved, decode_consumer),
         "load_codes_transposed": (_load_codes_transposed, decode_codes),
         "draw": (_draw, units, items, backward_fused_items, prefill_producer),
-        "fresh_iota": (_iota, prefill_consumer),
+        "fresh_iota": (_iota, prefill_tile),
         "load_by_column": (
             _load_by_column,
             *(backward_fused_tile, backward_fused_wide_tile, backward_dkv_sm90, scores),
