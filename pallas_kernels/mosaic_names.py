@@ -1,9 +1,8 @@
 """Quicker names for what Mosaic infers layouts of.
 
 JAX 0.11.2 sorts a kernel's variables by name, and for every name prints an operation, for which MLIR verifies
-the whole module: a tenth of the time that lowering takes for attention with gradients, a fifth for paged
-prefill. The same names come of prints that take the module for verified, and leave out what is nested in an
-operation.
+the whole module: a tenth of the time that lowering takes. The same names come of prints that take the module
+for verified, and leave out what is nested in an operation.
 """
 
 from typing import Any

@@ -34,7 +34,8 @@ def forward(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]
     is_single = (inputs.query_start[1:] - inputs.query_start[:-1] == 1) & spec.is_causal
     out, lse = prefill(inputs, spec, skip=is_single)
     if spec.is_causal:
-        single = inputs._replace(kv_lengths=jnp.where(is_single, inputs.kv_lengths, NOT_OURS))
+        lengths = jnp.where(is_single, jnp.maximum(inputs.kv_lengths, 0), NOT_OURS)
+        single = inputs._replace(kv_lengths=lengths)
         out, row_lse = decode_sm90.forward(single, spec, others=out)
         # Rows that are not single aim beyond the end, each elsewhere, and are dropped.
         token = jnp.where(is_single, inputs.query_start[:-1], lse.shape[0] + jnp.arange(is_single.shape[0]))

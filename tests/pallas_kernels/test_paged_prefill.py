@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels import PrefillConfig, paged_attention
 from pallas_kernels.paged_attention import decode_plan, sm90
-from pallas_kernels.paged_attention.prefill_config import default_config
+from pallas_kernels.paged_attention.prefill_config import WARPGROUP_ROWS, default_config
 from pallas_kernels.paged_attention.prefill_plan import PrefillPlan, unsupported
 from pallas_kernels.paged_attention.prefill_units import FIELDS, NO_WORK, Work
 from pallas_kernels.paged_attention.prefill_work import plan_work
@@ -140,6 +140,19 @@ def test_every_token_sees_its_keys_in_one_item(data, group, config, is_causal):
         assert set(keys // config.tile_kv) <= set(tiles)
         assert all(0 <= t * config.tile_kv < max(length, 1) for t in tiles)
         assert is_dead or all(items[i].row == row for i in mine)
+        for i in mine:
+            check_range(plan, items[i], work.items[i], work.place[token], set(keys))
+
+
+def check_range(plan, item, record, place, keys):
+    """The record's range of a token's warpgroup holds the token's keys; those of full tiles are all such."""
+    warpgroup = place // WARPGROUP_ROWS if plan.has_own_ranges else 0
+    start, full_start, full_stop, stop = record[FIELDS + 4 * warpgroup :][:4] + item.tile_start
+    tile_kv = plan.config.tile_kv
+    assert item.tile_start <= start <= full_start <= full_stop <= stop <= item.tile_stop
+    assert keys.isdisjoint(range(item.tile_start * tile_kv, start * tile_kv))
+    assert keys.isdisjoint(range(stop * tile_kv, item.tile_stop * tile_kv))
+    assert keys.issuperset(range(full_start * tile_kv, full_stop * tile_kv))
 
 
 def test_config_holds_itself_to_what_the_kernel_can():
