@@ -16,6 +16,8 @@ from jaxlib.mlir.dialects import arith, llvm, memref, vector
 
 from pallas_kernels.mosaic import plgpu, swizzle_bytes, swizzle_transforms
 
+THREADS = 128  # of a warpgroup
+BY_THREAD = plgpu.Layout.WG_STRIDED((THREADS,), vec_size=1)  # of a vector: a number a thread
 REDUCTION_SIZE = 512  # fp32 numbers that a reduction across warps puts into shared memory at a time
 
 
@@ -91,6 +93,36 @@ def load_numbers(ref: Any, places: Sequence[Any]) -> list[jax.Array]:
     return load(ref, tuple(map(jnp.int32, places)))
 
 
+def gather(ref: Any, places: jax.Array) -> jax.Array:
+    """ref[places] of i32[...] in shared memory, a number a thread."""
+    result = plgpu.ShapeDtypeStruct(places.shape, jnp.int32, layout=BY_THREAD)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), BY_THREAD), return_type=result)
+    def load(_, source, indices):
+        place = arith.index_cast(ir.IndexType.get(), _extract(indices.registers.item(), 0))
+        return _by_thread(memref.load(source, [place]))
+
+    return load(ref, places)
+
+
+def store_records(ref: Any, places: jax.Array, columns: Sequence[jax.Array]) -> None:
+    """ref[size * places[i] + column] = columns[column][i] for i32[...] in global memory, of `size` columns, a
+    multiple of 4: a record a thread."""
+    size = len(columns)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(BY_THREAD,) * (size + 1)))
+    def store(_, target, indices, *arrays):
+        i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+        place = arith.muli(_extract(indices.registers.item(), 0), arith.constant(i32, 4 * size))
+        base = arith.addi(llvm.ptrtoint(i64, mgpu_utils.memref_ptr(target)), arith.extui(i64, place))
+        numbers = [_extract(array.registers.item(), 0) for array in arrays]
+        for first in range(0, size, 4):
+            ptx = f"st.global.v4.s32 [$0 + {4 * first}], {{$1, $2, $3, $4}};"
+            mgpu_utils.inline_ptx(ptx, base, *numbers[first : first + 4], has_side_effects=True)
+
+    store(ref, places, *columns)
+
+
 def reduce_rows(kind: str, x: jax.Array, space: Any) -> jax.Array:
     """The maximum ("max") or the sum ("add") over axis 0 of a wgmma accumulator, across a warpgroup's warps.
 
@@ -104,6 +136,13 @@ def reduce_rows(kind: str, x: jax.Array, space: Any) -> jax.Array:
         return array.reduce(kind, 0, space_ref)
 
     return reduce(x, space)
+
+
+def meet() -> None:
+    """The threads of a warpgroup wait for each other, and see what others stored in shared memory; copies and
+    wgmma do not yet, as they do after commit_smem, which takes longer.
+    """
+    plgpu.inline_mgpu()(lambda _: mgpu_utils.warpgroup_barrier())()
 
 
 def draw(counter: Any, target: Any, offset: int, previous: Any) -> None:
@@ -283,6 +322,14 @@ def _fresh_thread() -> Any:
 
 def _to_indices(scalars: Sequence[Any]) -> list[Any]:
     return [arith.index_cast(ir.IndexType.get(), scalar.registers.item()) for scalar in scalars]
+
+
+def _by_thread(number: Any) -> Any:
+    """A thread's number as its part of a vector."""
+    registers = np.array([vector.from_elements(ir.VectorType.get((1,), number.type), [number])], dtype=object)
+    return fragmented_array.FragmentedArray(
+        _registers=registers, _layout=BY_THREAD.to_mgpu(), _is_signed=True
+    )
 
 
 def _extract(register: Any, place: int) -> Any:

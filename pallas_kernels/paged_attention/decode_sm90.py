@@ -23,10 +23,10 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.mosaic import make_kernel, mutable, pl, plgpu
-from pallas_kernels.paged_attention.combine_sm90 import Shared, combine_parts
+from pallas_kernels.paged_attention.combine_sm90 import combine_parts
 from pallas_kernels.paged_attention.decode_codes import split_query
 from pallas_kernels.paged_attention.decode_consumer import consume
-from pallas_kernels.paged_attention.decode_plan import Cut, Inputs, Outputs, Plan, make_plan, scratch_types
+from pallas_kernels.paged_attention.decode_plan import Inputs, Outputs, Plan, make_plan, scratch_types
 from pallas_kernels.paged_attention.decode_producer import fetch_numbers, produce
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 from pallas_kernels.paged_attention.units import Schedule, count_units
@@ -36,23 +36,18 @@ REGISTERS = {1: None, 2: (32, 224)}  # of producers and consumers; they share 65
 
 
 def forward(
-    inputs: PagedInputs,
-    spec: PagedSpec,
-    shared: Shared | None = None,
-    cut: Cut | None = None,
-    others: jax.Array | None = None,
+    inputs: PagedInputs, spec: PagedSpec, others: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Attends one query a row to the row's keys, and to those whose parts are `shared`; returns out [R, N, H]
-    and lse f32[R, N].
+    """Attends one query a row; returns out [R, N, H] and lse f32[R, N].
 
     With query_start a row's query lies among others, and its result among theirs: `others` [tokens, N, H],
     written in place and returned as out. Rows of length NOT_OURS are left alone; their lse is undefined.
     """
-    plan = make_plan(inputs, spec, cut)
+    plan = make_plan(inputs, spec)
     among = None if others is None else mutable(others)
     operands = operands_of(plan, inputs)
     if plan.is_merged:
-        return combine_parts(plan, launch(plan, operands), operands, inputs.sinks, shared, among)
+        return combine_parts(plan, launch(plan, operands), operands, inputs.sinks, among=among)
     out, lse = launch(plan, operands._replace(out=among))
     heads = np.arange(plan.num_heads)
     return out, lse[:, 0, heads // plan.group, heads % plan.column_period]

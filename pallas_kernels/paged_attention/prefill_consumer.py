@@ -27,6 +27,7 @@ from pallas_kernels.paged_attention.prefill_tile import (
     multiply_values,
     place_of_rows,
     skip_tile,
+    wait_keys,
 )
 from pallas_kernels.paged_attention.prefill_units import for_each_unit
 
@@ -55,9 +56,10 @@ def attend_unit(unit: Unit, start):
 
     Only the ends of their range need a mask, and mostly the last tile alone.
     """
-    plan, scratch = unit.plan, unit.scratch
-    plgpu.barrier_wait(scratch.query_full.at[unit.buffer])
-    pl.when(start < unit.stop)(lambda: plgpu.barrier_wait(scratch.k.full.at[unit.slot(start)]))
+    plan = unit.plan
+    plgpu.barrier_wait(unit.scratch.query_full.at[unit.buffer])
+    if not plan.config.overlap:
+        pl.when(start < unit.stop)(lambda: wait_keys(unit, start))
     skip = functools.partial(skip_tile, unit)
     if plan.has_own_ranges:
         lax.fori_loop(start, unit.steps.start, skip, None)
@@ -124,14 +126,15 @@ def store_unit(unit: Unit, carry, outputs: Outputs):
     live = total > 0
     lse = jnp.where(live, (maximum + jnp.log2(total)) * (1 / LOG2_E), -jnp.inf)
     place = unit.work.item, unit.work.kv_head, opaque(unit.warpgroup)
-    outputs.lse[place] = lse
     values *= broadcast_rows(jnp.where(live, norm / total, 0.0), plan.head_dim)
     if plan.has_parts:
+        outputs.lse[place] = lse
         rows = outputs.out.at[place]
         for first, column in plan.blocks:
             rows[:, pl.ds(first, 64)] = values[:, column : column + 64]
     else:
         store_tokens(unit, values.astype(plan.query_dtype), outputs.out)
+        outputs.lse[place] = lse  # last: copies from shared memory wait for what was stored before
     if plan.query_buffers == 1:
         unit.release(unit.turn)
 

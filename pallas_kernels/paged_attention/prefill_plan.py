@@ -96,6 +96,11 @@ class PrefillPlan(LaunchPlan):
         return self.spec.is_causal and self.spec.window_left is None
 
     @property
+    def capacity(self) -> int:
+        """Tokens that a row has room for."""
+        return self.table_width * self.page_size
+
+    @property
     def copy_rows(self) -> int:
         """Tokens of one TMA copy of K or V: a page, or the part of it that one tile takes."""
         return min(self.page_size, self.config.tile_kv)

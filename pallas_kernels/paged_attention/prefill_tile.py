@@ -47,7 +47,7 @@ class Unit(NamedTuple):
 
     @property
     def buffer(self) -> Any:
-        return buffer_of(self.plan, opaque(self.turn), self.warpgroup)
+        return buffer_of(self.plan, self.turn, self.warpgroup)
 
     def slot(self, position):
         return lax.rem(position, jnp.int32(self.plan.slots))
@@ -78,19 +78,26 @@ class Unit(NamedTuple):
         plgpu.barrier_arrive(self.scratch.query_empty.at[buffer_of(self.plan, turn, self.warpgroup)])
 
 
+def wait_keys(unit: Unit, position):
+    """Waits for a tile's keys: as the tile begins, or, where tiles are attended in order, as the tile before
+    ends (at its beginning the wait would cost registers: 48 to 60 bytes of spills at H = 256)."""
+    plgpu.barrier_wait(unit.scratch.k.full.at[unit.slot(position)])
+
+
 def wait_next_keys(unit: Unit, position):
-    """Whoever enters a tile has already waited for its keys."""
-    slot = unit.slot(position + 1)
-    pl.when(position + 1 < unit.stop)(lambda: plgpu.barrier_wait(unit.scratch.k.full.at[slot]))
+    pl.when(position + 1 < unit.stop)(lambda: wait_keys(unit, position + 1))
 
 
 def skip_tile(unit: Unit, position, _):
     """Releases a tile that other warpgroups use and this one does not."""
-    scratch, slot = unit.scratch, unit.slot(position)
+    scratch, slot, overlap = unit.scratch, unit.slot(position), unit.plan.config.overlap
+    if overlap:
+        wait_keys(unit, position)
+    plgpu.barrier_arrive(scratch.k.empty.at[slot])
     plgpu.barrier_wait(scratch.v.full.at[slot])
     clean_values(unit, position)
-    plgpu.barrier_arrive(scratch.k.empty.at[slot])
-    wait_next_keys(unit, position)
+    if not overlap:
+        wait_next_keys(unit, position)
     plgpu.barrier_arrive(scratch.v.empty.at[slot])
 
 
@@ -121,12 +128,12 @@ def attend_first(unit: Unit, position, carry):
     """The weights of a tile that may need a mask, for attend_ahead or attend_behind of the next."""
     maximum, total, _ = carry
     slot = unit.slot(position)
+    wait_keys(unit, position)
     weights, decay, maximum = weigh(unit, position, multiply_keys(unit, slot), maximum, masked=True)
     total, weights16 = total * decay + weights.sum(axis=1), weights.astype(unit.plan.dtype)
     maximum, total, weights16 = lax.optimization_barrier((maximum, total, weights16))
     plgpu.barrier_wait(unit.scratch.v.full.at[slot])
     clean_values(unit, position)
-    wait_next_keys(unit, position)
     return maximum, total, weights16
 
 
@@ -150,6 +157,7 @@ def attend_ahead(unit: Unit, position, carry):
     values, maximum, total, weights16 = carry
     plan, scratch = unit.plan, unit.scratch
     slot, before = unit.slot(position), unit.slot(position - 1)
+    wait_keys(unit, position)
 
     def multiply(logits_ref, values_ref):
         values_ref[...] = values
@@ -161,7 +169,6 @@ def attend_ahead(unit: Unit, position, carry):
         after = after, total * decay + weights.sum(axis=1)
         weights, decay, after = lax.optimization_barrier((weights, decay, after))
         plgpu.barrier_wait(scratch.v.full.at[slot])
-        wait_next_keys(unit, position)
         return values_ref[...], weights, decay, after
 
     types = [plgpu.ACC((WARPGROUP_ROWS, x), jnp.float32) for x in (plan.config.tile_kv, plan.head_dim)]

@@ -7,7 +7,7 @@ from jax import lax
 
 from pallas_kernels.flash_attention.tiles import KvTiles
 from pallas_kernels.mosaic import plgpu
-from pallas_kernels.mosaic_inline import load_numbers
+from pallas_kernels.mosaic_inline import load_numbers, meet
 
 NO_WORK = -1  # the row of a record that is no item: behind it there are only such
 RECORDS = 4  # of the unit that is computed, of the next, whose tiles are loaded, of one more, and of the last
@@ -76,7 +76,7 @@ class Records(NamedTuple):
         return self.fields[slot_of(turn), 0]
 
     def release(self, turn) -> None:
-        plgpu.commit_smem()  # all fields are read before a copy overwrites them
+        meet()  # all fields are read before a copy overwrites them
         plgpu.barrier_arrive(self.empty.at[slot_of(turn)])
 
 

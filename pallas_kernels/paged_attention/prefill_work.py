@@ -34,28 +34,34 @@ class Segments(NamedTuple):
     first_item: jax.Array
 
 
-def plan_work(plan: PrefillPlan, query_start, kv_lengths, skip) -> WorkList:
-    """Lists the query tiles of all rows but those to skip (bool[R]): long rows first, late tiles first.
+class Cuts(NamedTuple):
+    """How a segment is cut into items."""
+
+    first_tile: jax.Array
+    num_tiles: jax.Array
+    num_splits: jax.Array
+    weight: jax.Array  # heavy ones come first
+
+
+def plan_work(plan: PrefillPlan, query_start, kv_lengths) -> WorkList:
+    """Lists the query tiles of all rows but those that the decode kernel serves: long rows first, late tiles
+    first.
 
     Dense comparisons instead of a sort and searches: a few thousand of them are cheaper than the launches of
     their kernels. Later tiles of a causal row see more keys; rows stay together, for the L2 cache.
     """
-    segments = _segments(plan, query_start, kv_lengths, skip)
+    segments = _segments(plan, query_start, kv_lengths)
     num_items = segments.num_tiles * segments.num_splits
     item = jnp.arange(plan.max_items)[:, None]
     segment = _last((segments.first_item <= item) & (item < segments.first_item + num_items))
     own = Segments(*(field[segment] for field in segments))
-    index = jnp.maximum(item[:, 0] - own.first_item, 0)
-    tile = own.num_tiles - 1 - lax.div(index, own.num_splits)
-    items = _cut(plan, segment, own, own.first_tile + tile * plan.tile_q, lax.rem(index, own.num_splits))
-    row = jnp.where(segment < 0, NO_WORK, items.row)
-
+    records = jnp.stack(item_records(plan, segment, own, item[:, 0]), axis=-1)
     token = jnp.arange(plan.num_tokens)[:, None]
     own = Segments(*(field[_last((segments.start <= token) & (token < segments.stop))] for field in segments))
     distance = token[:, 0] - own.first_tile
     tile = own.num_tiles - 1 - div(distance, plan.tile_q)
     return WorkList(
-        items=_records(plan, items._replace(row=row)),
+        items=jnp.pad(records, ((0, 1), (0, 0)), constant_values=NO_WORK),
         first_item=own.first_item + tile * own.num_splits,
         num_splits=jnp.where(own.num_tiles > 0, own.num_splits, 0),
         place=lax.rem(distance, jnp.int32(plan.tile_q)),
@@ -67,12 +73,24 @@ def _last(mask: jax.Array) -> jax.Array:
     return jnp.where(mask, jnp.arange(mask.shape[1]), -1).max(axis=1)
 
 
-def _segments(plan: PrefillPlan, query_start, kv_lengths, skip) -> Segments:
+def _segments(plan: PrefillPlan, query_start, kv_lengths) -> Segments:
     # XLA fuses a pad with what reads it; a concatenation would be a kernel of its own.
     start = jnp.pad(query_start.astype(jnp.int32), (1, 0))
     stop = jnp.pad(query_start.astype(jnp.int32), (0, 1), constant_values=plan.num_tokens)
-    kv_length = jnp.pad(jnp.minimum(kv_lengths.astype(jnp.int32), plan.table_width * plan.page_size), 1)
-    is_work = (stop > start) & ~jnp.pad(skip, 1)
+    kv_length = jnp.pad(kv_lengths.astype(jnp.int32), 1)
+    order = jnp.arange(plan.num_rows + 2)
+    is_row = (order > 0) & (order <= plan.num_rows)
+    cuts = cut_segments(plan, start, stop, kv_length, is_row)
+    weight, num_items = cuts.weight, cuts.num_tiles * cuts.num_splits
+    is_earlier = comes_before(weight[None], order[None], weight[:, None], order[:, None])
+    first_item = jnp.where(is_earlier, num_items[None], 0).sum(1)
+    return Segments(start, stop, kv_length, *cuts[:3], first_item)
+
+
+def cut_segments(plan: PrefillPlan, start, stop, kv_length, is_row) -> Cuts:
+    """How segments are cut; those without work have no tiles."""
+    is_work = stop - start >= (jnp.where(is_row, 2, 1) if plan.spec.is_causal else 1)
+    kv_length = jnp.minimum(kv_length, plan.capacity)
     first_tile = div(start, OCTET) * OCTET
     num_tiles = jnp.where(is_work, ceil_div(stop - first_tile, plan.tile_q), 0)
     if plan.has_spare_rows:
@@ -80,20 +98,32 @@ def _segments(plan: PrefillPlan, query_start, kv_lengths, skip) -> Segments:
         first_tile -= div(spare, plan.run * OCTET) * (plan.run * OCTET)
     kv_tiles = ceil_div(kv_length, plan.config.tile_kv)
     num_splits = jnp.clip(ceil_div(kv_tiles, MIN_SPLIT_TILES), 1, plan.config.splits)
-    weight = jnp.where(is_work, kv_length, -1)
-    order = jnp.arange(plan.num_rows + 2)
-    earlier = (weight[None] > weight[:, None]) | (
-        (weight[None] == weight[:, None]) & (order < order[:, None])
-    )
-    first_item = jnp.where(earlier, (num_tiles * num_splits)[None], 0).sum(1)
-    return Segments(start, stop, kv_length, first_tile, num_tiles, num_splits, first_item)
+    return Cuts(first_tile, num_tiles, num_splits, weight=jnp.where(is_work, kv_length, -1))
+
+
+def comes_before(weight, order, other_weight, other_order):
+    """Whether a segment's items come before another one's."""
+    return (weight > other_weight) | ((weight == other_weight) & (order < other_order))
+
+
+def item_records(plan: PrefillPlan, segment, own: Segments, item) -> list[jax.Array]:
+    """The numbers of items' records, of each a vector, given their segments; -1: no item."""
+    index = jnp.maximum(item - own.first_item, 0)
+    tile = own.num_tiles - 1 - lax.div(index, own.num_splits)
+    items = _cut(plan, segment, own, own.first_tile + tile * plan.tile_q, lax.rem(index, own.num_splits))
+    ranges = [_visible_tiles(plan, items, index) for index in range(plan.num_ranges)]
+    counts = [tile - items.tile_start for tiles in ranges for tile in tiles]
+    row = jnp.where(segment < 0, NO_WORK, items.row)
+    padding = [row] * (plan.record_size - FIELDS - len(counts))
+    return [row, *items[1:FIELDS], *counts, *padding]
 
 
 def _cut(plan: PrefillPlan, segment, own: Segments, token, split) -> Work:
     """The items of these tiles: which KV tiles their visible keys, or one split's part of them, take."""
+    kv_length = jnp.minimum(own.kv_length, plan.capacity)
     first, stop = jnp.maximum(own.start, token), jnp.minimum(own.stop, token + plan.tile_q)
-    offset, tile_kv = own.kv_length - own.stop, plan.config.tile_kv
-    end = jnp.clip(stop + offset, 0, own.kv_length) if plan.spec.is_causal else own.kv_length
+    offset, tile_kv = kv_length - own.stop, plan.config.tile_kv
+    end = jnp.clip(stop + offset, 0, kv_length) if plan.spec.is_causal else kv_length
     begin = jnp.zeros_like(end)
     if plan.spec.window_left is not None:
         begin = div(jnp.maximum(first + offset - plan.spec.window_left, 0), tile_kv)
@@ -102,16 +132,7 @@ def _cut(plan: PrefillPlan, segment, own: Segments, token, split) -> Work:
     begin = jnp.minimum(begin + split * size, end)
     row = jnp.clip(segment - 1, 0, plan.num_rows - 1)
     tile_stop = jnp.minimum(begin + size, end)
-    return Work(row, token, first, stop, offset, own.kv_length, begin, tile_stop, item=None, kv_head=None)
-
-
-def _records(plan: PrefillPlan, items: Work) -> jax.Array:
-    """A record for every item, and one behind them that is none."""
-    ranges = [_visible_tiles(plan, items, index) for index in range(plan.num_ranges)]
-    counts = [tile - items.tile_start for tiles in ranges for tile in tiles]
-    records = jnp.stack([*items[:FIELDS], *counts], axis=-1)
-    padding = plan.record_size - records.shape[1]
-    return jnp.pad(records, ((0, 1), (0, padding)), constant_values=NO_WORK)
+    return Work(row, token, first, stop, offset, kv_length, begin, tile_stop, item=None, kv_head=None)
 
 
 def _visible_tiles(plan: PrefillPlan, work: Work, warpgroup: int) -> KvTiles:

@@ -9,11 +9,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.paged_attention import decode_plan, decode_sm90, prefill_plan, prefill_sm90
-from pallas_kernels.paged_attention.combine_sm90 import Shared
+from pallas_kernels.paged_attention.combine_sm90 import Shared, combine_parts
 from pallas_kernels.paged_attention.decode_plan import NOT_OURS, Cut
-from pallas_kernels.paged_attention.prefill_config import OCTET
+from pallas_kernels.paged_attention.prefill_list_sm90 import MAX_ROWS, list_items
 from pallas_kernels.paged_attention.prefill_plan import Outputs, PrefillPlan
 from pallas_kernels.paged_attention.prefill_work import WorkList, plan_work
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
@@ -32,7 +33,7 @@ def forward(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]
     if inputs.query_start is None:
         return decode_sm90.forward(inputs, spec)
     is_single = (inputs.query_start[1:] - inputs.query_start[:-1] == 1) & spec.is_causal
-    out, lse = prefill(inputs, spec, skip=is_single)
+    out, lse = prefill(inputs, spec)
     if spec.is_causal:
         lengths = jnp.where(is_single, jnp.maximum(inputs.kv_lengths, 0), NOT_OURS)
         single = inputs._replace(kv_lengths=lengths)
@@ -51,18 +52,24 @@ def cascade(
     place[r]. Sinks are `own`'s. Returns out [R, N, H] and lse f32[R, N].
     """
     whole = dataclasses.replace(spec, is_causal=False)
-    nobody = jnp.zeros(shared.kv_lengths.shape, bool)
-    plan, work, results = _launch_prefill(shared, whole, skip=nobody, keeps_parts=True)
-    parts = Shared(*results, *(x[place] for x in (work.first_item, work.num_splits, work.place)))
-    return decode_sm90.forward(own, spec, parts, Cut(plan.tile_q, plan.config.splits))
+    shared_plan = prefill_plan.make_plan(shared, whole, keeps_parts=True)
+    plan = decode_plan.make_plan(own, spec, Cut(shared_plan.tile_q, shared_plan.config.splits))
+    operands = decode_sm90.operands_of(plan, own)
+    parts = decode_sm90.launch(plan, operands)
+    # In this order: rows' own pages, which are many, would drive the larger parts out of the L2 cache.
+    parts, query = lax.optimization_barrier((parts, shared.query))
+    work, results = _launch_prefill(shared_plan, shared._replace(query=query))
+    shared_parts = Shared(*results, *(x[place] for x in (work.first_item, work.num_splits, work.place)))
+    return combine_parts(plan, parts, operands, own.sinks, shared_parts)
 
 
-def prefill(inputs: PagedInputs, spec: PagedSpec, skip: jax.Array) -> tuple[jax.Array, jax.Array]:
+def prefill(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]:
     """The prefill kernel alone: out [tokens, N, H] and lse f32[tokens, N], tokens a multiple of OCTET; the
-    results of rows to skip (bool[R]) are undefined."""
+    results of rows of one query are undefined where attention is causal."""
     start = inputs.query_start
     assert start is not None
-    plan, work, (out, lse) = _launch_prefill(inputs, spec, skip)
+    plan = prefill_plan.make_plan(inputs, spec)
+    work, (out, lse) = _launch_prefill(plan, inputs)
     if plan.has_parts:
         out, lse = _merge_splits(plan, work, _by_head(plan, out), _by_head(plan, lse), inputs.sinks)
     else:
@@ -74,14 +81,14 @@ def prefill(inputs: PagedInputs, spec: PagedSpec, skip: jax.Array) -> tuple[jax.
     return out, lse
 
 
-def _launch_prefill(
-    inputs: PagedInputs, spec: PagedSpec, skip: jax.Array, keeps_parts: bool = False
-) -> tuple[PrefillPlan, WorkList, Outputs]:
-    num_tokens = inputs.query.shape[0]
-    inputs = inputs._replace(query=jnp.pad(inputs.query, ((0, -num_tokens % OCTET), (0, 0), (0, 0))))
-    plan = prefill_plan.make_plan(inputs, spec, keeps_parts)
-    work = plan_work(plan, inputs.query_start, inputs.kv_lengths, skip)
-    return plan, work, prefill_sm90.launch(plan, inputs, work)
+def _launch_prefill(plan: PrefillPlan, inputs: PagedInputs) -> tuple[WorkList, Outputs]:
+    padding = plan.num_tokens - inputs.query.shape[0]
+    inputs = inputs._replace(query=jnp.pad(inputs.query, ((0, padding), (0, 0), (0, 0))))
+    assert inputs.query_start is not None
+    work = plan_work(plan, inputs.query_start, inputs.kv_lengths)
+    if plan.num_rows <= MAX_ROWS:
+        work = work._replace(items=list_items(plan, inputs.query_start, inputs.kv_lengths))
+    return work, prefill_sm90.launch(plan, inputs, work)
 
 
 def _by_head(plan: PrefillPlan, x: jax.Array) -> jax.Array:

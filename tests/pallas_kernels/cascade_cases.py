@@ -13,6 +13,7 @@ from pallas_kernels.paged_attention import decode_plan
 from tests.pallas_kernels.interpreter import interpreted
 from tests.pallas_kernels.paged_cases import RMS_ERROR, compare, integers
 from tests.pallas_kernels.paged_inputs import Case, cast, make_case, quantize
+from tests.pallas_kernels.prefill_cases import listed_by_xla
 from tests.pallas_kernels.tables import CompileCase
 
 
@@ -40,7 +41,7 @@ def check_cascade(prefixes, groups, heads=4, head_dim=64, pages=None, call=None,
     expected, expected_lse = paged_attention(*arrays, implementation="reference", **arguments)
     config = PagedConfig(64, 64, 2, 1)
     prefill = PrefillConfig(warpgroups=1, tile_kv=64, stages=2, splits=splits)
-    with mock.patch.object(decode_plan, "NUM_PROGRAMS", 3), interpreted():
+    with mock.patch.object(decode_plan, "NUM_PROGRAMS", 3), listed_by_xla(), interpreted():
         out, lse = cascade_attention(
             *arrays,
             jnp.asarray(prefixes),

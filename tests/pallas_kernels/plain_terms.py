@@ -15,7 +15,7 @@ from pallas_kernels.flash_attention import (
     items,
     scores,
 )
-from pallas_kernels.mosaic import broadcast_columns, pl
+from pallas_kernels.mosaic import broadcast_columns, pl, plgpu
 from pallas_kernels.mosaic_inline import deinterleave
 from pallas_kernels.paged_attention import (
     decode_codes,
@@ -23,6 +23,7 @@ from pallas_kernels.paged_attention import (
     decode_producer,
     decode_tile,
     prefill_consumer,
+    prefill_list_sm90,
     prefill_producer,
     prefill_tile,
     prefill_units,
@@ -38,13 +39,16 @@ def plain_terms():
         "store_deinterleaved": (_store_deinterleaved, decode_consumer),
         "load_codes_transposed": (_load_codes_transposed, decode_codes),
         "draw": (_draw, units, items, backward_fused_items, prefill_producer),
+        "meet": (plgpu.commit_smem, prefill_list_sm90, prefill_units),
         "fresh_iota": (_iota, prefill_tile),
         "load_by_column": (
             _load_by_column,
             *(backward_fused_tile, backward_fused_wide_tile, backward_dkv_sm90, scores),
         ),
         "store_rows": (_store_rows, prefill_consumer),
-        "load_numbers": (_load_numbers, decode_producer, prefill_units, units),
+        "load_numbers": (_load_numbers, decode_producer, prefill_list_sm90, prefill_units, units),
+        "gather": (lambda ref, places: ref[...][places], prefill_list_sm90),
+        "store_records": (_store_records, prefill_list_sm90),
         "tell_transforms": (lambda buffers: None, mosaic),
         "broadcast": (lambda x, shape, dims, layout: lax.broadcast_in_dim(x, shape, dims), mosaic),
     }
@@ -84,6 +88,11 @@ def _load_by_column(ref, place, shape):
 
 def _load_numbers(ref, places):
     return [ref[place] for place in places]
+
+
+def _store_records(ref, places, columns):
+    size = len(columns) * len(places)
+    ref[pl.ds(places[0] * len(columns), size)] = jnp.stack(columns, axis=1).reshape(size)
 
 
 def _store_rows(ref, x, row):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,10 @@ import numpy as np
 
 from pallas_kernels import PrefillConfig, paged_attention
 from pallas_kernels.paged_attention import sm90
+from pallas_kernels.paged_attention.prefill_list_sm90 import list_items
+from pallas_kernels.paged_attention.prefill_plan import PrefillPlan
+from pallas_kernels.paged_attention.prefill_units import NO_WORK
+from pallas_kernels.paged_attention.prefill_work import plan_work
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 from tests.pallas_kernels.interpreter import interpreted
 from tests.pallas_kernels.paged_cases import RMS_ERROR, compare, integers
@@ -19,6 +24,11 @@ from tests.pallas_kernels.tables import CompileCase
 SMALL = PrefillConfig(warpgroups=1, tile_kv=64, stages=2)
 PAIR = PrefillConfig(warpgroups=2, tile_kv=64, stages=2)
 AHEAD = dataclasses.replace(PAIR, overlap=True)
+
+
+def listed_by_xla():
+    """The list of work as XLA computes it, which takes less time here: its kernel has rows of its own."""
+    return mock.patch.object(sm90, "MAX_ROWS", 0)
 
 
 def check_prefill(dtype=jnp.bfloat16, pages=None, config=SMALL, call=None, heads=4, padding=0, **shapes):
@@ -39,7 +49,7 @@ def check_prefill(dtype=jnp.bfloat16, pages=None, config=SMALL, call=None, heads
         arguments |= {"k_scale": jnp.asarray(quantized.k_scale), "v_scale": jnp.asarray(quantized.v_scale)}
     arrays = [jnp.asarray(x) for x in arrays]
     expected, expected_lse = paged_attention(*arrays, implementation="reference", **arguments)
-    with interpreted():
+    with listed_by_xla(), interpreted():
         out, lse = jax.block_until_ready(
             paged_attention(*arrays, implementation="sm90", prefill_config=config, **arguments)
         )
@@ -206,9 +216,52 @@ PREFILL_CASES: dict[str, dict[str, Any]] = {
     },
 }
 
+
+def make_plan(tokens, rows, group, width, config, is_causal=True, window_left=None):
+    return PrefillPlan(
+        spec=PagedSpec(1.0, window_left, is_causal=is_causal),
+        config=config,
+        query_dtype=jnp.bfloat16,
+        page_dtype=jnp.bfloat16,
+        num_tokens=tokens,
+        num_rows=rows,
+        num_heads=2 * group,
+        num_kv_heads=2,
+        head_dim=64,
+        page_size=16,
+        num_pages=100,
+        table_width=width,
+    )
+
+
+def check_list(rows, tokens, group, config, **options):
+    """The records that the kernel lists against those that XLA computes: rows without queries and of one, all
+    of other lengths, between tokens of no row."""
+    rng = np.random.default_rng(rows)
+    queries = rng.choice(3 * tokens // (2 * rows), rows) * rng.choice((0, 1, 1), rows)
+    queries[rng.choice(rows, rows // 3)] = 1
+    starts = 3 + np.minimum(np.cumsum([0, *queries]), tokens - 5)
+    batch = jnp.asarray(starts), jnp.asarray(rng.integers(0, 640, rows))
+    plan = make_plan(tokens, rows, group, 40, config, **options)
+    with interpreted():
+        records = np.asarray(list_items(plan, *batch))
+    expected = np.asarray(plan_work(plan, *batch).items)
+    is_item = expected[:, 0] != NO_WORK
+    assert is_item.any()
+    np.testing.assert_array_equal(records[: len(expected)][is_item], expected[is_item])
+    np.testing.assert_array_equal(records[np.count_nonzero(is_item) :, 0], NO_WORK)
+
+
 INTERPRET = {
     f"paged_attention:prefill {name}": functools.partial(check_prefill, **case)
     for name, case in PREFILL_CASES.items()
+} | {
+    "paged_attention:list of work, ranges of three warpgroups": functools.partial(
+        check_list, 5, 400, 1, PrefillConfig()
+    ),
+    "paged_attention:list of work, many rows, splits, a window": functools.partial(
+        check_list, 130, 800, 3, PrefillConfig(2, 64, 2, splits=3), window_left=150
+    ),
 }
 
 
@@ -227,7 +280,7 @@ def prefill_case(
 ):
     """A mixed batch over two layers of 1024 pages, with a traced layer, as the default config cuts it.
 
-    whole: with the decode kernel for its rows of one query, which has rows of its own in the table.
+    whole: with the kernels of the list of work and of rows of one query, which have rows of their own.
     """
     pool = jax.ShapeDtypeStruct((2, 1024, kv_heads, page_size, head_dim), pages or dtype)
     scale = jax.ShapeDtypeStruct(pool.shape[:4], jnp.float32) if pages else None
@@ -252,7 +305,8 @@ def prefill_case(
         attended = PagedInputs(**dict.fromkeys(PagedInputs._fields) | dict(zip(given, arrays, strict=True)))
         if whole:
             return sm90.forward(attended, spec)
-        return sm90.prefill(attended, spec, skip=jnp.zeros(rows, bool))
+        with listed_by_xla():
+            return sm90.prefill(attended, spec)
 
     # The log-sum-exp by tile, the parts of split keys, and what decode's splits need.
     return CompileCase(attend, tuple(given.values()), max_temp_bytes=80 * 2**20, keep_hlo=whole)

@@ -1,0 +1,137 @@
+"""The list of work of paged prefill in one launch: what prefill_work.py says, where XLA takes five.
+
+A thread for each item, and before that for each segment (a row, or tokens of no row). Every thread block cuts
+all segments for itself, counts what comes before each, and looks for those of its items: quick for the few
+hundred rows of a batch.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.mosaic import pl, plgpu
+from pallas_kernels.mosaic_inline import BY_THREAD, THREADS, gather, load_numbers, meet, store_records
+from pallas_kernels.paged_attention.config import MAX_BOX, numbers_size
+from pallas_kernels.paged_attention.prefill_plan import PrefillPlan
+from pallas_kernels.paged_attention.prefill_work import (
+    Segments,
+    comes_before,
+    cut_segments,
+    item_records,
+)
+
+MAX_ROWS = 500  # beyond, all with all takes longer than launches
+TOGETHER = 4  # segments that are looked at together
+
+
+class Scratch(NamedTuple):
+    """Numbers of segments in shared memory; segment s is row s - 1."""
+
+    starts: Any  # i32[THREADS + size]: of row r in place THREADS + r
+    lengths: Any
+    loaded: Any
+    weight: Any  # i32[size]
+    num_items: Any
+    first_item: Any
+
+
+def list_items(plan: PrefillPlan, query_start: jax.Array, kv_lengths: jax.Array) -> jax.Array:
+    """The records of plan_work, i32[max_items + 1 or more, record size]; plan.num_rows <= MAX_ROWS."""
+    size = numbers_size(plan.num_rows + 2)
+    given, numbers = (plgpu.SMEM((length,), jnp.int32) for length in (THREADS + size, size))
+    loaded = plgpu.Barrier(num_arrivals=2 * -(-size // MAX_BOX))
+    num_blocks = -(-(plan.max_items + 1) // THREADS)
+    kernel = plgpu.kernel(
+        functools.partial(_kernel, plan, size),
+        out_type=jax.ShapeDtypeStruct((num_blocks * THREADS * plan.record_size,), jnp.int32),
+        grid=(num_blocks,),
+        grid_names=("block",),
+        num_threads=1,
+        thread_name="warpgroup",
+        scratch_types=[Scratch(given, given, loaded, numbers, numbers, numbers)],
+        kernel_name="list_items",
+    )
+    records = kernel(query_start.astype(jnp.int32), kv_lengths.astype(jnp.int32))
+    return records.reshape(-1, plan.record_size)
+
+
+def _kernel(plan: PrefillPlan, size: int, query_start, kv_lengths, records, scratch: Scratch):
+    _load(size, query_start, kv_lengths, scratch)
+    thread = plgpu.broadcasted_iota(jnp.int32, (THREADS,), 0, layout=BY_THREAD)
+    blocks = []
+    for first in range(0, size, THREADS):
+        segment, part = thread + first, pl.ds(first, THREADS)
+        cuts = _cut(plan, scratch, segment)[1]
+        scratch.weight[part] = cuts.weight
+        scratch.num_items[part] = cuts.num_tiles * cuts.num_splits
+        blocks.append((segment, part, cuts.weight))
+    meet()
+    for segment, part, weight in blocks:
+        scratch.first_item[part] = _items_before(plan, scratch, segment, weight)
+    meet()
+    item = lax.axis_index("block") * THREADS + thread
+    segment = _segment_of(plan, scratch, item)
+    known = jnp.maximum(segment, 0)
+    given, cuts = _cut(plan, scratch, known)
+    own = Segments(*given, *cuts[:3], gather(scratch.first_item, known))
+    store_records(records, item, item_records(plan, segment, own, item))
+
+
+def _load(size: int, query_start, kv_lengths, scratch: Scratch):
+    """Copies numbers of rows to shared memory; beyond the last they are zeros."""
+    box = min(MAX_BOX, size)
+
+    def copy(index, _):
+        first = pl.multiple_of(index * box, box)
+        for source, target in ((query_start, scratch.starts), (kv_lengths, scratch.lengths)):
+            part = target.at[pl.ds(pl.multiple_of(THREADS + first, THREADS), box)]
+            plgpu.copy_gmem_to_smem(source.at[pl.ds(first, box)], part, scratch.loaded)
+
+    lax.fori_loop(0, size // box, copy, None)
+    plgpu.barrier_wait(scratch.loaded)
+
+
+def _cut(plan: PrefillPlan, scratch: Scratch, segment):
+    """((start, stop, kv_length), cuts) of segments."""
+    last = plan.num_rows + 1
+    is_row = (segment > 0) & (segment < last)
+    start = jnp.where(segment > last, plan.num_tokens, gather(scratch.starts, segment + (THREADS - 1)))
+    start = jnp.where(segment > 0, start, 0)
+    stop = jnp.where(segment < last, gather(scratch.starts, segment + THREADS), plan.num_tokens)
+    kv_length = jnp.where(is_row, gather(scratch.lengths, segment + (THREADS - 1)), 0)
+    return (start, stop, kv_length), cut_segments(plan, start, stop, kv_length, is_row)
+
+
+def _items_before(plan: PrefillPlan, scratch: Scratch, segment, weight):
+    """How many items come before the first of each segment."""
+
+    def count(other, total, other_weight, num_items):
+        is_before = comes_before(other_weight, other, weight, segment)
+        return total + jnp.where(is_before, num_items, 0)
+
+    return _for_each_segment(plan, (scratch.weight, scratch.num_items), count, segment * 0)
+
+
+def _segment_of(plan: PrefillPlan, scratch: Scratch, item):
+    """Each item's segment, or -1."""
+
+    def look(segment, found, first_item, num_items):
+        return jnp.where((first_item <= item) & (item < first_item + num_items), segment, found)
+
+    return _for_each_segment(plan, (scratch.first_item, scratch.num_items), look, item * 0 - 1)
+
+
+def _for_each_segment(plan: PrefillPlan, refs, visit, carry):
+    """carry = visit(segment, carry, the segment's number in each reference), over all segments."""
+
+    def step(index, carry):
+        segments = [index * TOGETHER + i for i in range(TOGETHER)]
+        numbers = [load_numbers(ref, segments) for ref in refs]
+        for segment, *values in zip(segments, *numbers, strict=True):
+            carry = visit(segment, carry, *values)
+        return carry
+
+    return lax.fori_loop(0, -(-(plan.num_rows + 2) // TOGETHER), step, carry)
