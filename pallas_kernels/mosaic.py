@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
-from pallas_kernels.mosaic_names import use_quick_names
+from pallas_kernels.mosaic_quick import use_quick_answers
 
 plgpu: Any = mosaic_gpu  # its annotations do not cover what kernels use
 
@@ -56,7 +56,7 @@ def make_kernel(body: Callable, *, scratch_types: Sequence[Any], **options: Any)
     """plgpu.kernel, but for the transforms of its buffers: they are told once, as the kernel begins. Told
     with a buffer's type they would be lowered anew wherever it is used.
     """
-    use_quick_names()
+    use_quick_answers()
     types, tree = jax.tree.flatten(tuple(scratch_types))
     known = [() if isinstance(x, plgpu.RefUnion) else getattr(x, "transforms", ()) for x in types]
     plain = [dataclasses.replace(x, transforms=()) if y else x for x, y in zip(types, known, strict=True)]
