@@ -8,11 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
-from pallas_kernels.mosaic_names import use_quick_names
+from pallas_kernels.mosaic_quick import use_quick_answers
 
 plgpu: Any = mosaic_gpu  # its annotations do not cover what kernels use
 
@@ -25,6 +26,7 @@ __all__ = [
     "broadcast_rows",
     "call_in_place",
     "ceil_div",
+    "clip",
     "div",
     "load_columns",
     "load_rows",
@@ -35,6 +37,7 @@ __all__ = [
     "plgpu",
     "register_full",
     "register_zeros",
+    "rem",
     "row_full",
     "row_iota",
     "specialize",
@@ -43,6 +46,7 @@ __all__ = [
     "swizzled_smem",
     "tell_transforms",
     "traced",
+    "where",
 ]
 
 LOG2_E = 1.4426950408889634
@@ -56,7 +60,7 @@ def make_kernel(body: Callable, *, scratch_types: Sequence[Any], **options: Any)
     """plgpu.kernel, but for the transforms of its buffers: they are told once, as the kernel begins. Told
     with a buffer's type they would be lowered anew wherever it is used.
     """
-    use_quick_names()
+    use_quick_answers()
     types, tree = jax.tree.flatten(tuple(scratch_types))
     known = [() if isinstance(x, plgpu.RefUnion) else getattr(x, "transforms", ()) for x in types]
     plain = [dataclasses.replace(x, transforms=()) if y else x for x, y in zip(types, known, strict=True)]
@@ -209,19 +213,49 @@ def opaque(x: Any) -> Any:
     """x, of which the compiler knows nothing: it computes what follows from x where it is used, instead of
     once, in registers that live through a loop.
     """
-    return lax.optimization_barrier(jnp.int32(x) if isinstance(x, int) else x)
+    return lax.optimization_barrier(_int32(x))
 
 
 def traced(tree: Any) -> Any:
     """A tree's integers as values of the kernel: pl.run_state cannot close over constants."""
-    return jax.tree.map(lambda x: lax.add(x, jnp.int32(0)), tree)
+    return jax.tree.map(lambda x: lax.add(x, np.int32(0)), tree)
 
 
-def div(x: Any, y: int) -> jax.Array:
+# As jnp's functions, of which clip and where are traced and lowered as functions of their own; jnp.int32 of a
+# constant makes an array on the device.
+
+
+def div(x: Any, y: int) -> Any:
     """x // y for x >= 0, without the sign handling of Python's floor division."""
-    return lax.div(jnp.int32(x), jnp.int32(y))
+    return x // y if isinstance(x, int) else lax.div(x, np.int32(y))
 
 
-def ceil_div(x: Any, y: int) -> jax.Array:
+def ceil_div(x: Any, y: int) -> Any:
     """ceil(x / y) for x >= 0."""
     return div(x + (y - 1), y)
+
+
+def rem(x: Any, y: int) -> jax.Array:
+    """x % y for x >= 0."""
+    return lax.rem(x, np.int32(y))
+
+
+def clip(x: Any, low: Any, high: Any) -> jax.Array:
+    """x, or the nearer end of [low, high]; high where that is empty."""
+    return lax.min(_int32(high), lax.max(_int32(low), _int32(x)))
+
+
+def where(condition: Any, x: Any, y: Any) -> jax.Array:
+    """x where the condition holds, else y: arrays of its shape, one of which may be a number."""
+    like = y if isinstance(x, int | float) else x
+    return lax.select(condition, _filled(like, x), _filled(like, y))
+
+
+def _filled(like: Any, x: Any) -> Any:
+    if not isinstance(x, int | float):
+        return x
+    return lax.full_like(like, x) if like.ndim else like.dtype.type(x)
+
+
+def _int32(x: Any) -> Any:
+    return np.int32(x) if isinstance(x, int) else x

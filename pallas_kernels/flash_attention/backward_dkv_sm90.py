@@ -11,7 +11,7 @@ from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.scores import TilePlace, logit_gradients, weigh
 from pallas_kernels.flash_attention.streams import Block, Ends, Owned, Stream, opaque_place, run_tiles
 from pallas_kernels.flash_attention.tiles import KvTiles, TileOrder, kv_tiles
-from pallas_kernels.mosaic import broadcast_rows, pl, plgpu, register_zeros, row_iota, specialize
+from pallas_kernels.mosaic import broadcast_rows, pl, plgpu, register_zeros, rem, row_iota, specialize, where
 from pallas_kernels.mosaic_inline import load_by_column
 
 
@@ -50,7 +50,7 @@ def _load(plan: AttentionPlan, block: Block, sources, stream: Stream):
 
         def load(tile, _):
             index = group * per_head + tile - tiles.start
-            slot = lax.rem(index, jnp.int32(config.stages))
+            slot = rem(index, config.stages)
             pl.when(index >= config.stages)(lambda: stream.wait_consumed(slot))
             place = block.extras.tile_at(tile, block.batch, head, block.first_row, config.other)
             first_query = place * config.other
@@ -67,8 +67,8 @@ def _load(plan: AttentionPlan, block: Block, sources, stream: Stream):
     else:
         load_head(0, None)
     total = plan.group * per_head
-    drain = lambda index, _: stream.wait_consumed(lax.rem(index, jnp.int32(config.stages)))
-    lax.fori_loop(jnp.maximum(0, total - config.stages), total, drain, None)
+    drain = lambda index, _: stream.wait_consumed(rem(index, config.stages))
+    lax.fori_loop(lax.max(0, total - config.stages), total, drain, None)
 
 
 def _sum_rows(
@@ -88,7 +88,7 @@ def _sum_rows(
 
     def attend_head(group, carry):
         first_index = group * per_head - tiles.start
-        slot_of = lambda tile: lax.rem(first_index + tile, jnp.int32(config.stages))
+        slot_of = lambda tile: rem(first_index + tile, config.stages)
         head = block.head * plan.group + group
         step = functools.partial(_add_tile, plan, which, block, head, warpgroup, slot_of, all_owned, stream)
         skip = lambda tile, _: stream.skip(slot_of(tile))
@@ -105,7 +105,7 @@ def _sum_rows(
     staging = {"dkv": (owned.first, owned.second), "dk": (owned.first,), "dv": (owned.second,)}[which]
     for acc, scale, smem in zip(carry, scales, staging, strict=True):
         if live is not None:
-            acc = jnp.where(broadcast_rows(live, acc.shape[1]), acc, 0.0)
+            acc = where(broadcast_rows(live, acc.shape[1]), acc, 0.0)
         smem[...] = (acc * scale).astype(plan.dtype)
     plgpu.commit_smem()
     for smem, output in zip(staging, outputs, strict=True):

@@ -9,7 +9,7 @@ from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.scores import TilePlace, logit_gradients, weigh
 from pallas_kernels.flash_attention.streams import Block, Ends, Owned, Stream, opaque_place, run_tiles
 from pallas_kernels.flash_attention.tiles import KvTiles, TileOrder, kv_tiles
-from pallas_kernels.mosaic import broadcast_rows, pl, plgpu, register_zeros, specialize
+from pallas_kernels.mosaic import broadcast_rows, div, pl, plgpu, register_zeros, rem, specialize, where
 
 
 def body(plan: AttentionPlan, order: TileOrder, which: str, *refs):
@@ -33,16 +33,16 @@ def _keys_of(plan: AttentionPlan, block: Block, first_row, count: int) -> KvTile
     offset, rows = plan.offset(q_length, kv_length), config.own * count
     tiles = kv_tiles(first_row, rows, offset, q_length, kv_length, plan.reach, config.other)
     if count == 1 and plan.spare_rows(config.own, config.warpgroups):
-        tiles = tiles._replace(stop=jnp.where(first_row < 0, 0, tiles.stop))
+        tiles = tiles._replace(stop=where(first_row < 0, 0, tiles.stop))
     return block.extras.visits(tiles, block.batch, block.head, first_row, config.own, config.other, count)
 
 
 def _load(plan: AttentionPlan, block: Block, k, v, stream: Stream):
     config, tiles = plan.config.dq, block.tiles
-    kv_head = lax.div(block.head, jnp.int32(plan.group))
+    kv_head = div(block.head, plan.group)
 
     def load(tile, _):
-        slot = lax.rem(tile - tiles.start, jnp.int32(config.stages))
+        slot = rem(tile - tiles.start, config.stages)
         pl.when(tile - tiles.start >= config.stages)(lambda: stream.wait_consumed(slot))
         first_key = block.extras.tile_at(tile, block.batch, block.head, block.first_row, config.other)
         first_key *= config.other
@@ -51,8 +51,8 @@ def _load(plan: AttentionPlan, block: Block, k, v, stream: Stream):
         stream.load(slot, k.rows(*place), v.rows(*place), *ids)
 
     lax.fori_loop(tiles.start, tiles.stop, load, None)
-    first_unseen = jnp.maximum(tiles.start, tiles.stop - config.stages)
-    drain = lambda tile, _: stream.wait_consumed(lax.rem(tile - tiles.start, jnp.int32(config.stages)))
+    first_unseen = lax.max(tiles.start, tiles.stop - config.stages)
+    drain = lambda tile, _: stream.wait_consumed(rem(tile - tiles.start, config.stages))
     lax.fori_loop(first_unseen, tiles.stop, drain, None)
 
 
@@ -61,7 +61,7 @@ def _sum_rows(plan: AttentionPlan, block: Block, warpgroup, sources, d_q, owned:
     all_owned, owned = owned, owned.at(warpgroup)
     first_row = block.first_row + warpgroup * config.own
     num_spare = plan.spare_rows(config.own, config.warpgroups)
-    known_row = jnp.maximum(first_row, 0) if num_spare else first_row
+    known_row = lax.max(first_row, 0) if num_spare else first_row
     rows = pl.ds(known_row, config.own)
     q, d_out, lse2, delta = sources
     by_row, by_head = (block.batch, rows, block.head), (block.batch, block.head, rows)
@@ -74,7 +74,7 @@ def _sum_rows(plan: AttentionPlan, block: Block, warpgroup, sources, d_q, owned:
     ]
     own = _keys_of(plan, block, first_row, 1)
     step = functools.partial(_add_tile, plan, block, warpgroup, statistics, all_owned, stream)
-    skip = lambda tile, _: stream.skip(lax.rem(tile - block.tiles.start, jnp.int32(config.stages)))
+    skip = lambda tile, _: stream.skip(rem(tile - block.tiles.start, config.stages))
     ragged = plan.has_kv_lengths or plan.has_segments or plan.num_keys % config.other > 0
     idle = plan.has_q_lengths or plan.num_queries % (config.own * config.warpgroups) > 0
     in_list = plan.has_block_mask  # its partial tiles come first
@@ -102,9 +102,7 @@ def _add_tile(
     config = plan.config.dq
     lse2, delta = statistics
     shape = (config.own, config.other)
-    warpgroup, owned, slot = opaque_place(
-        warpgroup, owned, lax.rem(tile - block.tiles.start, jnp.int32(config.stages))
-    )
+    warpgroup, owned, slot = opaque_place(warpgroup, owned, rem(tile - block.tiles.start, config.stages))
     first_row = block.first_row + warpgroup * config.own
     extras, row = block.extras, (block.batch, block.head, first_row)
     first_key = extras.tile_at(tile, *row, config.other) * config.other

@@ -10,7 +10,7 @@ from pallas_kernels.flash_attention.extras import Extras
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.scores import TilePlace
 from pallas_kernels.flash_attention.tiles import KvTiles, TileOrder, kv_tiles
-from pallas_kernels.mosaic import div, pl, plgpu, swizzled_smem, traced
+from pallas_kernels.mosaic import div, pl, plgpu, rem, swizzled_smem, traced, where
 
 WARPGROUPS = 2  # that compute
 HALF = 64  # keys of each: the rows of a wgmma
@@ -185,8 +185,8 @@ def visit_queries(plan: AttentionPlan, indices: KvTiles, take) -> None:
     start, full_start, full_stop, stop = indices
     masked_start = plan.has_masked_tail or plan.has_block_mask  # the earliest queries see the last keys
     masked_stop = plan.has_masked_start or plan.has_ragged_keys
-    second = jnp.minimum(start + 1, stop)
-    full_start, full_stop = jnp.maximum(full_start, second), jnp.maximum(full_stop, second)
+    second = lax.min(start + 1, stop)
+    full_start, full_stop = lax.max(full_start, second), lax.max(full_stop, second)
     masked = functools.partial(take, masked=True)
     first_masked = masked_start or masked_stop
     if plan.has_block_mask:  # element masks are in global memory, and most tiles are whole
@@ -204,7 +204,7 @@ def visit_queries(plan: AttentionPlan, indices: KvTiles, take) -> None:
 def visit_last(indices: KvTiles, finish) -> None:
     """finish(index, _) of the last tile of queries, if there is one."""
     start, *_, stop = indices
-    lax.fori_loop(jnp.maximum(start, stop - 1), stop, finish, None)
+    lax.fori_loop(lax.max(start, stop - 1), stop, finish, None)
 
 
 def parts_of_dq(plan: AttentionPlan) -> tuple[tuple[int, int], ...]:
@@ -226,7 +226,7 @@ def _tiles(plan: AttentionPlan, extras: Extras, batch, head, first_key, q_length
     if not plan.has_ragged_keys:
         return tiles
     # Keys past the end have weights too, which would reach dQ: a block that has some masks every tile.
-    full_stop = jnp.where(first_key + keys > kv_length, tiles.full_start, tiles.full_stop)
+    full_stop = where(first_key + keys > kv_length, tiles.full_start, tiles.full_stop)
     return tiles._replace(full_stop=full_stop)
 
 
@@ -236,7 +236,7 @@ def load_item(
     """Loads an item's queries, keys and values, as soon as what has their place is no longer needed."""
     q, k, v, d_out, lse2, delta = sources
     start, _, _, stop = block.indices
-    second = jnp.minimum(start + 1, stop)
+    second = lax.min(start + 1, stop)
 
     def load_tile(index, _):
         number = block.number(index)
@@ -277,7 +277,7 @@ def end(plan: AttentionPlan, num_items: int | None, num_tiles, buffers: Buffers,
     def wait_consumed(number, _):
         plgpu.barrier_wait(barriers.consumed.at[slot_of(plan, number)])
 
-    lax.fori_loop(jnp.maximum(0, num_tiles - plan.fused.stages), num_tiles, wait_consumed, None)
+    lax.fori_loop(lax.max(0, num_tiles - plan.fused.stages), num_tiles, wait_consumed, None)
     plgpu.barrier_wait(barriers.v_free)
     plgpu.barrier_wait(barriers.k_free)
     if num_items is None:
@@ -288,4 +288,4 @@ def end(plan: AttentionPlan, num_items: int | None, num_tiles, buffers: Buffers,
 
 def slot_of(plan: AttentionPlan, number):
     """Where a tile of queries lies."""
-    return lax.rem(number, jnp.int32(plan.fused.stages))
+    return rem(number, plan.fused.stages)

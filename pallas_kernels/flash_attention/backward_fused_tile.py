@@ -17,7 +17,7 @@ from pallas_kernels.flash_attention.backward_fused_block import (
 )
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.scores import Weights, logit_gradients, weigh
-from pallas_kernels.mosaic import opaque, pl, plgpu
+from pallas_kernels.mosaic import opaque, pl, plgpu, rem
 from pallas_kernels.mosaic_inline import load_by_column
 
 
@@ -140,7 +140,7 @@ def _part(part: int):
 
 def turn_of(number):
     """Which of the two buffers of dS a tile of queries uses."""
-    return lax.rem(number, jnp.int32(2))
+    return rem(number, 2)
 
 
 def _publish(step: Step, number, d_logits):

@@ -71,7 +71,7 @@ def _sum_dk(step: Step):
     """dK of the block's keys, not yet scaled."""
     step = step._replace(role=1)
     start, _, _, stop = step.block.indices
-    second = jnp.minimum(start + 1, stop)
+    second = lax.min(start + 1, stop)
 
     def attend(sum_dk):  # what is masked has no weight, of which the other warpgroup takes care
         take = functools.partial(take_gradients, step, sum_dk)
@@ -128,5 +128,5 @@ def _load(step: Step, sources):
 
     lax.fori_loop(start, stop, load_tile, None)
     # Every arrival is seen before the block ends.
-    lax.fori_loop(jnp.maximum(start, stop - stages), stop, wait_q, None)
-    lax.fori_loop(jnp.maximum(start, stop - 1), stop, wait_d_out, None)
+    lax.fori_loop(lax.max(start, stop - stages), stop, wait_q, None)
+    lax.fori_loop(lax.max(start, stop - 1), stop, wait_d_out, None)

@@ -19,7 +19,16 @@ from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.scores import TilePlace, logit_gradients, weigh
 from pallas_kernels.flash_attention.spec import AttentionInputs
 from pallas_kernels.flash_attention.tiles import kv_tiles
-from pallas_kernels.mosaic import broadcast_rows, make_kernel, pl, plgpu, register_zeros, swizzled_smem
+from pallas_kernels.mosaic import (
+    broadcast_rows,
+    div,
+    make_kernel,
+    pl,
+    plgpu,
+    register_zeros,
+    rem,
+    swizzled_smem,
+)
 
 TILE = 64  # queries, and keys: small, so that thread blocks share an SM and hide each other's loads
 
@@ -102,15 +111,15 @@ def _locate(sizes, kept, block, step):
     """
     place, rest = [], {True: jnp.int32(block), False: jnp.int32(step)}
     for size, keep in zip(reversed(sizes), reversed(kept), strict=True):
-        place.append(lax.rem(rest[keep], jnp.int32(size)))
-        rest[keep] = lax.div(rest[keep], jnp.int32(size))
+        place.append(rem(rest[keep], size))
+        rest[keep] = div(rest[keep], size)
     return reversed(place)
 
 
 def _gradients(plan: AttentionPlan, extras: Extras, place: TilePlace, sources, buffers: Buffers, loaded):
     """dS of one tile."""
     q, k, v, d_out, lse2, delta = sources
-    kv_head = lax.div(place.head, jnp.int32(plan.group))
+    kv_head = div(place.head, plan.group)
     rows, keys = pl.ds(place.first_query, TILE), pl.ds(place.first_key, TILE)
     by_row, by_key = (place.batch, rows, place.head), (place.batch, keys, kv_head)
     by_head = (place.batch, place.head, rows)

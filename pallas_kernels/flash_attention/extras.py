@@ -15,7 +15,7 @@ from pallas_kernels.flash_attention.block_tiles import BlockTiles
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.spec import AttentionInputs
 from pallas_kernels.flash_attention.tiles import KvTiles, kv_tiles
-from pallas_kernels.mosaic import div, pl
+from pallas_kernels.mosaic import clip, div, pl, rem
 
 
 class TileLists(NamedTuple):
@@ -91,7 +91,7 @@ class Extras(NamedTuple):
             return place
         parts = self.lists.masks.shape[2] // other
         row = self.lists.row_of(batch, head, first_row)
-        return self.lists.index[*row, div(place, parts)] * parts + lax.rem(place, jnp.int32(parts))
+        return self.lists.index[*row, div(place, parts)] * parts + rem(place, parts)
 
     def elements_at(self, place, batch, head, first_row, shape: tuple[int, int]):
         """The element mask of a masked place of `visits`, as a reference; None without a block mask."""
@@ -100,8 +100,8 @@ class Extras(NamedTuple):
         parts = self.lists.masks.shape[2] // shape[1]
         row = self.lists.row_of(batch, head, first_row)
         mask = self.lists.masks.at[self.lists.mask[*row, div(place, parts)]]
-        first_row = lax.rem(first_row, jnp.int32(self.lists.masks.shape[1]))
-        first_column = lax.rem(place, jnp.int32(parts)) * shape[1]
+        first_row = rem(first_row, self.lists.masks.shape[1])
+        first_column = rem(place, parts) * shape[1]
         return mask.at[pl.ds(first_row, shape[0]), pl.ds(first_column, shape[1])]
 
     def narrow(self, tiles: KvTiles, batch, first_tile, count: int) -> KvTiles:
@@ -111,11 +111,11 @@ class Extras(NamedTuple):
         starts, full_starts, full_stops, stops = (
             [self.segment_tiles[batch, first_tile + i, bound] for i in range(count)] for bound in range(4)
         )
-        lowest, highest = (functools.partial(functools.reduce, f) for f in (jnp.minimum, jnp.maximum))
-        start = jnp.maximum(tiles.start, lowest(starts))
-        stop = jnp.maximum(start, jnp.minimum(tiles.stop, highest(stops)))
-        full_start = jnp.clip(jnp.maximum(tiles.full_start, highest(full_starts)), start, stop)
-        full_stop = jnp.clip(jnp.minimum(tiles.full_stop, lowest(full_stops)), full_start, stop)
+        lowest, highest = (functools.partial(functools.reduce, f) for f in (lax.min, lax.max))
+        start = lax.max(tiles.start, lowest(starts))
+        stop = lax.max(start, lax.min(tiles.stop, highest(stops)))
+        full_start = clip(lax.max(tiles.full_start, highest(full_starts)), start, stop)
+        full_stop = clip(lax.min(tiles.full_stop, lowest(full_stops)), full_start, stop)
         return KvTiles(start, full_start, full_stop, stop)
 
 
@@ -195,16 +195,19 @@ def tiles_by_weight(plan: AttentionPlan, extras: Extras, footprint: Footprint) -
     """
     own, other, count, owns_queries = footprint
     num_rows = plan.num_queries if owns_queries else plan.num_keys
-    tile = jnp.arange(math.ceil(num_rows / (own * count)), dtype=jnp.int32)[None]
-    batch = jnp.arange(plan.batch)[:, None]
-    q_length, kv_length = plan.lengths_of(batch, extras)
-    first_row, offset = tile * own * count, plan.offset(q_length, kv_length)
-    if owns_queries:
-        tiles = kv_tiles(first_row, own * count, offset, q_length, kv_length, plan.reach, other)
-    else:
-        tiles = kv_tiles(first_row, own * count, -offset, kv_length, q_length, plan.reach[::-1], other)
-    tiles = extras.narrow(tiles, batch, tile * count, count)
-    visited = tiles.stop - tiles.start
+
+    def num_visited(batch, tile):
+        q_length, kv_length = plan.lengths_of(batch, extras)
+        first_row, offset = tile * own * count, plan.offset(q_length, kv_length)
+        if owns_queries:
+            tiles = kv_tiles(first_row, own * count, offset, q_length, kv_length, plan.reach, other)
+        else:
+            tiles = kv_tiles(first_row, own * count, -offset, kv_length, q_length, plan.reach[::-1], other)
+        tiles = extras.narrow(tiles, batch, tile * count, count)
+        return tiles.stop - tiles.start
+
+    tiles = jnp.arange(math.ceil(num_rows / (own * count)), dtype=jnp.int32)
+    visited = jax.vmap(jax.vmap(num_visited, (None, 0)), (0, None))(jnp.arange(plan.batch), tiles)
     return jnp.argsort(visited if owns_queries else -visited, axis=1).astype(jnp.int32)
 
 

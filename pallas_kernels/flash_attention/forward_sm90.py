@@ -41,14 +41,17 @@ from pallas_kernels.mosaic import (
     LOG2_E,
     broadcast_rows,
     call_in_place,
+    div,
     make_kernel,
     pl,
     plgpu,
     register_zeros,
+    rem,
     row_full,
     row_iota,
     specialize,
     swizzled_smem,
+    where,
 )
 
 
@@ -150,7 +153,7 @@ def _find_work(plan: ForwardPlan, item, extras: Extras) -> Work:
         kv_length = lax.optimization_barrier(kv_length)
     first_row = tile * plan.block_rows - plan.num_spare_rows
     tiles = _tiles_of_rows(plan, extras, batch, head, first_row, q_length, kv_length, plan.config.warpgroups)
-    return Work(batch, head, lax.div(head, jnp.int32(plan.group)), first_row, q_length, kv_length, tiles)
+    return Work(batch, head, div(head, plan.group), first_row, q_length, kv_length, tiles)
 
 
 def _tiles_of_rows(
@@ -161,7 +164,7 @@ def _tiles_of_rows(
     offset = plan.offset(q_length, kv_length)
     tiles = kv_tiles(first_row, count * tile_q, offset, q_length, kv_length, plan.reach, tile_kv)
     if plan.num_spare_rows and count == 1:
-        tiles = tiles._replace(stop=jnp.where(first_row < 0, 0, tiles.stop))
+        tiles = tiles._replace(stop=where(first_row < 0, 0, tiles.stop))
     return extras.visits(tiles, batch, head, first_row, tile_q, tile_kv, count)
 
 
@@ -186,7 +189,7 @@ def load_items(
         for warpgroup in range(config.warpgroups):
             buffer = _buffer_of(plan, turn, warpgroup)
             first_row = work.first_row + warpgroup * config.tile_q
-            rows = pl.ds(jnp.maximum(first_row, 0) if plan.num_spare_rows else first_row, config.tile_q)
+            rows = pl.ds(lax.max(first_row, 0) if plan.num_spare_rows else first_row, config.tile_q)
             free = functools.partial(plgpu.barrier_wait, barriers.q_free.at[buffer])
             pl.when(turn >= config.q_stages)(free)
             loaded = barriers.q_loaded.at[buffer]
@@ -231,11 +234,11 @@ def load_items(
         for warpgroup in range(config.warpgroups):
             plgpu.barrier_wait(barriers.q_free.at[_buffer_of(plan, turn, warpgroup)])
 
-    lax.fori_loop(jnp.maximum(0, num_items - config.q_stages), num_items, drain_queries, None)
+    lax.fori_loop(lax.max(0, num_items - config.q_stages), num_items, drain_queries, None)
 
 
 def _buffer_of(plan: ForwardPlan, turn, warpgroup):
-    stage = lax.rem(turn, jnp.int32(plan.config.q_stages)) if plan.config.q_stages > 1 else 0
+    stage = rem(turn, plan.config.q_stages) if plan.config.q_stages > 1 else 0
     return stage * plan.config.warpgroups + warpgroup
 
 
@@ -347,9 +350,9 @@ def _attend_in_order(plan: ForwardPlan, steps: Steps, tile: Tile, acc, softmax: 
 
 def _attend_overlapped(plan: ForwardPlan, steps: Steps, tile: Tile, acc, softmax: Softmax, release):
     """As _attend_in_order, the softmax always one tile ahead (FlashAttention-3, algorithm 2)."""
-    second = jnp.minimum(steps.start + 1, steps.stop)
-    masked_stop = jnp.maximum(steps.masked_stop, second)
-    full_stop = jnp.maximum(steps.full_stop, second)
+    second = lax.min(steps.start + 1, steps.stop)
+    masked_stop = lax.max(steps.masked_stop, second)
+    full_stop = lax.max(steps.full_stop, second)
     weights16 = register_zeros((plan.config.tile_q, plan.config.tile_kv)).astype(plan.dtype)
     first_masked = plan.has_masked_end or plan.has_masked_first
     if plan.has_block_mask:  # element masks are in global memory, and most lists end with whole tiles
@@ -383,7 +386,7 @@ def _once(plan: ForwardPlan, steps: Steps, step, attend, carry):
         return lax.cond(
             steps.start < steps.stop, lambda carry: attend(step, carry), lambda carry: carry, carry
         )
-    return lax.fori_loop(jnp.where(steps.start < steps.stop, step, step + 1), step + 1, attend, carry)
+    return lax.fori_loop(where(steps.start < steps.stop, step, step + 1), step + 1, attend, carry)
 
 
 def finish_rows(plan: ForwardPlan, rows: Rows, acc, softmax: Softmax, out_smem, lse_smem):
@@ -393,8 +396,8 @@ def finish_rows(plan: ForwardPlan, rows: Rows, acc, softmax: Softmax, out_smem, 
     live = softmax.sum > 0
     if plan.has_q_lengths:
         live = live & (rows.first_row + row_iota(plan.config.tile_q) < rows.q_length)
-    norm = jnp.where(live, 1 / ((1 - plan.dropout_rate) * softmax.sum), 0.0)
-    result = jnp.where(broadcast_rows(live, plan.value_dim), acc * broadcast_rows(norm, plan.value_dim), 0.0)
+    norm = where(live, 1 / ((1 - plan.dropout_rate) * softmax.sum), 0.0)
+    result = where(broadcast_rows(live, plan.value_dim), acc * broadcast_rows(norm, plan.value_dim), 0.0)
     # Selected before it is rounded: pairs of 16 bits would be taken apart.
     out_smem[...] = lax.optimization_barrier(result).astype(plan.dtype)
-    lse_smem[...] = jnp.where(live, (softmax.max + jnp.log2(softmax.sum)) * (1 / LOG2_E), -jnp.inf)
+    lse_smem[...] = where(live, (softmax.max + lax.log2(softmax.sum)) * (1 / LOG2_E), -jnp.inf)

@@ -14,7 +14,7 @@ from jax import lax
 from pallas_kernels.flash_attention.extras import Extras
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.scores import TilePlace, bend, hide, survivors
-from pallas_kernels.mosaic import broadcast_rows, pl, plgpu, swizzled_smem
+from pallas_kernels.mosaic import broadcast_rows, pl, plgpu, rem, swizzled_smem, where
 
 FLOOR = -1e30  # the running maximum before a key was seen: finite, so that no difference is NaN
 
@@ -114,14 +114,14 @@ class KeyValueRing(NamedTuple):
 
         def drain(smem, consumed):
             wait = lambda position, _: plgpu.barrier_wait(consumed.at[_slot(smem, position)])
-            lax.fori_loop(jnp.maximum(0, stop - smem.shape[0]), stop, wait, None)
+            lax.fori_loop(lax.max(0, stop - smem.shape[0]), stop, wait, None)
 
         drain(self.k, self.k_consumed)
         drain(self.v, self.v_consumed)
 
 
 def _slot(smem, position):
-    return lax.rem(position, jnp.int32(smem.shape[0]))
+    return rem(position, smem.shape[0])
 
 
 class Turn(NamedTuple):
@@ -258,7 +258,7 @@ def attend_behind(tile: Tile, step, carry, masked=False):
     before = softmax.max
     softmax, weights16 = attend_first(tile, step, (softmax, weights16), masked)
     # Of the maximum alone: a tile's decay is what it raised it by.
-    decay = jnp.exp2(before - softmax.max)
+    decay = lax.exp2(before - softmax.max)
     return acc * broadcast_rows(decay, tile.plan.value_dim), softmax, weights16
 
 
@@ -294,7 +294,7 @@ def drop_weights(tile: Tile, step, weights):
     """The weights that dropout leaves; what they are divided by is applied at the end."""
     if tile.plan.dropout_rate == 0:
         return weights
-    return jnp.where(survivors(tile.plan, tile.rows.extras, tile.place(step, False)), weights, 0.0)
+    return where(survivors(tile.plan, tile.rows.extras, tile.place(step, False)), weights, 0.0)
 
 
 def softmax_update(softmax: Softmax, logits, scale: float):
@@ -302,18 +302,18 @@ def softmax_update(softmax: Softmax, logits, scale: float):
     shrinks, and the new statistics, their sum still without these weights.
     """
     # The scale is applied where the maximum is subtracted: one fused multiply-add an element.
-    new_max = jnp.maximum(softmax.max, logits.max(axis=1) * scale)
-    decay = jnp.exp2(softmax.max - new_max)
-    weights = jnp.exp2(logits * scale - broadcast_rows(new_max, logits.shape[1]))
+    new_max = lax.max(softmax.max, logits.max(axis=1) * scale)
+    decay = lax.exp2(softmax.max - new_max)
+    weights = lax.exp2(logits * scale - broadcast_rows(new_max, logits.shape[1]))
     return weights, decay, Softmax(new_max, softmax.sum * decay)
 
 
 def add_sink(sink, acc, softmax: Softmax):
     """One more logit, in base 2, that has no value."""
     new_max = jnp.maximum(softmax.max, sink)
-    decay = jnp.exp2(softmax.max - new_max)
+    decay = lax.exp2(softmax.max - new_max)
     return acc * broadcast_rows(decay, acc.shape[1]), Softmax(
-        new_max, softmax.sum * decay + jnp.exp2(sink - new_max)
+        new_max, softmax.sum * decay + lax.exp2(sink - new_max)
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import pl, plgpu
+from pallas_kernels.mosaic import pl, plgpu, rem
 from pallas_kernels.mosaic_inline import draw
 
 SLOTS = 2  # of tickets: the loading warpgroup is an item ahead
@@ -47,7 +47,7 @@ class Items(NamedTuple):
         def drain(turn, _):
             plgpu.barrier_wait(seen.at[_slot(turn)])
 
-        lax.fori_loop(jnp.maximum(turns + 1 - SLOTS, 1), turns + 1, drain, None)
+        lax.fori_loop(lax.max(turns + 1 - SLOTS, 1), turns + 1, drain, None)
         return turns, carry
 
     def visit(self, visit: Callable, carry):
@@ -105,4 +105,4 @@ class Items(NamedTuple):
 
 
 def _slot(turn):
-    return lax.rem(turn, jnp.int32(SLOTS))
+    return rem(turn, SLOTS)

@@ -4,10 +4,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_kernels.flash_attention.spec import AttentionInputs
-from pallas_kernels.mosaic import pl, plgpu
+from pallas_kernels.mosaic import pl, plgpu, rem
 
 
 class Operand(NamedTuple):
@@ -44,7 +43,7 @@ class Operand(NamedTuple):
             if self.tail is None:
                 copy_from(self.array, first_row, target, barrier)
                 return
-            tile_row = lax.rem(first_row, jnp.int32(self.tail.shape[1]))
+            tile_row = rem(first_row, self.tail.shape[1])
             is_inside = first_row + num_rows <= length
             pl.when(is_inside)(lambda: copy_from(self.array, first_row, target, barrier))
             pl.when(~is_inside)(lambda: copy_from(self.tail, tile_row, target, barrier))

@@ -4,9 +4,10 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
+import numpy as np
 
 from pallas_kernels.flash_attention.config import FlashConfig, FusedConfig
+from pallas_kernels.mosaic import div, rem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +103,8 @@ class AttentionPlan:
     def lengths_of(self, batch, extras):
         """(q_length, kv_length) of a batch row: read where they were given, else T and S."""
         q_lengths, kv_lengths = extras.q_lengths, extras.kv_lengths
-        q_length = jnp.int32(self.num_queries) if q_lengths is None else q_lengths[batch]
-        kv_length = jnp.int32(self.num_keys) if kv_lengths is None else kv_lengths[batch]
+        q_length = np.int32(self.num_queries) if q_lengths is None else q_lengths[batch]
+        kv_length = np.int32(self.num_keys) if kv_lengths is None else kv_lengths[batch]
         return q_length, kv_length
 
     def offset(self, q_length, kv_length):
@@ -112,4 +113,4 @@ class AttentionPlan:
 
     def split_heads(self, batch_head, num_heads: int):
         """(batch, head) of an index in [0, B x heads)."""
-        return lax.div(batch_head, jnp.int32(num_heads)), lax.rem(batch_head, jnp.int32(num_heads))
+        return div(batch_head, num_heads), rem(batch_head, num_heads)

@@ -12,7 +12,16 @@ from jax import lax
 from pallas_kernels.flash_attention.dropout import hash_row, survives
 from pallas_kernels.flash_attention.extras import Extras
 from pallas_kernels.flash_attention.plan import AttentionPlan
-from pallas_kernels.mosaic import LOG2_E, broadcast_columns, broadcast_rows, load_rows, opaque, pl, plgpu
+from pallas_kernels.mosaic import (
+    LOG2_E,
+    broadcast_columns,
+    broadcast_rows,
+    load_rows,
+    opaque,
+    pl,
+    plgpu,
+    where,
+)
 from pallas_kernels.mosaic_inline import load_by_column
 
 FAR = 1 << 30  # beyond any sequence
@@ -151,7 +160,7 @@ def hide(plan: AttentionPlan, extras: Extras, tile: TilePlace, x, value: float, 
 
     masked: whether there are such; where it is an array, the mask is found only if it is true.
     """
-    hidden = lambda x: jnp.where(visible(plan, extras, tile), x, value)
+    hidden = lambda x: where(visible(plan, extras, tile), x, value)
     if isinstance(masked, jax.Array):
         return lax.cond(masked, hidden, lambda x: x, x)
     return hidden(x) if masked else x
@@ -186,13 +195,13 @@ def weigh(
     logits, scale, slope = bend(plan, extras, tile, logits)
     if slope is not None and rounds_slope:
         slope = lax.optimization_barrier(slope.astype(plan.dtype)).astype(jnp.float32)
-    weights = jnp.exp2(logits * scale - lse2)
+    weights = lax.exp2(logits * scale - lse2)
     if extras.bias is not None:  # of queries that see nothing, padding among them, it may be NaN
-        weights = jnp.where(lse2 == jnp.inf, 0.0, weights)
+        weights = where(lse2 == jnp.inf, 0.0, weights)
     weights = hide(plan, extras, tile, weights, 0.0, masked)
     kept = weights
     if plan.dropout_rate > 0:
-        kept = jnp.where(survivors(plan, extras, tile), weights, 0.0)
+        kept = where(survivors(plan, extras, tile), weights, 0.0)
     return Weights(weights, kept, weights if slope is None else weights * slope)
 
 
@@ -200,5 +209,5 @@ def logit_gradients(plan: AttentionPlan, weights: Weights, d_weights, delta):
     """dS from dP, the gradient of the kept weights."""
     if plan.dropout_rate > 0:
         # Zero: dropped, or too small to count.
-        d_weights = jnp.where(weights.kept == 0, 0.0, d_weights * (1 / (1 - plan.dropout_rate)))
+        d_weights = where(weights.kept == 0, 0.0, d_weights * (1 / (1 - plan.dropout_rate)))
     return weights.slopes * (d_weights - delta)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.mosaic import ceil_div, div
+from pallas_kernels.mosaic import ceil_div, clip, div, rem, where
 
 LATE_ITEMS = 264  # that are in the last section: two a multiprocessor
 
@@ -25,10 +25,10 @@ class KvTiles(NamedTuple):
 
     def clamp(self, outer: "KvTiles") -> "KvTiles":
         """The same tiles, as a range inside outer's even when empty."""
-        start = jnp.clip(self.start, outer.start, outer.stop)
-        stop = jnp.clip(self.stop, start, outer.stop)
-        full_start = jnp.clip(self.full_start, start, stop)
-        return KvTiles(start, full_start, jnp.clip(self.full_stop, full_start, stop), stop)
+        start = clip(self.start, outer.start, outer.stop)
+        stop = clip(self.stop, start, outer.stop)
+        full_start = clip(self.full_start, start, stop)
+        return KvTiles(start, full_start, clip(self.full_stop, full_start, stop), stop)
 
 
 NO_TILES = KvTiles(0, 0, 0, 0)
@@ -43,20 +43,20 @@ def kv_tiles(
     mask_end: whether keys from kv_length on, in the last tile, need a mask.
     """
     left, right = reach
-    first, last = first_row + offset, first_row + offset + num_rows - 1
-    start = full_start = jnp.int32(0)
+    first = first_row + offset
+    last = first + (num_rows - 1)
+    start = full_start = 0
     stop = full_stop = kv_length
     if left is not None:
-        start, full_start = jnp.maximum(first - left, 0), jnp.maximum(last - left, 0)
+        start, full_start = lax.max(first - left, 0), lax.max(last - left, 0)
     if right is not None:
-        stop = jnp.clip(last + right + 1, 0, kv_length)
-        full_stop = jnp.clip(first + right + 1, 0, kv_length)
-    stop = jnp.where(first_row < q_length, stop, 0)
+        stop, full_stop = clip(last + (right + 1), 0, kv_length), clip(first + (right + 1), 0, kv_length)
+    stop = where(first_row < q_length, stop, 0)
     start, stop = div(start, tile_kv), ceil_div(stop, tile_kv)
-    stop = jnp.maximum(start, stop)
-    full_start = jnp.clip(ceil_div(full_start, tile_kv), start, stop)
+    stop = lax.max(start, stop)
+    full_start = clip(ceil_div(full_start, tile_kv), start, stop)
     round_end = div if mask_end or right is not None else ceil_div
-    return KvTiles(start, full_start, jnp.clip(round_end(full_stop, tile_kv), full_start, stop), stop)
+    return KvTiles(start, full_start, clip(round_end(full_stop, tile_kv), full_start, stop), stop)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,15 +115,15 @@ class TileOrder:
 
     def locate(self, block):
         """(tile, head) of a place in the order."""
-        size = jnp.int32(self.num_tiles * self.section)
-        index = lax.rem(block, size)
+        size = self.num_tiles * self.section
+        index = rem(block, size)
         tile = div(index, self.section)
-        head = lax.div(block, size) * self.section + lax.rem(index, jnp.int32(self.section))
+        head = div(block, size) * self.section + rem(index, self.section)
         if self.num_late:
-            num_early, late = self.num_heads - self.num_late, jnp.int32(self.num_late)
+            num_early, late = self.num_heads - self.num_late, self.num_late
             index = block - num_early * self.num_tiles
-            tile = jnp.where(index < 0, tile, lax.div(index, late))
-            head = jnp.where(index < 0, head, num_early + lax.rem(index, late))
+            tile = where(index < 0, tile, div(index, late))
+            head = where(index < 0, head, num_early + rem(index, late))
             # Else they are found again wherever they are used, which takes registers.
             tile, head = lax.optimization_barrier((tile, head))
         return self.num_tiles - 1 - tile if self.heavy_last else tile, head

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -104,9 +105,12 @@ def test_where_an_end_cuts_one_tile_no_second_needs_a_mask(own, other, right, bo
     plan = dataclasses.replace(
         PLAN, reach=(None, right), bottom_right=bottom_right, num_queries=queries, num_keys=keys
     )
+    queries, keys = np.int32(queries), np.int32(keys)
     offset, rows, columns = plan.offset(queries, keys), jnp.arange(0, queries, own), jnp.arange(0, keys, own)
-    ends = kv_tiles(rows, own, offset, queries, keys, (None, right), other)
-    starts = kv_tiles(columns, own, -offset, keys, queries, (right, None), other, mask_end=False)
+    ends = jax.vmap(lambda row: kv_tiles(row, own, offset, queries, keys, (None, right), other))(rows)
+    starts = jax.vmap(
+        lambda column: kv_tiles(column, own, -offset, keys, queries, (right, None), other, mask_end=False)
+    )(columns)
     cut = jnp.concatenate([ends.stop - ends.full_stop, starts.full_start - starts.start])
     assert not plan.is_cut_once(own, other) or cut.max() <= 1
 
