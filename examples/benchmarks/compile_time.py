@@ -2,14 +2,15 @@
 
     python examples/benchmarks/compile_time.py --out compile_time.json
 
-Tracing and lowering are Python's, on one core; compiling is XLA's and ptxas's. Each call is new to the
-process: what JAX imports on its first kernel is paid before the first row. Peer: cuDNN through
-jax.nn.dot_product_attention. JAX's persistent compilation cache is off.
+Tracing and lowering are Python's, on one core; compiling is XLA's and ptxas's. Tracing and lowering are
+medians of three lengths, the given one and two a little longer, each new to the process; what JAX imports on
+its first kernel is paid before the first row. Peer: cuDNN through jax.nn.dot_product_attention. JAX's
+persistent compilation cache is off.
 """
 
 import functools
 import gc
-import itertools
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ import report
 from pallas_kernels import flash_attention, paged_attention
 
 CASE_SECONDS = 120
+LENGTHS, LONGER = 3, 256  # how many, and by how many tokens each is longer than the one before
 ATTENTION = {
     "jaxattn": flash_attention,
     "cuDNN": functools.partial(jax.nn.dot_product_attention, implementation="cudnn"),
@@ -67,23 +69,29 @@ def make_cases(length: int) -> dict[str, Callable[[], tuple]]:
                 cases[name] = functools.partial(
                     attention, peer, head_dim, is_causal, with_gradients=with_gradients, length=length
                 )
-    cases["jaxattn, paged decode"] = functools.partial(paged, num_tokens=16)
-    cases["jaxattn, paged prefill and decode"] = functools.partial(paged, num_tokens=1024)
+    cases["jaxattn, paged decode"] = functools.partial(paged, num_tokens=16, context=length)
+    cases["jaxattn, paged prefill and decode"] = functools.partial(paged, num_tokens=1024, context=length)
     return cases
 
 
-def measure(name: str, make: Callable[[], tuple]) -> dict[str, Any]:
-    call, arguments = make()
-    gc.collect()  # what calls before this one have left
-    times = [time.perf_counter()]
-    traced = jax.jit(call).trace(*arguments)
-    times.append(time.perf_counter())
-    lowered = traced.lower()
-    times.append(time.perf_counter())
-    lowered.compile()
-    times.append(time.perf_counter())
-    tracing, lowering, compiling = (stop - start for start, stop in itertools.pairwise(times))
-    return {"call": name, "trace_s": tracing, "lower_s": lowering, "compile_s": compiling}
+def measure(name: str, *makers: Callable[[], tuple]) -> dict[str, Any]:
+    """Medians of the calls that these make; the first is compiled."""
+    tracing, lowering, compiling = [], [], None
+    for call, arguments in (make() for make in makers):
+        gc.collect()  # what calls before this one have left
+        traced, seconds = timed(functools.partial(jax.jit(call).trace, *arguments))
+        tracing.append(seconds)
+        lowered, seconds = timed(traced.lower)
+        lowering.append(seconds)
+        if compiling is None:
+            _, compiling = timed(lowered.compile)
+    seconds = {"trace_s": statistics.median(tracing), "lower_s": statistics.median(lowering)}
+    return {"call": name, **seconds, "compile_s": compiling, "slowest_lower_s": max(lowering)}
+
+
+def timed(call: Callable[[], Any]) -> tuple[Any, float]:
+    start = time.perf_counter()
+    return call(), time.perf_counter() - start
 
 
 def main() -> int:
@@ -94,9 +102,9 @@ def main() -> int:
         parser.error(f"--length must be at least 1, got {options.length}")
     report.begin("tracing, lowering and compiling the kernels of one shape")
     jax.config.update("jax_enable_compilation_cache", False)
-    cases = make_cases(options.length)
+    cases = [make_cases(options.length + LONGER * index) for index in range(LENGTHS)]
     measure("", functools.partial(paged, num_tokens=2, num_rows=2, context=64))  # imports
-    calls = {name: functools.partial(measure, name, make) for name, make in cases.items()}
+    calls = {name: functools.partial(measure, name, *(x[name] for x in cases)) for name in cases[0]}
     facts = report.device_facts() | {"length": options.length}
     rows = in_turn.measured(options.out, facts, calls, CASE_SECONDS, options.max_seconds)
     return in_turn.finish(options.out, facts, rows)
