@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import broadcast_rows, pl, plgpu, swizzle_bytes
+from pallas_kernels.mosaic import broadcast_rows, int32, pl, plgpu, swizzle_bytes, where
 
 ROWS = 64  # of wgmma's layouts
 WARPS = 4  # of a warpgroup
@@ -39,7 +39,7 @@ def choose(index, values):
     """values[index], the last one beyond the end."""
     *others, chosen = values
     for i, value in enumerate(others):
-        chosen = lax.select(index == i, jnp.int32(value), jnp.int32(chosen))
+        chosen = lax.select(index == i, int32(value), int32(chosen))
     return chosen
 
 
@@ -94,5 +94,5 @@ def _zero_block(block: Any, start: Any, first: Any, stop: Any):
         values = values.astype(jnp.float16).astype(jnp.float32)
     token = lax.iota(jnp.int32, values.shape[0]) + start
     is_seen = broadcast_rows((token >= first) & (token < stop), values.shape[1], layout)
-    values = jnp.where(is_seen, values, jnp.zeros_like(values))
+    values = where(is_seen, values, 0.0)
     block[...] = values.astype(block.dtype)

@@ -3,10 +3,11 @@
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels.flash_attention.tiles import KvTiles
-from pallas_kernels.mosaic import plgpu
+from pallas_kernels.mosaic import plgpu, rem
 from pallas_kernels.mosaic_inline import load_numbers, meet
 
 NO_WORK = -1  # the row of a record that is no item: behind it there are only such
@@ -61,7 +62,7 @@ class Records(NamedTuple):
 
     def read(self, turn, num_kv_heads: int) -> Work:
         fields = load_numbers(self.fields.at[slot_of(turn)], range(FIELDS))
-        unit, heads = self.units[slot_of(turn)], jnp.int32(num_kv_heads)
+        unit, heads = self.units[slot_of(turn)], np.int32(num_kv_heads)
         return Work(*fields, item=lax.div(unit, heads), kv_head=lax.rem(unit, heads))
 
     def read_range(self, turn, index) -> KvTiles:
@@ -81,7 +82,7 @@ class Records(NamedTuple):
 
 
 def slot_of(turn):
-    return lax.rem(turn, jnp.int32(RECORDS))
+    return rem(turn, RECORDS)
 
 
 def for_each_unit(records: Records, visit, carry):
@@ -94,7 +95,7 @@ def for_each_unit(records: Records, visit, carry):
         records.release(turn)
         return turn + 1, records.wait(turn + 1), carry
 
-    zero = jnp.int32(0)
+    zero = np.int32(0)
     turns, _, carry = lax.while_loop(
         lambda state: state[1] != NO_WORK, step, (zero, records.wait(zero), carry)
     )

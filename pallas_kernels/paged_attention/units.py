@@ -4,9 +4,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from pallas_kernels.mosaic import ceil_div, div, pl, plgpu
+from pallas_kernels.mosaic import ceil_div, div, pl, plgpu, rem, where
 from pallas_kernels.mosaic_inline import draw, load_numbers
 from pallas_kernels.paged_attention.config import ROW_BLOCK
 from pallas_kernels.paged_attention.decode_plan import BUFFERS, Plan, Scratch, Tickets
@@ -58,7 +59,7 @@ def for_each_unit(plan: Plan, schedule: Schedule, visit, carry, begin=lambda uni
     Splits without a visible token are not in the list. A row that cannot be cut always is, however short,
     unless it is not ours: nobody else would write its zeros.
     """
-    zero = jnp.int32(0)
+    zero: Any = np.int32(0)
     start = _seek(plan, schedule, Cursor(zero, zero, zero), lax.axis_index("program"))
 
     def step(state):
@@ -73,7 +74,7 @@ def for_each_unit(plan: Plan, schedule: Schedule, visit, carry, begin=lambda uni
     units, _, _, carry = lax.while_loop(lambda state: state[1].row < plan.num_rows, step, state)
     if schedule.counter is not None:
         assert schedule.tickets is not None
-        drain(schedule.tickets.empty, BUFFERS, jnp.maximum(units - 1, 0))
+        drain(schedule.tickets.empty, BUFFERS, lax.max(units - 1, 0))
     return carry
 
 
@@ -89,7 +90,7 @@ def _next_index(plan: Plan, schedule: Schedule, index, units):
 def _drawn(plan: Plan, schedule: Schedule, tickets: Tickets, index, number):
     """What is drawn after `number` others. One warpgroup draws it, the others read what it drew."""
     indices, full, empty = tickets
-    slot = lax.rem(number, jnp.int32(BUFFERS))
+    slot = rem(number, BUFFERS)
     if schedule.counter is None:
         plgpu.barrier_wait(full.at[slot])
         drawn = indices[slot]
@@ -111,15 +112,15 @@ def drain(barriers, size: int, total):
     """Waits for the last arrivals, so that none is pending when the program ends."""
 
     def wait(index, _):
-        plgpu.barrier_wait(barriers.at[lax.rem(index, jnp.int32(size))])
+        plgpu.barrier_wait(barriers.at[rem(index, size)])
 
-    lax.fori_loop(jnp.maximum(total - size, 0), total, wait, None)
+    lax.fori_loop(lax.max(total - size, 0), total, wait, None)
 
 
 def _seek(plan: Plan, schedule: Schedule, cursor: Cursor, index) -> Cursor:
     """The cursor of unit `index`, which does not come before the cursor's."""
     if not plan.has_uneven_rows:
-        row = jnp.minimum(div(index, plan.num_kv_heads), plan.num_rows)
+        row = lax.min(div(index, plan.num_kv_heads), plan.num_rows)
         return Cursor(index, row, row * plan.num_kv_heads)
 
     def must_go_on(state):
@@ -128,7 +129,7 @@ def _seek(plan: Plan, schedule: Schedule, cursor: Cursor, index) -> Cursor:
 
     def skip_rows(state):
         cursor, _ = state
-        skipped, first = jnp.int32(0), cursor.first
+        skipped, first = np.int32(0), cursor.first
         known = schedule.lengths if schedule.counts is None else schedule.counts
         counts = load_numbers(known, [cursor.row + offset for offset in range(ROW_BLOCK)])
         if schedule.counts is None:
@@ -138,10 +139,10 @@ def _seek(plan: Plan, schedule: Schedule, cursor: Cursor, index) -> Cursor:
             behind += counts[offset]
             is_skipped = (behind <= index) & (cursor.row + offset < plan.num_rows)
             skipped += is_skipped.astype(jnp.int32)
-            first = jnp.where(is_skipped, behind, first)
+            first = where(is_skipped, behind, first)
         return Cursor(index, cursor.row + skipped, first), skipped
 
-    cursor, _ = lax.while_loop(must_go_on, skip_rows, (cursor._replace(index=index), jnp.int32(ROW_BLOCK)))
+    cursor, _ = lax.while_loop(must_go_on, skip_rows, (cursor._replace(index=index), np.int32(ROW_BLOCK)))
     return cursor
 
 
@@ -152,14 +153,14 @@ def split_range(plan: Plan, length):
 
 def _first_visible(plan: Plan, length):
     if plan.spec.window_left is None:
-        return jnp.int32(0)
-    return jnp.maximum(length - 1 - plan.spec.window_left, 0)
+        return 0
+    return lax.max(length - 1 - plan.spec.window_left, 0)
 
 
 def _count_units(plan: Plan, length):
     if plan.num_splits == 1:
         return (length >= 0).astype(jnp.int32) * plan.num_kv_heads
-    first, stop = split_range(plan, jnp.minimum(length, plan.capacity))
+    first, stop = split_range(plan, lax.min(length, plan.capacity))
     return (stop - first) * plan.num_kv_heads
 
 
@@ -177,15 +178,15 @@ def count_units(plan: Plan, scratch: Scratch):
 
 def _unit_at(plan: Plan, schedule: Schedule, cursor: Cursor) -> Unit:
     """The cursor's unit; one without tiles if it stands beyond the last."""
-    row = jnp.minimum(cursor.row, plan.num_rows)
-    length = jnp.minimum(schedule.lengths[row], plan.capacity)
+    row = lax.min(cursor.row, plan.num_rows)
+    length = lax.min(schedule.lengths[row], plan.capacity)
     token = row if schedule.starts is None else schedule.starts[row]
     offset = cursor.index - cursor.first
-    head = lax.rem(offset, jnp.int32(plan.num_kv_heads))
+    head = rem(offset, plan.num_kv_heads)
     split = div(offset, plan.num_kv_heads) + split_range(plan, length)[0]
-    first_visible = jnp.maximum(split * plan.config.split, _first_visible(plan, length))
-    end = jnp.minimum(length, (split + 1) * plan.config.split)
+    first_visible = lax.max(split * plan.config.split, _first_visible(plan, length))
+    end = lax.min(length, (split + 1) * plan.config.split)
     start = div(first_visible, plan.config.tile) * plan.config.tile
-    num_tiles = ceil_div(jnp.maximum(end - start, 0), plan.config.tile)
-    num_tiles = jnp.where(cursor.row < plan.num_rows, num_tiles, 0)
+    num_tiles = ceil_div(lax.max(end - start, 0), plan.config.tile)
+    num_tiles = where(cursor.row < plan.num_rows, num_tiles, 0)
     return Unit(cursor.row, token, split, head, length, start, first_visible, end, num_tiles)
