@@ -236,9 +236,9 @@ def ceil_div(x: Any, y: int) -> Any:
     return div(x + (y - 1), y)
 
 
-def rem(x: Any, y: int) -> jax.Array:
+def rem(x: Any, y: int) -> Any:
     """x % y for x >= 0."""
-    return lax.rem(x, np.int32(y))
+    return x % y if isinstance(x, int) else lax.rem(x, np.int32(y))
 
 
 def clip(x: Any, low: Any, high: Any) -> jax.Array:

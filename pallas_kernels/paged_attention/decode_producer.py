@@ -1,7 +1,9 @@
 """The producer warpgroups of paged decode: pages, page ids and queries to shared memory, ahead of use."""
 
 import functools
+from collections.abc import Sequence
 
+import jax
 import numpy as np
 from jax import lax
 
@@ -133,8 +135,7 @@ def fetch_tile(plan: Plan, pages, scale, tiles: Tiles, buffer, unit: Unit, count
     for first in range(0, plan.num_copies, COPIES):
         places = range(first, min(first + COPIES, plan.num_copies))
         # Their ids first: between copies each load would be waited for.
-        columns = [id_column(plan, unit, token, place) for place in places]
-        page_ids = load_numbers(tiles.ids.at[buffer], columns)
+        page_ids = load_numbers(tiles.ids.at[buffer], id_columns(plan, unit, token, places))
         copy = functools.partial(copy_page, plan, pages, scale, tiles, slot, unit, token)
         copy_by_warps(copy, list(zip(places, page_ids, strict=True)))
 
@@ -145,15 +146,18 @@ def wait_until_empty(plan: Plan, tiles: Tiles, slot, index):
         plgpu.barrier_wait(tiles.empty.at[slot])
 
 
-def id_column(plan: Plan, unit: Unit, token, place: int):
-    """Where a unit's ids hold the page of a tile's copy, or, of none that is visible, the nearest such."""
-    assert plan.page_size is not None
+def id_columns(plan: Plan, unit: Unit, token, places: Sequence[int]) -> list[jax.Array]:
+    """Where a unit's ids hold the pages of a tile's copies, or, of those not visible, the nearest that is."""
+    page_size = plan.page_size
+    assert page_size is not None
     first_column = first_id(plan, unit) - unit.row * plan.table_width
-    column = div(token + place * plan.copy_rows, plan.page_size)
-    column = lax.min(column, div(unit.end - 1, plan.page_size))
-    if plan.spec.window_left is not None:
-        column = lax.max(column, div(unit.first_visible, plan.page_size))
-    return column - first_column
+    first, last = (div(x, page_size) for x in (unit.first_visible, unit.end - 1))
+
+    def column_of(place):
+        column = lax.min(div(token + place * plan.copy_rows, page_size), last)
+        return (column if plan.spec.window_left is None else lax.max(column, first)) - first_column
+
+    return [column_of(place) for place in places]
 
 
 def copy_page(plan: Plan, pages, scale, tiles: Tiles, slot, unit: Unit, token, place, page):

@@ -59,7 +59,7 @@ def load_units(plan: PrefillPlan, inputs: Inputs, scratch: Scratch):
         drain(ring.empty, plan.config.stages, position)
     drain(scratch.records.empty, RECORDS, turns + 1)
     for turn, warpgroup in itertools.product(range(plan.query_buffers), range(plan.config.warpgroups)):
-        wait_for_buffer(plan, scratch, turns + turn, warpgroup)
+        wait_for_buffer(plan, scratch, turns + turn, buffer_of(plan, turns + turn, warpgroup))
 
 
 def read(plan: PrefillPlan, scratch: Scratch, turn) -> Work:
@@ -90,25 +90,24 @@ def load_queries(plan: PrefillPlan, inputs: Inputs, scratch: Scratch, turn):
     work, rows = read(plan, scratch, turn), plan.run * OCTET
     for warpgroup in range(plan.config.warpgroups):
         buffer = buffer_of(plan, turn, warpgroup)
-        wait_for_buffer(plan, scratch, turn, warpgroup)
+        wait_for_buffer(plan, scratch, turn, buffer)
 
         def copy(octet, token, head, buffer=buffer):
             target = scratch.rows[0].at[buffer, pl.ds(octet * OCTET, rows)]
             source = inputs.query.at[pl.ds(token, rows), head]
             plgpu.copy_gmem_to_smem(source, target, scratch.query_full.at[buffer])
 
-        copies = []
+        first_head, copies = work.kv_head * plan.group, []
         for octet in range(0, WARPGROUP_ROWS // OCTET, plan.run):
             head, token = octet_at(plan, warpgroup, octet)
-            head = work.kv_head * plan.group + lax.min(head, plan.group - 1)
+            head = first_head + min(head, plan.group - 1)
             token = lax.max(work.token + token, 0)  # before the row any will do
             copies.append((octet, pl.multiple_of(token, OCTET), head))
         copy_by_warps(copy, copies)
 
 
-def wait_for_buffer(plan: PrefillPlan, scratch: Scratch, turn, warpgroup: int):
+def wait_for_buffer(plan: PrefillPlan, scratch: Scratch, turn, buffer):
     """Waits until the buffer of a warpgroup's queries of this turn is empty."""
-    buffer = buffer_of(plan, turn, warpgroup)
     pl.when(turn >= plan.query_buffers)(lambda: plgpu.barrier_wait(scratch.query_empty.at[buffer]))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.flash_attention.tiles import KvTiles
-from pallas_kernels.mosaic import plgpu, rem
+from pallas_kernels.mosaic import div, plgpu, rem
 from pallas_kernels.mosaic_inline import load_numbers, meet
 
 NO_WORK = -1  # the row of a record that is no item: behind it there are only such
@@ -61,9 +61,9 @@ class Records(NamedTuple):
         )
 
     def read(self, turn, num_kv_heads: int) -> Work:
-        fields = load_numbers(self.fields.at[slot_of(turn)], range(FIELDS))
-        unit, heads = self.units[slot_of(turn)], np.int32(num_kv_heads)
-        return Work(*fields, item=lax.div(unit, heads), kv_head=lax.rem(unit, heads))
+        slot = slot_of(turn)
+        fields, unit = load_numbers(self.fields.at[slot], range(FIELDS)), self.units[slot]
+        return Work(*fields, item=div(unit, num_kv_heads), kv_head=rem(unit, num_kv_heads))
 
     def read_range(self, turn, index) -> KvTiles:
         """A range of tiles, counted from the unit's first."""
@@ -73,8 +73,9 @@ class Records(NamedTuple):
 
     def wait(self, turn):
         """Waits for a record, and returns its row."""
-        plgpu.barrier_wait(self.full.at[slot_of(turn)])
-        return self.fields[slot_of(turn), 0]
+        slot = slot_of(turn)
+        plgpu.barrier_wait(self.full.at[slot])
+        return self.fields[slot, 0]
 
     def release(self, turn) -> None:
         meet()  # all fields are read before a copy overwrites them

@@ -43,29 +43,37 @@ class Cuts(NamedTuple):
     weight: jax.Array  # heavy ones come first
 
 
-def plan_work(plan: PrefillPlan, query_start, kv_lengths) -> WorkList:
+def plan_work(plan: PrefillPlan, query_start, kv_lengths, items: jax.Array | None = None) -> WorkList:
     """Lists the query tiles of all rows but those that the decode kernel serves: long rows first, late tiles
     first.
+
+    items: their records, where they are known.
 
     Dense comparisons instead of a sort and searches: a few thousand of them are cheaper than the launches of
     their kernels. Later tiles of a causal row see more keys; rows stay together, for the L2 cache.
     """
     segments = _segments(plan, query_start, kv_lengths)
+    token = jnp.arange(plan.num_tokens)
+    is_own = (segments.start <= token[:, None]) & (token[:, None] < segments.stop)
+    segment = _last(is_own)
+    first_tile, num_tiles, num_splits, first_item = (field[segment] for field in segments[3:])
+    distance = token - first_tile
+    tile = num_tiles - 1 - div(distance, plan.tile_q)
+    return WorkList(
+        items=_list_items(plan, segments) if items is None else items,
+        first_item=first_item + tile * num_splits,
+        num_splits=where(num_tiles > 0, num_splits, 0),
+        place=rem(distance, plan.tile_q),
+    )
+
+
+def _list_items(plan: PrefillPlan, segments: Segments) -> jax.Array:
     num_items = segments.num_tiles * segments.num_splits
     item = jnp.arange(plan.max_items)[:, None]
     segment = _last((segments.first_item <= item) & (item < segments.first_item + num_items))
     own = Segments(*(field[segment] for field in segments))
     records = jnp.stack(item_records(plan, segment, own, item[:, 0]), axis=-1)
-    token = jnp.arange(plan.num_tokens)[:, None]
-    own = Segments(*(field[_last((segments.start <= token) & (token < segments.stop))] for field in segments))
-    distance = token[:, 0] - own.first_tile
-    tile = own.num_tiles - 1 - div(distance, plan.tile_q)
-    return WorkList(
-        items=jnp.pad(records, ((0, 1), (0, 0)), constant_values=NO_WORK),
-        first_item=own.first_item + tile * own.num_splits,
-        num_splits=where(own.num_tiles > 0, own.num_splits, 0),
-        place=rem(distance, plan.tile_q),
-    )
+    return jnp.pad(records, ((0, 1), (0, 0)), constant_values=NO_WORK)
 
 
 def _last(mask: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """Units of paged decode: how the rows of a batch are cut, and which program takes which piece."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -129,21 +130,28 @@ def _seek(plan: Plan, schedule: Schedule, cursor: Cursor, index) -> Cursor:
 
     def skip_rows(state):
         cursor, _ = state
-        skipped, first = np.int32(0), cursor.first
-        known = schedule.lengths if schedule.counts is None else schedule.counts
-        counts = load_numbers(known, [cursor.row + offset for offset in range(ROW_BLOCK)])
+        rows = [cursor.row + offset for offset in range(ROW_BLOCK)]
         if schedule.counts is None:
-            counts = [_count_units(plan, length) for length in counts]
-        behind = cursor.first
-        for offset in range(ROW_BLOCK):
-            behind += counts[offset]
-            is_skipped = (behind <= index) & (cursor.row + offset < plan.num_rows)
-            skipped += is_skipped.astype(jnp.int32)
-            first = where(is_skipped, behind, first)
-        return Cursor(index, cursor.row + skipped, first), skipped
+            counts = [_count_units(plan, length) for length in load_numbers(schedule.lengths, rows)]
+        else:
+            counts = load_numbers(schedule.counts, rows)
+        return _skip_rows(plan.num_rows, cursor._replace(index=index), rows, counts)
 
     cursor, _ = lax.while_loop(must_go_on, skip_rows, (cursor._replace(index=index), np.int32(ROW_BLOCK)))
     return cursor
+
+
+@functools.partial(jax.jit, static_argnums=0)  # traced once, for the six places that look for units
+def _skip_rows(num_rows: int, cursor: Cursor, rows: list[jax.Array], counts: list[jax.Array]):
+    """The cursor behind those of these rows, of so many units each, whose units all come before it; and how
+    many rows these are."""
+    skipped, behind, first = np.int32(0), cursor.first, cursor.first
+    for row, count in zip(rows, counts, strict=True):
+        behind += count
+        is_skipped = (behind <= cursor.index) & (row < num_rows)
+        skipped += is_skipped.astype(jnp.int32)
+        first = where(is_skipped, behind, first)
+    return Cursor(cursor.index, cursor.row + skipped, first), skipped
 
 
 def split_range(plan: Plan, length):
@@ -183,8 +191,9 @@ def _unit_at(plan: Plan, schedule: Schedule, cursor: Cursor) -> Unit:
     token = row if schedule.starts is None else schedule.starts[row]
     offset = cursor.index - cursor.first
     head = rem(offset, plan.num_kv_heads)
-    split = div(offset, plan.num_kv_heads) + split_range(plan, length)[0]
-    first_visible = lax.max(split * plan.config.split, _first_visible(plan, length))
+    first_visible = _first_visible(plan, length)
+    split = div(offset, plan.num_kv_heads) + div(first_visible, plan.config.split)
+    first_visible = lax.max(split * plan.config.split, first_visible)
     end = lax.min(length, (split + 1) * plan.config.split)
     start = div(first_visible, plan.config.tile) * plan.config.tile
     num_tiles = ceil_div(lax.max(end - start, 0), plan.config.tile)
