@@ -42,7 +42,7 @@ def attend_units(plan: PrefillPlan, warpgroup, inputs: Inputs, outputs: Outputs,
     at = functools.partial(Unit, plan, warpgroup, inputs, scratch)
 
     def attend(turn, position):
-        work = scratch.records.read(turn, plan.num_kv_heads)
+        work = scratch.records.read(turn, plan.num_kv_heads, "tile_start", "tile_stop")
         unit = at(turn, position + work.num_tiles)
         store_unit(unit, attend_unit(unit, position), outputs)
         return unit.stop
@@ -128,7 +128,7 @@ def store_unit(unit: Unit, carry, outputs: Outputs):
         maximum, total = highest, total * norm + lax.exp2(sinks - highest)
     live = total > 0
     lse = where(live, (maximum + jnp.log2(total)) * (1 / LOG2_E), -jnp.inf)
-    place = unit.work.item, unit.work.kv_head, opaque(unit.warpgroup)
+    place = unit.read("item").item, unit.read("kv_head").kv_head, opaque(unit.warpgroup)
     values *= broadcast_rows(where(live, norm / total, 0.0), plan.head_dim)
     if plan.has_parts:
         outputs.lse[place] = lse
@@ -145,7 +145,7 @@ def store_unit(unit: Unit, carry, outputs: Outputs):
 def store_tokens(unit: Unit, values, out):
     """A tile whose rows of results are whole runs leaves as it lies in swizzled memory, any other goes from
     registers, without the tokens that it shares its octets with."""
-    plan, work = unit.plan, unit.work
+    plan, work = unit.plan, unit.read("token", "first", "stop", "kv_head")
     ends_run = lambda token: rem(token - work.token, plan.run * OCTET) == 0
     is_whole = ends_run(work.first) & ends_run(work.stop)
 
@@ -167,7 +167,7 @@ def store_tokens(unit: Unit, values, out):
 
 def store_runs(unit: Unit, rows, out):
     """A copy a run of octets, of those that hold the row's tokens."""
-    plan, work = unit.plan, unit.work
+    plan, work = unit.plan, unit.read("token", "first", "stop", "kv_head")
     for octet in range(0, WARPGROUP_ROWS // OCTET, plan.run):
         head, token = octet_at(plan, opaque(unit.warpgroup), octet)
         token += work.token

@@ -33,13 +33,14 @@ def load_units(plan: PrefillPlan, inputs: Inputs, scratch: Scratch):
 
     def load(turn, carry):
         unit, position = carry
-        num_tiles = read(plan, scratch, turn).num_tiles
+        num_tiles = read(plan, scratch, turn, "tile_start", "tile_stop").num_tiles
         keys = inputs.k_pages, inputs.k_scale, scratch.k_codes or scratch.k
         values = inputs.v_pages, inputs.v_scale, scratch.v_codes or scratch.v
 
         def load_tile_of(of, index):
             pages, scale, ring = of
-            work = read(plan, scratch, turn)  # again: registers are few
+            # Again: registers are few.
+            work = read(plan, scratch, turn, "row", "kv_length", "tile_stop", "kv_head")
             load_tile(plan, inputs, pages, scale, ring, work, index, position + index)
 
         def load_both(index, _):
@@ -62,8 +63,8 @@ def load_units(plan: PrefillPlan, inputs: Inputs, scratch: Scratch):
         wait_for_buffer(plan, scratch, turns + turn, buffer_of(plan, turns + turn, warpgroup))
 
 
-def read(plan: PrefillPlan, scratch: Scratch, turn) -> Work:
-    return scratch.records.read(opaque(turn), plan.num_kv_heads)
+def read(plan: PrefillPlan, scratch: Scratch, turn, *names: str) -> Work:
+    return scratch.records.read(opaque(turn), plan.num_kv_heads, *names)
 
 
 def load_record(plan: PrefillPlan, inputs: Inputs, scratch: Scratch, turn, before=None):
@@ -87,7 +88,7 @@ def load_record(plan: PrefillPlan, inputs: Inputs, scratch: Scratch, turn, befor
 
 def load_queries(plan: PrefillPlan, inputs: Inputs, scratch: Scratch, turn):
     """Starts the copies of a tile's queries, every warpgroup's rows; rows of no head take the last head's."""
-    work, rows = read(plan, scratch, turn), plan.run * OCTET
+    work, rows = read(plan, scratch, turn, "token", "kv_head"), plan.run * OCTET
     for warpgroup in range(plan.config.warpgroups):
         buffer = buffer_of(plan, turn, warpgroup)
         wait_for_buffer(plan, scratch, turn, buffer)
@@ -149,7 +150,7 @@ def widen_units(plan: PrefillPlan, scratch: Scratch):
     k, v = (scratch.k_codes, scratch.k), (scratch.v_codes, scratch.v)
 
     def widen_unit(turn, position):
-        work = read(plan, scratch, turn)
+        work = read(plan, scratch, turn, "tile_start", "tile_stop", "first", "offset", "kv_length")
 
         def widen_tiles(index, _):
             widen_tile(plan, work, *k, index, position + index)

@@ -44,9 +44,8 @@ class Unit(NamedTuple):
     turn: Any  # of the program
     stop: Any  # the position beyond the last tile's
 
-    @property
-    def work(self) -> Work:
-        return self.scratch.records.read(opaque(self.turn), self.plan.num_kv_heads)
+    def read(self, *names: str) -> Work:
+        return self.scratch.records.read(opaque(self.turn), self.plan.num_kv_heads, *names)
 
     @property
     def buffer(self) -> Any:
@@ -56,7 +55,7 @@ class Unit(NamedTuple):
         return rem(position, self.plan.slots)
 
     def first_key(self, position):
-        return (self.work.tile_start + (self.stop - 1 - position)) * self.plan.config.tile_kv
+        return (self.read("tile_start").tile_start + (self.stop - 1 - position)) * self.plan.config.tile_kv
 
     @property
     def steps(self) -> Steps:
@@ -67,7 +66,7 @@ class Unit(NamedTuple):
 
     def given(self, per_row):
         """The part of what is given for each row of a tile, or None."""
-        return None if per_row is None else per_row.at[self.work.kv_head, self.warpgroup]
+        return None if per_row is None else per_row.at[self.read("kv_head").kv_head, self.warpgroup]
 
     def release_last(self):
         """Releases the turn before: late enough not to wait for its results, early enough for the next
@@ -256,7 +255,7 @@ def place_of_rows(unit: Unit):
 
 def positions(unit: Unit):
     """Where in its sequence each row's query stands."""
-    return unit.work.token + unit.work.offset + place_of_rows(unit)[1]
+    return unit.read("token").token + unit.read("offset").offset + place_of_rows(unit)[1]
 
 
 def sees(unit: Unit, position, shape):
@@ -264,7 +263,7 @@ def sees(unit: Unit, position, shape):
     # Counted from the tile's first key: what is compared with columns is then of rows.
     spec, query, first_key = unit.plan.spec, positions(unit), unit.first_key(position)
     key = broadcast_columns(fresh_iota(shape[1], axis=1), shape[0])
-    last = lax.min(query if spec.is_causal else query + 2**29, unit.work.kv_length - 1)
+    last = lax.min(query if spec.is_causal else query + 2**29, unit.read("kv_length").kv_length - 1)
     visible = key <= broadcast_rows(last - first_key, shape[1])
     if spec.window_left is not None:
         visible &= key >= broadcast_rows(query - spec.window_left - first_key, shape[1])
@@ -277,7 +276,7 @@ def clean_values(unit: Unit, position):
     if plan.is_quantized:
         return  # done where codes were widened
     start, tile_kv = unit.first_key(position), plan.config.tile_kv
-    first, stop = visible_keys(plan, unit.work)
+    first, stop = visible_keys(plan, unit.read("first", "offset", "kv_length"))
 
     @pl.when((start < first) | (start + tile_kv > stop))
     def _():

@@ -60,10 +60,18 @@ class Records(NamedTuple):
             units=plgpu.SMEM((RECORDS,), jnp.int32),
         )
 
-    def read(self, turn, num_kv_heads: int) -> Work:
+    def read(self, turn, num_kv_heads: int, *names: str) -> Work:
+        """A unit's fields of these names; the others are None."""
         slot = slot_of(turn)
-        fields, unit = load_numbers(self.fields.at[slot], range(FIELDS)), self.units[slot]
-        return Work(*fields, item=div(unit, num_kv_heads), kv_head=rem(unit, num_kv_heads))
+        known = dict.fromkeys(Work._fields)
+        of_item = [name for name in Work._fields[:FIELDS] if name in names]
+        if of_item:
+            places = [Work._fields.index(name) for name in of_item]
+            known |= zip(of_item, load_numbers(self.fields.at[slot], places), strict=True)
+        if "item" in names or "kv_head" in names:
+            unit = self.units[slot]
+            known |= {"item": div(unit, num_kv_heads), "kv_head": rem(unit, num_kv_heads)}
+        return Work(**known)
 
     def read_range(self, turn, index) -> KvTiles:
         """A range of tiles, counted from the unit's first."""
