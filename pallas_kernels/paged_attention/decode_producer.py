@@ -1,7 +1,6 @@
 """The producer warpgroups of paged decode: pages, page ids and queries to shared memory, ahead of use."""
 
 import functools
-from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -146,7 +145,8 @@ def wait_until_empty(plan: Plan, tiles: Tiles, slot, index):
         plgpu.barrier_wait(tiles.empty.at[slot])
 
 
-def id_columns(plan: Plan, unit: Unit, token, places: Sequence[int]) -> list[jax.Array]:
+@functools.partial(jax.jit, static_argnums=(0, 3))  # traced once, for K and V
+def id_columns(plan: Plan, unit: Unit, token: jax.Array, places: range) -> list[jax.Array]:
     """Where a unit's ids hold the pages of a tile's copies, or, of those not visible, the nearest that is."""
     page_size = plan.page_size
     assert page_size is not None

@@ -141,7 +141,10 @@ def _seek(plan: Plan, schedule: Schedule, cursor: Cursor, index) -> Cursor:
     return cursor
 
 
-@functools.partial(jax.jit, static_argnums=0)  # traced once, for the six places that look for units
+# Two functions of their own, each traced once for the six places in a kernel that look for units.
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def _skip_rows(num_rows: int, cursor: Cursor, rows: list[jax.Array], counts: list[jax.Array]):
     """The cursor behind those of these rows, of so many units each, whose units all come before it; and how
     many rows these are."""
@@ -189,6 +192,11 @@ def _unit_at(plan: Plan, schedule: Schedule, cursor: Cursor) -> Unit:
     row = lax.min(cursor.row, plan.num_rows)
     length = lax.min(schedule.lengths[row], plan.capacity)
     token = row if schedule.starts is None else schedule.starts[row]
+    return _unit_of(plan, cursor, token, length)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _unit_of(plan: Plan, cursor: Cursor, token: jax.Array, length: jax.Array) -> Unit:
     offset = cursor.index - cursor.first
     head = rem(offset, plan.num_kv_heads)
     first_visible = _first_visible(plan, length)
