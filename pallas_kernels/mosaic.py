@@ -28,6 +28,7 @@ __all__ = [
     "ceil_div",
     "clip",
     "div",
+    "int32",
     "load_columns",
     "load_rows",
     "make_kernel",
@@ -213,7 +214,7 @@ def opaque(x: Any) -> Any:
     """x, of which the compiler knows nothing: it computes what follows from x where it is used, instead of
     once, in registers that live through a loop.
     """
-    return lax.optimization_barrier(_int32(x))
+    return lax.optimization_barrier(int32(x))
 
 
 def traced(tree: Any) -> Any:
@@ -235,14 +236,14 @@ def ceil_div(x: Any, y: int) -> Any:
     return div(x + (y - 1), y)
 
 
-def rem(x: Any, y: int) -> jax.Array:
+def rem(x: Any, y: int) -> Any:
     """x % y for x >= 0."""
-    return lax.rem(x, np.int32(y))
+    return x % y if isinstance(x, int) else lax.rem(x, np.int32(y))
 
 
 def clip(x: Any, low: Any, high: Any) -> jax.Array:
     """x, or the nearer end of [low, high]; high where that is empty."""
-    return lax.min(_int32(high), lax.max(_int32(low), _int32(x)))
+    return lax.min(int32(high), lax.max(int32(low), int32(x)))
 
 
 def where(condition: Any, x: Any, y: Any) -> jax.Array:
@@ -257,5 +258,6 @@ def _filled(like: Any, x: Any) -> Any:
     return lax.full_like(like, x) if like.ndim else like.dtype.type(x)
 
 
-def _int32(x: Any) -> Any:
+def int32(x: Any) -> Any:
+    """x, if it is a Python int as a number of 32 bits."""
     return np.int32(x) if isinstance(x, int) else x

@@ -14,7 +14,7 @@ from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref, vector
 
-from pallas_kernels.mosaic import plgpu, swizzle_bytes, swizzle_transforms
+from pallas_kernels.mosaic import int32, plgpu, swizzle_bytes, swizzle_transforms
 
 THREADS = 128  # of a warpgroup
 BY_THREAD = plgpu.Layout.WG_STRIDED((THREADS,), vec_size=1)  # of a vector: a number a thread
@@ -73,7 +73,7 @@ def load_by_column(ref: Any, place: Sequence[Any], shape: tuple[int, int]) -> ja
         )
         return columns.broadcast_in_dim(shape, (1,), layout)
 
-    return load(ref, tuple(map(jnp.int32, place)))
+    return load(ref, tuple(map(int32, place)))
 
 
 def load_numbers(ref: Any, places: Sequence[Any]) -> list[jax.Array]:
@@ -90,7 +90,7 @@ def load_numbers(ref: Any, places: Sequence[Any]) -> list[jax.Array]:
         numbers = [memref.load(source, [index]) for index in _to_indices(indices)]
         return tuple(fragmented_array.FragmentedArray.splat(x, (), is_signed=True) for x in numbers)
 
-    return load(ref, tuple(map(jnp.int32, places)))
+    return load(ref, tuple(map(int32, places)))
 
 
 def gather(ref: Any, places: jax.Array) -> jax.Array:

@@ -1,8 +1,8 @@
 """What JAX 0.11.2 finds anew for each operation that it lowers, found once or in a quicker way: the same
 answers, in a fifth less time.
 
-- It sorts what it infers layouts of by name, and for every name prints an operation, for which MLIR verifies
-  the whole module.
+- It sorts what it infers layouts of by name, to tell what has the same layout in an order that is always the
+  same, and for every name prints an operation, for which MLIR verifies the whole module.
 - Three times for each operation it asks one by one whether it has vectors, tensor memory or shared memory.
 - It makes the layout of each operand from an attribute, and derives its canonical form to compare.
 - Whether registers can be copied to shared memory it learns by writing the copy into a function that it
@@ -13,7 +13,7 @@ import functools
 from typing import Any
 
 from jax.experimental.mosaic import gpu
-from jax.experimental.mosaic.gpu import constraints, layout_inference, layouts
+from jax.experimental.mosaic.gpu import constraints, layouts
 from jax.experimental.mosaic.gpu import inference_utils as inference
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jaxlib.mlir import ir
@@ -23,8 +23,8 @@ NUM_KEPT = 1024  # answers of a function
 SHARED = ("#gpu.address_space<workgroup>", "#mosaic_gpu.smem_cluster")
 TENSOR = "#mosaic_gpu.tmem"
 
-SITE: Any = getattr(layout_inference, "ValueSite", None)
-PATTERN: Any = getattr(layout_inference, "_op_name_regex", None)  # the operation's name, and its result's
+EQUALS: Any = getattr(constraints, "Equals", None)
+VARIABLE: Any = getattr(constraints, "Variable", None)  # of which a layout is inferred
 LAYOUT: Any = getattr(gpu, "TiledLayout", None)
 TRANSFER: Any = getattr(constraints, "IsTransferableSmemRegisters", None)
 INFER_ARCH: Any = getattr(mgpu_utils, "_infer_arch", None)
@@ -32,17 +32,22 @@ INFER_ARCH: Any = getattr(mgpu_utils, "_infer_arch", None)
 
 def use_quick_answers() -> None:
     """Has JAX take its answers from the functions below, if it has all the names that it had in 0.11.2."""
-    if None not in (SITE, PATTERN, LAYOUT, TRANSFER, INFER_ARCH, *BY_JAX.values()):
+    if None not in (EQUALS, VARIABLE, LAYOUT, TRANSFER, INFER_ARCH, *BY_JAX.values()):
         for owner, name, quick in QUICK:
             setattr(owner, name, quick)
 
 
-def name_of(site: Any) -> str:
-    """The operation's name, and which of its operands, results or arguments a site is. What is printed takes
-    the module for verified, and leaves out what is nested in an operation.
-    """
-    found = PATTERN.match(site.operation.get_asm(assume_verified=True, skip_regions=True))
-    return f"{found[0]}:{site.type.name[0].lower()}-{site.index}"
+def equals_of(system: Any) -> dict[Any, list[Any]]:
+    """The others that each variable equals, by one equation or by several, in the order of the equations."""
+    groups: dict[Any, list[Any]] = {}  # of each variable: all that are equal, itself among them
+    pairs = [(x.lhs, x.rhs) for x in system.constraints if isinstance(x, EQUALS)]
+    for pair in pairs:
+        if all(isinstance(x, VARIABLE) for x in pair):
+            group, joining = (groups.setdefault(x, [x]) for x in pair)
+            if joining is not group:
+                group += joining
+                groups.update(dict.fromkeys(joining, group))
+    return {variable: [x for x in group if x is not variable] for variable, group in groups.items()}
 
 
 def has_vectors(operation: Any) -> bool:
@@ -110,7 +115,7 @@ def _is_possible(transfer: Any, arch: Any) -> bool:
 
 
 QUICK = (
-    (SITE, "__str__", name_of),
+    (constraints, "compute_transitively_equal_vars", equals_of),
     (inference, "should_have_layout", has_vectors),
     (inference, "should_have_tmem_layout", has_tensor_memory),
     (inference, "should_have_transforms", has_shared_memory),

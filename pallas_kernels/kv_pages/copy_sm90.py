@@ -9,11 +9,10 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.kv_pages.pool import NULL_PAGE, Arrays
-from pallas_kernels.mosaic import div, mutable, pl, plgpu
+from pallas_kernels.mosaic import clip, div, mutable, pl, plgpu, rem
 
 BLOCK_BYTES = 32 * 1024  # of K, and again of V: three programs share a multiprocessor
 
@@ -80,7 +79,7 @@ def _copy(size: int, *refs):
 def _gather(size: int, *refs):
     pools, pages, buffers, scratch = refs[:size], refs[size], refs[size + 1 : -size - 1], refs[-size - 1 :]
     move = lax.axis_index("move")
-    page = jnp.clip(pages[move], 0, pools[0].shape[1] - 1)
+    page = clip(pages[move], 0, pools[0].shape[1] - 1)
     _move_page(pools, page, buffers, move, *scratch)
 
 
@@ -115,7 +114,7 @@ def _move_pair(sources, src, destinations, dst, blocks, loaded):
     def move(index, _):
         part = (
             pl.ds(div(index, blocks_a_head) * heads, heads),
-            pl.ds(lax.rem(index, jnp.int32(blocks_a_head)) * tokens, tokens),
+            pl.ds(rem(index, blocks_a_head) * tokens, tokens),
         )
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the block before may still be on its way
         for source, block in zip(sources, blocks, strict=True):

@@ -14,7 +14,7 @@ from jax import lax
 
 from pallas_kernels.kv_pages.pool import Arrays
 from pallas_kernels.kv_pages.quantize import LIMITS, scale_and_inverse, to_codes
-from pallas_kernels.mosaic import TMA_ALIGNMENT, broadcast_rows, div, mutable, pl, plgpu
+from pallas_kernels.mosaic import TMA_ALIGNMENT, broadcast_rows, div, mutable, pl, plgpu, rem
 
 ROWS = 64  # rows of a register tile of one warpgroup
 MAX_BLOCK = 16  # tokens of a program, whose slots are held in registers
@@ -67,7 +67,7 @@ def _kernel(block: int, pitch: int, num_tokens: int, *refs):
     k_pages, v_pages, k_scale, v_scale, key, value, slots, layer, *scratch = refs
     first = lax.axis_index("block") * block
     # All slots first: between copies each load would be waited for.
-    tokens = [jnp.minimum(first + i, num_tokens - 1) for i in range(block)]
+    tokens = [lax.min(first + i, num_tokens - 1) for i in range(block)]
     targets = [_target(slots[token], k_pages.shape, first + i < num_tokens) for i, token in enumerate(tokens)]
     for which, (rows, pages, scales) in enumerate(((key, k_pages, k_scale), (value, v_pages, v_scale))):
 
@@ -80,7 +80,7 @@ def _kernel(block: int, pitch: int, num_tokens: int, *refs):
 def _target(slot, pool_shape, is_token):
     """Page and offset of a slot, and whether to write there."""
     _, num_pages, _, page_size, _ = pool_shape
-    page, offset = div(slot, page_size), lax.rem(slot, jnp.int32(page_size))
+    page, offset = div(slot, page_size), rem(slot, page_size)
     return page, offset, is_token & (slot >= 0) & (page < num_pages)
 
 

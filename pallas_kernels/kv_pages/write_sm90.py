@@ -7,12 +7,11 @@ heads to its slot with one strided TMA copy. The pool is a mutable reference: no
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.kv_pages import write_quantized_sm90
 from pallas_kernels.kv_pages.pool import Arrays
-from pallas_kernels.mosaic import TMA_ALIGNMENT, div, mutable, pl, plgpu
+from pallas_kernels.mosaic import TMA_ALIGNMENT, div, mutable, pl, plgpu, rem
 
 # Beyond so many, a program takes more tokens. Short programs keep more copies on their way: 8192 tokens of
 # 8 heads x 128 in bf16 take 19.2 us on an H200, and 20.2 us with 132 * 4.
@@ -63,12 +62,12 @@ def _kernel(block: int, num_tokens: int, k_pages, v_pages, key, value, slots, la
     plgpu.barrier_wait(loaded)
 
     def write(index, _):
-        slot = slots[jnp.minimum(first + index, num_tokens - 1)]
+        slot = slots[lax.min(first + index, num_tokens - 1)]
         is_ours = (first + index < num_tokens) & (slot >= 0) & (div(slot, page_size) < num_pages)
 
         @pl.when(is_ours)
         def _():
-            page, offset = div(slot, page_size), lax.rem(slot, jnp.int32(page_size))
+            page, offset = div(slot, page_size), rem(slot, page_size)
             plgpu.copy_smem_to_gmem(k_smem.at[index], k_pages.at[layer[0], page, :, offset])
             plgpu.copy_smem_to_gmem(v_smem.at[index], v_pages.at[layer[0], page, :, offset])
 

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from pallas_kernels.mosaic import LOG2_E, ceil_div, div, pl, plgpu
+from pallas_kernels.mosaic import LOG2_E, ceil_div, clip, div, pl, plgpu, rem, where
 from pallas_kernels.paged_attention.decode_consumer import copy_head
 from pallas_kernels.paged_attention.decode_plan import Inputs, Outputs, Plan
 from pallas_kernels.paged_attention.prefill_config import WARPGROUP_ROWS
@@ -111,9 +112,9 @@ def _kernel(plan: Plan, operands, *refs):
     @pl.when(length >= 0 if plan.is_ragged else True)
     def _():
         maximum, total, values = _merge_all(plan, inputs, row, head, length)
-        values = (values * jnp.where(total > 0, 1 / total, 0.0)).astype(plan.query_dtype)
+        values = (values * where(total > 0, 1 / total, 0.0)).astype(plan.query_dtype)
         out = own[0].at[row, head] if own else inputs.among.at[inputs.starts[row], head]
-        merged_lse[row, head] = jnp.where(total > 0, maximum + jnp.log2(total) * (1 / LOG2_E), -jnp.inf)
+        merged_lse[row, head] = where(total > 0, maximum + jnp.log2(total) * (1 / LOG2_E), -jnp.inf)
         if plan.width == plan.head_dim:
             out[...] = values
         else:
@@ -136,12 +137,12 @@ def _merge_all(plan: Plan, inputs: Operands, row, head, length) -> State:
 
 
 def _own_parts(plan: Plan, row, head, inputs: Operands, length) -> Parts:
-    kv_head, column = div(head, plan.group), lax.rem(head, jnp.int32(plan.column_period))
-    first, stop = split_range(plan, jnp.minimum(length, plan.capacity))
-    last = jnp.maximum(stop - first - 1, 0)
+    kv_head, column = div(head, plan.group), rem(head, plan.column_period)
+    first, stop = split_range(plan, lax.min(length, plan.capacity))
+    last = lax.max(stop - first - 1, 0)
 
     def part(index):
-        split = first + jnp.minimum(index, last)
+        split = first + lax.min(index, last)
         return inputs.lse[row, split, kv_head, column], inputs.out.at[row, split, head]
 
     return Parts(stop - first, plan.num_splits, part)
@@ -150,17 +151,17 @@ def _own_parts(plan: Plan, row, head, inputs: Operands, length) -> Parts:
 def _shared_parts(plan: Plan, row, head, shared: Shared) -> Parts:
     cut = plan.cut
     assert cut is not None
-    kv_head, member = div(head, plan.group), lax.rem(head, jnp.int32(plan.group))
+    kv_head, member = div(head, plan.group), rem(head, plan.group)
     place = member * cut.tile_q + shared.place[row]
-    warpgroup, place = div(place, WARPGROUP_ROWS), lax.rem(place, jnp.int32(WARPGROUP_ROWS))
+    warpgroup, place = div(place, WARPGROUP_ROWS), rem(place, WARPGROUP_ROWS)
     # A tile has room for as many items as it may have. So parts lie at fixed distances, and their addresses
     # take no registers (64 rows of 32 heads, up to 8 + 3 parts, an H200: 5.3 us instead of 7.0).
-    first = jnp.clip(shared.first_item[row], 0, shared.lse.shape[0] - cut.splits)
+    first = clip(shared.first_item[row], 0, shared.lse.shape[0] - cut.splits)
 
     def part(index):
-        index = index if cut.splits <= CHUNK else jnp.minimum(index, cut.splits - 1)
-        where = first + index, kv_head, warpgroup, place
-        return shared.lse[where], shared.out.at[where]
+        index = index if cut.splits <= CHUNK else lax.min(index, cut.splits - 1)
+        part = first + index, kv_head, warpgroup, place
+        return shared.lse[part], shared.out.at[part]
 
     return Parts(shared.num_splits[row], cut.splits, part)
 
@@ -176,8 +177,8 @@ def _init(plan: Plan, sink) -> State:
     """No part; a sink counts as one of zeros."""
     zeros = plgpu.layout_cast(jnp.zeros((plan.width,), jnp.float32), _layout(plan))
     if sink is None:
-        return State(jnp.float32(FLOOR), jnp.float32(0), zeros)
-    return State(sink, jnp.float32(1), zeros)
+        return State(np.float32(FLOOR), np.float32(0), zeros)
+    return State(sink, np.float32(1), zeros)
 
 
 def _merge(parts: Parts, layout, state: State) -> State:
@@ -196,12 +197,12 @@ def _merge_chunk(parts: Parts, layout, indices, state: State) -> State:
     # What is read beyond the count has no weight, and may be NaN.
     found = [parts.part(i) for i in indices]
     values = [plgpu.load(ref, layout=layout, optimized=False) for _, ref in found]
-    logs = [jnp.where(i < parts.count, log, FLOOR) for i, (log, _) in zip(indices, found, strict=True)]
-    maximum = functools.reduce(jnp.maximum, logs, state.maximum)
-    decay = jnp.exp2((state.maximum - maximum) * LOG2_E)
+    logs = [where(i < parts.count, log, FLOOR) for i, (log, _) in zip(indices, found, strict=True)]
+    maximum = functools.reduce(lax.max, logs, state.maximum)
+    decay = lax.exp2((state.maximum - maximum) * LOG2_E)
     total, merged = state.total * decay, state.values * decay
     for i, log, each in zip(indices, logs, values, strict=True):
-        weight = jnp.where(i < parts.count, jnp.exp2((log - maximum) * LOG2_E), 0.0)
+        weight = where(i < parts.count, lax.exp2((log - maximum) * LOG2_E), 0.0)
         total += weight
-        merged += jnp.where(lax.broadcast(weight > 0, each.shape), each * weight, 0.0)
+        merged += where(lax.broadcast(weight > 0, each.shape), each * weight, 0.0)
     return State(maximum, total, merged)

@@ -18,13 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import (
-    broadcast_columns,
-    broadcast_rows,
-    load_rows,
-    pl,
-    plgpu,
-)
+from pallas_kernels.mosaic import broadcast_columns, broadcast_rows, load_rows, pl, plgpu, where
 from pallas_kernels.mosaic_inline import load_codes_transposed
 from pallas_kernels.paged_attention.decode_tile import (
     Softmax,
@@ -67,14 +61,14 @@ def attend_tile(tile: Tile, state: Softmax) -> Softmax:
     logits = bias_and_mask(tile, cap(plan, logits * broadcast_columns(factor, size)))
 
     # A comparison: of tokens that nobody sees it may be NaN, and a NaN that counts must not reach `total`.
-    known = jnp.where(jnp.abs(v_scale) > SMALLEST_SCALE, jnp.abs(v_scale), SMALLEST_SCALE)
+    known = where(jnp.abs(v_scale) > SMALLEST_SCALE, jnp.abs(v_scale), SMALLEST_SCALE)
     shifted = logits + broadcast_rows(jnp.log2(known) - HEADROOM, plan.columns)
     maximum, decay = raise_maximum(tile, state, shifted)
-    exponentials = jnp.exp2(logits - broadcast_columns(maximum, size))
+    exponentials = lax.exp2(logits - broadcast_columns(maximum, size))
     total = state.total * broadcast_columns(decay, size) + exponentials
     # A select: the scales of tokens that nobody sees may be NaN.
     weights = exponentials * broadcast_rows(v_scale, plan.columns)
-    weights = jnp.where(is_visible(tile, weights.shape), weights, 0.0)
+    weights = where(is_visible(tile, weights.shape), weights, 0.0)
     old = state.values * broadcast_columns(decay, plan.width)
     return Softmax(maximum, total, multiply_values(tile, values, weights, old))
 

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels.mosaic import (
@@ -15,6 +16,8 @@ from pallas_kernels.mosaic import (
     plgpu,
     register_full,
     register_zeros,
+    rem,
+    where,
 )
 from pallas_kernels.mosaic_inline import reduce_rows, store_deinterleaved
 from pallas_kernels.paged_attention import decode_codes, decode_tile
@@ -47,7 +50,7 @@ def consume(plan: Plan, consumer, outputs: Outputs, scratch: Scratch):
 
     def visit(unit: Unit, _, carry):
         count, units = carry
-        buffer = lax.rem(units, jnp.int32(BUFFERS))
+        buffer = rem(units, BUFFERS)
         plgpu.barrier_wait(scratch.queries.full.at[buffer])
         state, sinks = attend_unit(plan, consumer, scratch, unit, count, buffer)
         if plan.has_numbers:
@@ -57,7 +60,7 @@ def consume(plan: Plan, consumer, outputs: Outputs, scratch: Scratch):
         finish_unit(to, consumer, count, units, state, sinks)
         return count + unit.num_tiles, units + 1
 
-    _, units = for_each_unit(plan, Schedule.of(scratch), visit, (jnp.int32(0), jnp.int32(0)))
+    units = for_each_unit(plan, Schedule.of(scratch), visit, (np.int32(0), np.int32(0)))[1]
     plgpu.wait_smem_to_gmem(0)
     if (merge := scratch.merge) is not None:
 
@@ -74,11 +77,11 @@ def attend_unit(plan: Plan, consumer, scratch: Scratch, unit: Unit, count, buffe
     attend_tile = decode_codes.attend_tile if plan.is_quantized else decode_tile.attend_tile
 
     # By turns over the borders of units: with an even number of slots each is always the same consumer's.
-    first = lax.rem(consumer + count, jnp.int32(consumers))
+    first = rem(consumer + count, consumers)
 
     def update(step, state):
         index = step * consumers + first
-        slot = lax.rem(count + index, jnp.int32(plan.config.stages))
+        slot = rem(count + index, plan.config.stages)
         start = unit.start + index * plan.config.tile
         return attend_tile(Tile(plan, scratch, work, queries, unit, slot, start), state)
 
@@ -124,7 +127,7 @@ def finish_unit(to: Destination, consumer, count, units, state: Softmax, sinks):
     @pl.when(consumer == 0)
     def _():
         # In the order of the tiles, so that bits do not depend on whose turn it was.
-        other, is_first = take_over(merge), lax.rem(count, jnp.int32(2)) == 0
+        other, is_first = take_over(merge), rem(count, 2) == 0
         results = [
             Result(*[lax.select(lax.broadcast(is_first, x.shape), x, y) for x, y in zip(*pair, strict=True)])
             for pair in ((result, other), (other, result))
@@ -153,8 +156,8 @@ def take_over(merge: Merge) -> Result:
 
 
 def merge_results(plan: Plan, first: Result, second: Result) -> Result:
-    maximum = jnp.maximum(first.maximum, second.maximum)
-    decays = jnp.exp2(first.maximum - maximum), jnp.exp2(second.maximum - maximum)
+    maximum = lax.max(first.maximum, second.maximum)
+    decays = lax.exp2(first.maximum - maximum), lax.exp2(second.maximum - maximum)
     values = first.values * broadcast_columns(decays[0], plan.width)
     values += second.values * broadcast_columns(decays[1], plan.width)
     return Result(maximum, first.total * decays[0] + second.total * decays[1], values)
@@ -164,28 +167,28 @@ def store_unit(to: Destination, result: Result, sinks):
     plan, unit, out = to.plan, to.unit, to.scratch.out
     if sinks is not None and not plan.is_merged:  # else the sink joins where the parts are merged
         result = join_sinks(plan, result, sinks)
-    norm = jnp.where(result.total > 0, 1 / result.total, 0.0)
+    norm = where(result.total > 0, 1 / result.total, 0.0)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the unit before may still be on its way
     store = store_deinterleaved if plan.is_quantized else store_transposed
     store(out, result.values * broadcast_columns(norm, plan.width))
     plgpu.commit_smem()
-    where = (unit.row, unit.split) if plan.is_merged else unit.token
-    copy_heads(plan, unit, out, to.outputs.out.at[where])
+    place = (unit.row, unit.split) if plan.is_merged else unit.token
+    copy_heads(plan, unit, out, to.outputs.out.at[place])
     lse = (result.maximum + jnp.log2(result.total)) * (1 / LOG2_E)
-    to.outputs.lse[unit.row, unit.split, unit.head] = jnp.where(result.total > 0, lse, -jnp.inf)
+    to.outputs.lse[unit.row, unit.split, unit.head] = where(result.total > 0, lse, -jnp.inf)
 
 
 def join_sinks(plan: Plan, result: Result, sinks) -> Result:
-    maximum = jnp.maximum(result.maximum, sinks)
-    decay = jnp.exp2(result.maximum - maximum)
-    total = result.total * decay + jnp.exp2(sinks - maximum)
+    maximum = lax.max(result.maximum, sinks)
+    decay = lax.exp2(result.maximum - maximum)
+    total = result.total * decay + lax.exp2(sinks - maximum)
     return Result(maximum, total, result.values * broadcast_columns(decay, plan.width))
 
 
 def copy_heads(plan: Plan, unit: Unit, source, out):
     """Starts the copies of a unit's heads to global memory."""
     first_head = unit.head * plan.group
-    first_column = lax.rem(first_head, jnp.int32(plan.column_period)) if plan.shares_columns else 0
+    first_column = rem(first_head, plan.column_period) if plan.shares_columns else 0
     if plan.width == plan.out_columns:
         source = source.at[pl.ds(first_column, plan.group)]
         plgpu.copy_smem_to_gmem(source, out.at[pl.ds(first_head, plan.group)])

@@ -2,10 +2,11 @@
 
 import functools
 
-import jax.numpy as jnp
+import jax
+import numpy as np
 from jax import lax
 
-from pallas_kernels.mosaic import div, pl, plgpu
+from pallas_kernels.mosaic import clip, div, pl, plgpu, rem
 from pallas_kernels.mosaic_inline import load_numbers
 from pallas_kernels.paged_attention.decode_plan import (
     BUFFERS,
@@ -54,7 +55,7 @@ def produce(
             )
         if queries is not None:
             fetch_queries(plan, inputs, unit, queries, units)
-        buffer = lax.rem(units, jnp.int32(BUFFERS))
+        buffer = rem(units, BUFFERS)
         if plan.page_size is not None:
             plgpu.barrier_wait(tiles.ids_full.at[buffer])
         fetch = functools.partial(fetch_tile, plan, pages, scale, tiles, buffer, unit, count)
@@ -64,9 +65,9 @@ def produce(
 
     def begin(unit: Unit):
         if plan.page_size is not None:
-            fetch_ids(plan, inputs, unit, tiles, jnp.int32(0))
+            fetch_ids(plan, inputs, unit, tiles, np.int32(0))
 
-    count, units = for_each_unit(plan, schedule, visit, (jnp.int32(0), jnp.int32(0)), begin)
+    count, units = for_each_unit(plan, schedule, visit, (np.int32(0), np.int32(0)), begin)
     drain(tiles.empty, plan.config.stages, count)
     if queries is not None:
         drain(queries.empty, BUFFERS, units)
@@ -74,7 +75,7 @@ def produce(
 
 def fetch_ids(plan: Plan, inputs: Inputs, unit: Unit, tiles: Tiles, units):
     """Starts the copy of a unit's part of its block table."""
-    buffer = lax.rem(units, jnp.int32(BUFFERS))
+    buffer = rem(units, BUFFERS)
     start = pl.multiple_of(first_id(plan, unit), 4)
     for box in range(0, plan.ids_per_split, MAX_BOX):
         size = min(MAX_BOX, plan.ids_per_split - box)
@@ -94,7 +95,7 @@ def first_id(plan: Plan, unit: Unit):
 
 def fetch_queries(plan: Plan, inputs: Inputs, unit: Unit, queries: Queries, units):
     """Starts the copies of a KV head's queries and of what is given for its heads."""
-    buffer = lax.rem(units, jnp.int32(BUFFERS))
+    buffer = rem(units, BUFFERS)
 
     @pl.when(units >= BUFFERS)
     def _():
@@ -120,7 +121,7 @@ def fetch_queries(plan: Plan, inputs: Inputs, unit: Unit, queries: Queries, unit
 
 def fetch_tile(plan: Plan, pages, scale, tiles: Tiles, buffer, unit: Unit, count, index, _):
     """Starts the copies of one tile into its slot of the ring."""
-    slot = lax.rem(count + index, jnp.int32(plan.config.stages))
+    slot = rem(count + index, plan.config.stages)
     token = unit.start + index * plan.config.tile
     if plan.page_size is None:
         wait_until_empty(plan, tiles, slot, count + index)
@@ -133,8 +134,7 @@ def fetch_tile(plan: Plan, pages, scale, tiles: Tiles, buffer, unit: Unit, count
     for first in range(0, plan.num_copies, COPIES):
         places = range(first, min(first + COPIES, plan.num_copies))
         # Their ids first: between copies each load would be waited for.
-        columns = [id_column(plan, unit, token, place) for place in places]
-        page_ids = load_numbers(tiles.ids.at[buffer], columns)
+        page_ids = load_numbers(tiles.ids.at[buffer], id_columns(plan, unit, token, places))
         copy = functools.partial(copy_page, plan, pages, scale, tiles, slot, unit, token)
         copy_by_warps(copy, list(zip(places, page_ids, strict=True)))
 
@@ -145,15 +145,19 @@ def wait_until_empty(plan: Plan, tiles: Tiles, slot, index):
         plgpu.barrier_wait(tiles.empty.at[slot])
 
 
-def id_column(plan: Plan, unit: Unit, token, place: int):
-    """Where a unit's ids hold the page of a tile's copy, or, of none that is visible, the nearest such."""
-    assert plan.page_size is not None
+@functools.partial(jax.jit, static_argnums=(0, 3))  # traced once, for K and V
+def id_columns(plan: Plan, unit: Unit, token: jax.Array, places: range) -> list[jax.Array]:
+    """Where a unit's ids hold the pages of a tile's copies, or, of those not visible, the nearest that is."""
+    page_size = plan.page_size
+    assert page_size is not None
     first_column = first_id(plan, unit) - unit.row * plan.table_width
-    column = div(token + place * plan.copy_rows, plan.page_size)
-    column = jnp.minimum(column, div(unit.end - 1, plan.page_size))
-    if plan.spec.window_left is not None:
-        column = jnp.maximum(column, div(unit.first_visible, plan.page_size))
-    return column - first_column
+    first, last = (div(x, page_size) for x in (unit.first_visible, unit.end - 1))
+
+    def column_of(place):
+        column = lax.min(div(token + place * plan.copy_rows, page_size), last)
+        return (column if plan.spec.window_left is None else lax.max(column, first)) - first_column
+
+    return [column_of(place) for place in places]
 
 
 def copy_page(plan: Plan, pages, scale, tiles: Tiles, slot, unit: Unit, token, place, page):
@@ -161,10 +165,10 @@ def copy_page(plan: Plan, pages, scale, tiles: Tiles, slot, unit: Unit, token, p
     assert plan.page_size is not None
     rows = pl.ds(0, plan.copy_rows)
     if plan.page_size > plan.copy_rows:
-        offset = lax.rem(token, jnp.int32(plan.page_size))
+        offset = rem(token, plan.page_size)
         rows = pl.ds(pl.multiple_of(offset, plan.copy_rows), plan.copy_rows)
     full, target = tiles.full.at[slot], pl.ds(place * plan.copy_rows, plan.copy_rows)
-    page = jnp.clip(page, 0, plan.num_pages - 1)
+    page = clip(page, 0, plan.num_pages - 1)
     source = pages.at[page, unit.head, rows]
     plgpu.copy_gmem_to_smem(source, tiles.pages.at[slot, target], full)
     if plan.is_quantized:

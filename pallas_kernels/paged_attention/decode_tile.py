@@ -6,14 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import (
-    LOG2_E,
-    broadcast_columns,
-    broadcast_rows,
-    pl,
-    plgpu,
-    row_iota,
-)
+from pallas_kernels.mosaic import LOG2_E, broadcast_columns, broadcast_rows, pl, plgpu, row_iota, where
 from pallas_kernels.mosaic_inline import reduce_rows
 from pallas_kernels.paged_attention.decode_plan import Plan, Scratch, Workspace
 from pallas_kernels.paged_attention.page_tiles import zero_invisible
@@ -54,7 +47,7 @@ def attend_tile(tile: Tile, state: Softmax) -> Softmax:
     """The softmax with one tile more."""
     logits = bias_and_mask(tile, cap(tile.plan, multiply_keys(tile)))
     maximum, decay = raise_maximum(tile, state, logits)
-    weights = jnp.exp2(logits - broadcast_columns(maximum, tile.plan.config.tile))
+    weights = lax.exp2(logits - broadcast_columns(maximum, tile.plan.config.tile))
     total = state.total * broadcast_columns(decay, tile.plan.config.tile) + weights
     values = multiply_values(tile, weights, state.values * broadcast_columns(decay, tile.plan.width))
     return Softmax(maximum, total, values)
@@ -62,8 +55,8 @@ def attend_tile(tile: Tile, state: Softmax) -> Softmax:
 
 def raise_maximum(tile: Tile, state: Softmax, logits):
     """The maximum after these logits, and what of the sums before is left: (maximum, decay) f32[columns]."""
-    maximum = jnp.maximum(state.maximum, reduce_rows("max", logits, tile.work.reduction))
-    return maximum, jnp.exp2(state.maximum - maximum)
+    maximum = lax.max(state.maximum, reduce_rows("max", logits, tile.work.reduction))
+    return maximum, lax.exp2(state.maximum - maximum)
 
 
 def multiply_keys(tile: Tile):
@@ -85,7 +78,7 @@ def multiply_keys(tile: Tile):
 def cap(plan: Plan, logits):
     """Logits in units of log2; given in such, or, with a soft cap, in natural units."""
     soft_cap = plan.spec.logits_soft_cap
-    return logits if soft_cap is None else jnp.tanh(logits * (1 / soft_cap)) * (soft_cap * LOG2_E)
+    return logits if soft_cap is None else lax.tanh(logits * (1 / soft_cap)) * (soft_cap * LOG2_E)
 
 
 def bias_and_mask(tile: Tile, logits):
@@ -93,7 +86,7 @@ def bias_and_mask(tile: Tile, logits):
     if slopes is not None:
         distance = (unit.length - 1 - tile.start - row_iota(size)).astype(jnp.float32)
         logits -= broadcast_rows(distance, tile.plan.columns) * broadcast_columns(slopes, size)
-    return jnp.where(is_visible(tile, logits.shape), logits, MASKED)
+    return where(is_visible(tile, logits.shape), logits, MASKED)
 
 
 def is_visible(tile: Tile, shape):

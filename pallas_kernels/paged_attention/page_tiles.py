@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import broadcast_rows, pl, plgpu, swizzle_bytes
+from pallas_kernels.mosaic import broadcast_rows, int32, pl, plgpu, swizzle_bytes, where
 
 ROWS = 64  # of wgmma's layouts
 WARPS = 4  # of a warpgroup
@@ -28,19 +28,24 @@ def copy_by_warps(copy, arguments):
     def _(warp):
         for first in range(0, len(arguments), WARPS):
             share = arguments[first : first + WARPS]
-            start = functools.partial(copy, *(choose(warp, values) for values in zip(*share, strict=True)))
+            start = functools.partial(copy, *choose(warp, share))
             if len(share) == WARPS:
                 start()
             else:
                 pl.when(warp < len(share))(start)
 
 
-def choose(index, values):
-    """values[index], the last one beyond the end."""
-    *others, chosen = values
-    for i, value in enumerate(others):
-        chosen = lax.select(index == i, jnp.int32(value), jnp.int32(chosen))
-    return chosen
+def choose(index, choices):
+    """choices[index], tuples of numbers; the last one beyond the end."""
+    is_at = functools.cache(lambda place: index == place)  # once for all numbers
+
+    def choose_number(*numbers):
+        *others, chosen = numbers
+        for place, number in enumerate(others):
+            chosen = lax.select(is_at(place), int32(number), int32(chosen))
+        return chosen
+
+    return tuple(map(choose_number, *choices))
 
 
 def load_wide(codes_ref: Any, dtype: Any) -> jax.Array:
@@ -77,7 +82,7 @@ def zero_invisible(values_ref: Any, start: Any, first: Any, stop: Any, share: tu
     part, parts = share
     for index in range(0, len(blocks), parts):
         ours = blocks[index : index + parts]
-        row, column = (choose(part, values) for values in zip(*ours, strict=True))
+        row, column = choose(part, ours)
         block = values_ref.at[pl.ds(row, ROWS), pl.ds(column, width)]
         zero = functools.partial(_zero_block, block, start + row, first, stop)
         if len(ours) == parts:
@@ -94,5 +99,5 @@ def _zero_block(block: Any, start: Any, first: Any, stop: Any):
         values = values.astype(jnp.float16).astype(jnp.float32)
     token = lax.iota(jnp.int32, values.shape[0]) + start
     is_seen = broadcast_rows((token >= first) & (token < stop), values.shape[1], layout)
-    values = jnp.where(is_seen, values, jnp.zeros_like(values))
+    values = where(is_seen, values, 0.0)
     block[...] = values.astype(block.dtype)

@@ -3,6 +3,7 @@
 import functools
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels.mosaic import (
@@ -13,7 +14,9 @@ from pallas_kernels.mosaic import (
     pl,
     plgpu,
     register_zeros,
+    rem,
     row_full,
+    where,
 )
 from pallas_kernels.mosaic_inline import store_rows
 from pallas_kernels.paged_attention.prefill_config import OCTET, WARPGROUP_ROWS
@@ -39,12 +42,12 @@ def attend_units(plan: PrefillPlan, warpgroup, inputs: Inputs, outputs: Outputs,
     at = functools.partial(Unit, plan, warpgroup, inputs, scratch)
 
     def attend(turn, position):
-        work = scratch.records.read(turn, plan.num_kv_heads)
+        work = scratch.records.read(turn, plan.num_kv_heads, "tile_start", "tile_stop")
         unit = at(turn, position + work.num_tiles)
         store_unit(unit, attend_unit(unit, position), outputs)
         return unit.stop
 
-    turns, _ = for_each_unit(scratch.records, attend, jnp.int32(0))
+    turns, _ = for_each_unit(scratch.records, attend, np.int32(0))
     if plan.query_buffers > 1:
         pl.when(turns > 0)(lambda: at(turns, None).release(turns - 1))
     plgpu.wait_smem_to_gmem(0)
@@ -88,7 +91,7 @@ def _attend_in_order(unit: Unit):
 def _attend_overlapped(unit: Unit):
     """As _attend_in_order, the softmax always one tile ahead (FlashAttention-3, algorithm 2)."""
     tile_kv, steps = unit.plan.config.tile_kv, unit.steps
-    second = jnp.minimum(steps.start + 1, steps.stop)
+    second = lax.min(steps.start + 1, steps.stop)
     carry = (
         row_full(WARPGROUP_ROWS, FLOOR),
         row_full(WARPGROUP_ROWS, 0.0),
@@ -98,7 +101,7 @@ def _attend_overlapped(unit: Unit):
     unit.release_last()
     carry = (register_zeros((WARPGROUP_ROWS, unit.plan.head_dim)), *carry)
     masked = functools.partial(attend_behind, unit)
-    masked_stop, full_stop = (jnp.maximum(x, second) for x in (steps.masked_stop, steps.full_stop))
+    masked_stop, full_stop = (lax.max(x, second) for x in (steps.masked_stop, steps.full_stop))
     carry = lax.fori_loop(second, masked_stop, masked, carry)
     carry = lax.fori_loop(masked_stop, full_stop, functools.partial(attend_ahead, unit), carry)
     if unit.plan.spec.window_left is not None:
@@ -109,7 +112,7 @@ def _attend_overlapped(unit: Unit):
     def attend_last(position, values):
         return multiply_values(unit, position, weights16, values)
 
-    last = jnp.where(steps.start < steps.stop, steps.stop - 1, steps.stop)
+    last = where(steps.start < steps.stop, steps.stop - 1, steps.stop)
     return lax.fori_loop(last, steps.stop, attend_last, values), maximum, total
 
 
@@ -120,13 +123,13 @@ def store_unit(unit: Unit, carry, outputs: Outputs):
     norm = 1.0
     if unit.inputs.sinks is not None:  # one more logit, which has no value
         sinks = load_rows(unit.given(unit.inputs.sinks)) * LOG2_E
-        highest = jnp.maximum(maximum, sinks)
-        norm = jnp.exp2(maximum - highest)
-        maximum, total = highest, total * norm + jnp.exp2(sinks - highest)
+        highest = lax.max(maximum, sinks)
+        norm = lax.exp2(maximum - highest)
+        maximum, total = highest, total * norm + lax.exp2(sinks - highest)
     live = total > 0
-    lse = jnp.where(live, (maximum + jnp.log2(total)) * (1 / LOG2_E), -jnp.inf)
-    place = unit.work.item, unit.work.kv_head, opaque(unit.warpgroup)
-    values *= broadcast_rows(jnp.where(live, norm / total, 0.0), plan.head_dim)
+    lse = where(live, (maximum + jnp.log2(total)) * (1 / LOG2_E), -jnp.inf)
+    place = unit.read("item").item, unit.read("kv_head").kv_head, opaque(unit.warpgroup)
+    values *= broadcast_rows(where(live, norm / total, 0.0), plan.head_dim)
     if plan.has_parts:
         outputs.lse[place] = lse
         rows = outputs.out.at[place]
@@ -142,8 +145,8 @@ def store_unit(unit: Unit, carry, outputs: Outputs):
 def store_tokens(unit: Unit, values, out):
     """A tile whose rows of results are whole runs leaves as it lies in swizzled memory, any other goes from
     registers, without the tokens that it shares its octets with."""
-    plan, work = unit.plan, unit.work
-    ends_run = lambda token: lax.rem(token - work.token, jnp.int32(plan.run * OCTET)) == 0
+    plan, work = unit.plan, unit.read("token", "first", "stop", "kv_head")
+    ends_run = lambda token: rem(token - work.token, plan.run * OCTET) == 0
     is_whole = ends_run(work.first) & ends_run(work.stop)
 
     @pl.when(is_whole)
@@ -159,12 +162,12 @@ def store_tokens(unit: Unit, values, out):
         token += work.token
         is_ours = (head < plan.group) & (token >= work.first) & (token < work.stop)
         row = token * plan.num_heads + work.kv_head * plan.group + head
-        store_rows(out, values, jnp.where(is_ours, row, -1))
+        store_rows(out, values, where(is_ours, row, -1))
 
 
 def store_runs(unit: Unit, rows, out):
     """A copy a run of octets, of those that hold the row's tokens."""
-    plan, work = unit.plan, unit.work
+    plan, work = unit.plan, unit.read("token", "first", "stop", "kv_head")
     for octet in range(0, WARPGROUP_ROWS // OCTET, plan.run):
         head, token = octet_at(plan, opaque(unit.warpgroup), octet)
         token += work.token

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import pl, plgpu
+from pallas_kernels.mosaic import pl, plgpu, where
 from pallas_kernels.mosaic_inline import BY_THREAD, THREADS, gather, load_numbers, meet, store_records
 from pallas_kernels.paged_attention.config import MAX_BOX, numbers_size
 from pallas_kernels.paged_attention.prefill_plan import PrefillPlan
@@ -74,7 +74,7 @@ def _kernel(plan: PrefillPlan, size: int, query_start, kv_lengths, records, scra
     meet()
     item = lax.axis_index("block") * THREADS + thread
     segment = _segment_of(plan, scratch, item)
-    known = jnp.maximum(segment, 0)
+    known = lax.max(segment, 0)
     given, cuts = _cut(plan, scratch, known)
     own = Segments(*given, *cuts[:3], gather(scratch.first_item, known))
     store_records(records, item, item_records(plan, segment, own, item))
@@ -98,10 +98,10 @@ def _cut(plan: PrefillPlan, scratch: Scratch, segment):
     """((start, stop, kv_length), cuts) of segments."""
     last = plan.num_rows + 1
     is_row = (segment > 0) & (segment < last)
-    start = jnp.where(segment > last, plan.num_tokens, gather(scratch.starts, segment + (THREADS - 1)))
-    start = jnp.where(segment > 0, start, 0)
-    stop = jnp.where(segment < last, gather(scratch.starts, segment + THREADS), plan.num_tokens)
-    kv_length = jnp.where(is_row, gather(scratch.lengths, segment + (THREADS - 1)), 0)
+    start = where(segment > last, plan.num_tokens, gather(scratch.starts, segment + (THREADS - 1)))
+    start = where(segment > 0, start, 0)
+    stop = where(segment < last, gather(scratch.starts, segment + THREADS), plan.num_tokens)
+    kv_length = where(is_row, gather(scratch.lengths, segment + (THREADS - 1)), 0)
     return (start, stop, kv_length), cut_segments(plan, start, stop, kv_length, is_row)
 
 
@@ -110,7 +110,7 @@ def _items_before(plan: PrefillPlan, scratch: Scratch, segment, weight):
 
     def count(other, total, other_weight, num_items):
         is_before = comes_before(other_weight, other, weight, segment)
-        return total + jnp.where(is_before, num_items, 0)
+        return total + where(is_before, num_items, 0)
 
     return _for_each_segment(plan, (scratch.weight, scratch.num_items), count, segment * 0)
 
@@ -119,7 +119,7 @@ def _segment_of(plan: PrefillPlan, scratch: Scratch, item):
     """Each item's segment, or -1."""
 
     def look(segment, found, first_item, num_items):
-        return jnp.where((first_item <= item) & (item < first_item + num_items), segment, found)
+        return where((first_item <= item) & (item < first_item + num_items), segment, found)
 
     return _for_each_segment(plan, (scratch.first_item, scratch.num_items), look, item * 0 - 1)
 
@@ -130,7 +130,8 @@ def _for_each_segment(plan: PrefillPlan, refs, visit, carry):
     def step(index, carry):
         segments = [index * TOGETHER + i for i in range(TOGETHER)]
         numbers = [load_numbers(ref, segments) for ref in refs]
-        for segment, *values in zip(segments, *numbers, strict=True):
+        for values in zip(segments, *numbers, strict=True):
+            segment, *values = (lax.broadcast(x, carry.shape) for x in values)
             carry = visit(segment, carry, *values)
         return carry
 

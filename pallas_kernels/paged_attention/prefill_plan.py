@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from pallas_kernels.device import num_multiprocessors
 from pallas_kernels.kv_pages.pool import QUANTIZED
-from pallas_kernels.mosaic import SMEM_BYTES, div, plgpu, swizzled_smem
+from pallas_kernels.mosaic import SMEM_BYTES, div, plgpu, rem, swizzled_smem
 from pallas_kernels.paged_attention.plan import LaunchPlan, facts_of
 from pallas_kernels.paged_attention.prefill_config import (
     OCTET,
@@ -196,14 +195,14 @@ def per_row(plan: PrefillPlan, x: jax.Array | None) -> jax.Array | None:
 
 def buffer_of(plan: PrefillPlan, turn, warpgroup):
     """Which buffer of rows holds the queries of a turn, and then its results."""
-    stage = lax.rem(turn, jnp.int32(plan.query_buffers)) if plan.query_buffers > 1 else 0
+    stage = rem(turn, plan.query_buffers) if plan.query_buffers > 1 else 0
     return stage * plan.config.warpgroups + warpgroup
 
 
 def octet_at(plan: PrefillPlan, warpgroup, octet):
     """(head of the group, first token in the tile) of an octet of a warpgroup's rows."""
     index = warpgroup * (WARPGROUP_ROWS // OCTET) + octet
-    return div(index, plan.head_octets), lax.rem(index, jnp.int32(plan.head_octets)) * OCTET
+    return div(index, plan.head_octets), rem(index, plan.head_octets) * OCTET
 
 
 class Inputs(NamedTuple):

@@ -4,9 +4,10 @@ import itertools
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from pallas_kernels.mosaic import div, load_columns, opaque, pl, plgpu
+from pallas_kernels.mosaic import clip, div, load_columns, opaque, pl, plgpu, rem, where
 from pallas_kernels.mosaic_inline import draw
 from pallas_kernels.paged_attention.page_tiles import copy_by_warps, widen, zero_invisible
 from pallas_kernels.paged_attention.prefill_config import OCTET, WARPGROUP_ROWS
@@ -28,17 +29,18 @@ WIDE_COLUMNS = 128  # that the widening warpgroup's registers hold of 64 rows
 def load_units(plan: PrefillPlan, inputs: Inputs, scratch: Scratch):
     """The loading warpgroup: records a unit ahead, queries, and tiles of K and V as slots become empty, from
     a unit's last to its first: see attend_unit."""
-    first = load_record(plan, inputs, scratch, jnp.int32(0))
+    first = load_record(plan, inputs, scratch, np.int32(0))
 
     def load(turn, carry):
         unit, position = carry
-        num_tiles = read(plan, scratch, turn).num_tiles
+        num_tiles = read(plan, scratch, turn, "tile_start", "tile_stop").num_tiles
         keys = inputs.k_pages, inputs.k_scale, scratch.k_codes or scratch.k
         values = inputs.v_pages, inputs.v_scale, scratch.v_codes or scratch.v
 
         def load_tile_of(of, index):
             pages, scale, ring = of
-            work = read(plan, scratch, turn)  # again: registers are few
+            # Again: registers are few.
+            work = read(plan, scratch, turn, "row", "kv_length", "tile_stop", "kv_head")
             load_tile(plan, inputs, pages, scale, ring, work, index, position + index)
 
         def load_both(index, _):
@@ -53,16 +55,16 @@ def load_units(plan: PrefillPlan, inputs: Inputs, scratch: Scratch):
         lax.fori_loop(1, num_tiles, load_both, None)
         return unit, position + num_tiles
 
-    turns, (_, position) = for_each_unit(scratch.records, load, (first, jnp.int32(0)))
+    turns, (_, position) = for_each_unit(scratch.records, load, (first, np.int32(0)))
     for ring in (scratch.k_codes or scratch.k, scratch.v_codes or scratch.v):
         drain(ring.empty, plan.config.stages, position)
     drain(scratch.records.empty, RECORDS, turns + 1)
     for turn, warpgroup in itertools.product(range(plan.query_buffers), range(plan.config.warpgroups)):
-        wait_for_buffer(plan, scratch, turns + turn, warpgroup)
+        wait_for_buffer(plan, scratch, turns + turn, buffer_of(plan, turns + turn, warpgroup))
 
 
-def read(plan: PrefillPlan, scratch: Scratch, turn) -> Work:
-    return scratch.records.read(opaque(turn), plan.num_kv_heads)
+def read(plan: PrefillPlan, scratch: Scratch, turn, *names: str) -> Work:
+    return scratch.records.read(opaque(turn), plan.num_kv_heads, *names)
 
 
 def load_record(plan: PrefillPlan, inputs: Inputs, scratch: Scratch, turn, before=None):
@@ -77,7 +79,7 @@ def load_record(plan: PrefillPlan, inputs: Inputs, scratch: Scratch, turn, befor
     else:
         draw(inputs.counter, records.units.at[pl.ds(slot, 1)], plan.num_programs, before)
     unit, size = records.units[slot], plan.record_size
-    item = jnp.minimum(div(unit, plan.num_kv_heads), plan.max_items)
+    item = lax.min(div(unit, plan.num_kv_heads), plan.max_items)
     source = inputs.items.at[pl.ds(pl.multiple_of(item * size, 4), size)]
     mode = plgpu.OOBFillMode.PROMISE_IN_BOUNDS  # not a tensor copy, so that records may lie close together
     plgpu.copy_gmem_to_smem(source, records.fields.at[slot], records.full.at[slot], oob_mode=mode)
@@ -86,34 +88,33 @@ def load_record(plan: PrefillPlan, inputs: Inputs, scratch: Scratch, turn, befor
 
 def load_queries(plan: PrefillPlan, inputs: Inputs, scratch: Scratch, turn):
     """Starts the copies of a tile's queries, every warpgroup's rows; rows of no head take the last head's."""
-    work, rows = read(plan, scratch, turn), plan.run * OCTET
+    work, rows = read(plan, scratch, turn, "token", "kv_head"), plan.run * OCTET
     for warpgroup in range(plan.config.warpgroups):
         buffer = buffer_of(plan, turn, warpgroup)
-        wait_for_buffer(plan, scratch, turn, warpgroup)
+        wait_for_buffer(plan, scratch, turn, buffer)
 
         def copy(octet, token, head, buffer=buffer):
             target = scratch.rows[0].at[buffer, pl.ds(octet * OCTET, rows)]
             source = inputs.query.at[pl.ds(token, rows), head]
             plgpu.copy_gmem_to_smem(source, target, scratch.query_full.at[buffer])
 
-        copies = []
+        first_head, copies = work.kv_head * plan.group, []
         for octet in range(0, WARPGROUP_ROWS // OCTET, plan.run):
             head, token = octet_at(plan, warpgroup, octet)
-            head = work.kv_head * plan.group + jnp.minimum(head, plan.group - 1)
-            token = jnp.maximum(work.token + token, 0)  # before the row any will do
+            head = first_head + min(head, plan.group - 1)
+            token = lax.max(work.token + token, 0)  # before the row any will do
             copies.append((octet, pl.multiple_of(token, OCTET), head))
         copy_by_warps(copy, copies)
 
 
-def wait_for_buffer(plan: PrefillPlan, scratch: Scratch, turn, warpgroup: int):
+def wait_for_buffer(plan: PrefillPlan, scratch: Scratch, turn, buffer):
     """Waits until the buffer of a warpgroup's queries of this turn is empty."""
-    buffer = buffer_of(plan, turn, warpgroup)
     pl.when(turn >= plan.query_buffers)(lambda: plgpu.barrier_wait(scratch.query_empty.at[buffer]))
 
 
 def load_tile(plan: PrefillPlan, inputs: Inputs, pages, scale, ring: Ring, work: Work, index, position):
     """Starts the copies of a tile's pages into its slot, when the slot's last users have left it."""
-    slot = lax.rem(position, jnp.int32(plan.config.stages))
+    slot = rem(position, plan.config.stages)
     pl.when(position >= plan.config.stages)(lambda: plgpu.barrier_wait(ring.empty.at[slot]))
     token, layer = (work.tile_stop - 1 - index) * plan.config.tile_kv, inputs.layer[0]
 
@@ -133,13 +134,13 @@ def find_page(plan: PrefillPlan, inputs: Inputs, work: Work, token, place, layer
     """Where the tokens of a tile's copy lie: in a page, or in the part of it that is in the tile; beyond the
     last page the last one is taken again."""
     column = div(token + place * plan.copy_rows, plan.page_size)
-    column = jnp.minimum(column, div(work.kv_length - 1, plan.page_size))
+    column = lax.min(column, div(work.kv_length - 1, plan.page_size))
     page = inputs.tables[work.row * plan.table_width + column]
     rows = pl.ds(0, plan.copy_rows)
     if plan.page_size > plan.copy_rows:
-        offset = lax.rem(token, jnp.int32(plan.page_size))
+        offset = rem(token, plan.page_size)
         rows = pl.ds(pl.multiple_of(offset, plan.copy_rows), plan.copy_rows)
-    return layer, jnp.clip(page, 0, plan.num_pages - 1), work.kv_head, rows
+    return layer, clip(page, 0, plan.num_pages - 1), work.kv_head, rows
 
 
 def widen_units(plan: PrefillPlan, scratch: Scratch):
@@ -149,7 +150,7 @@ def widen_units(plan: PrefillPlan, scratch: Scratch):
     k, v = (scratch.k_codes, scratch.k), (scratch.v_codes, scratch.v)
 
     def widen_unit(turn, position):
-        work = read(plan, scratch, turn)
+        work = read(plan, scratch, turn, "tile_start", "tile_stop", "first", "offset", "kv_length")
 
         def widen_tiles(index, _):
             widen_tile(plan, work, *k, index, position + index)
@@ -158,7 +159,7 @@ def widen_units(plan: PrefillPlan, scratch: Scratch):
         lax.fori_loop(0, work.num_tiles, widen_tiles, None)
         return position + work.num_tiles
 
-    _, position = for_each_unit(scratch.records, widen_unit, jnp.int32(0))
+    _, position = for_each_unit(scratch.records, widen_unit, np.int32(0))
     for ring in (scratch.k, scratch.v):
         drain(ring.empty, plan.slots, position)
 
@@ -166,13 +167,13 @@ def widen_units(plan: PrefillPlan, scratch: Scratch):
 def widen_tile(plan: PrefillPlan, work: Work, codes: Ring, wide: Ring, index, position):
     """One tile of K or V: what no query sees, NaN as it may be, becomes zero."""
     tile_kv = plan.config.tile_kv
-    source, slot = (lax.rem(position, jnp.int32(size)) for size in (plan.config.stages, plan.slots))
+    source, slot = (rem(position, size) for size in (plan.config.stages, plan.slots))
     plgpu.barrier_wait(codes.full.at[source])
     pl.when(position >= plan.slots)(lambda: plgpu.barrier_wait(wide.empty.at[slot]))
     first_key = (work.tile_stop - 1 - index) * tile_kv
     first, stop = visible_keys(plan, work)
     key = plgpu.broadcasted_iota(jnp.int32, (tile_kv,), 0, layout=plgpu.Layout.WGMMA.reduce(0)) + first_key
-    scale = jnp.where((key >= first) & (key < stop), load_columns(codes.scale.at[source]), 0.0)
+    scale = where((key >= first) & (key < stop), load_columns(codes.scale.at[source]), 0.0)
     wide.scale.at[slot][...] = scale
     widen(codes.smem.at[source], wide.smem.at[slot], math.gcd(plan.head_dim, WIDE_COLUMNS))
     if plan.page_dtype != jnp.int8:  # integers hold no NaN

@@ -16,11 +16,14 @@ from pallas_kernels.mosaic import (
     LOG2_E,
     broadcast_columns,
     broadcast_rows,
+    div,
     load_columns,
     load_rows,
     opaque,
     pl,
     plgpu,
+    rem,
+    where,
 )
 from pallas_kernels.mosaic_inline import fresh_iota
 from pallas_kernels.paged_attention.page_tiles import zero_invisible
@@ -41,19 +44,18 @@ class Unit(NamedTuple):
     turn: Any  # of the program
     stop: Any  # the position beyond the last tile's
 
-    @property
-    def work(self) -> Work:
-        return self.scratch.records.read(opaque(self.turn), self.plan.num_kv_heads)
+    def read(self, *names: str) -> Work:
+        return self.scratch.records.read(opaque(self.turn), self.plan.num_kv_heads, *names)
 
     @property
     def buffer(self) -> Any:
         return buffer_of(self.plan, self.turn, self.warpgroup)
 
     def slot(self, position):
-        return lax.rem(position, jnp.int32(self.plan.slots))
+        return rem(position, self.plan.slots)
 
     def first_key(self, position):
-        return (self.work.tile_start + (self.stop - 1 - position)) * self.plan.config.tile_kv
+        return (self.read("tile_start").tile_start + (self.stop - 1 - position)) * self.plan.config.tile_kv
 
     @property
     def steps(self) -> Steps:
@@ -64,7 +66,7 @@ class Unit(NamedTuple):
 
     def given(self, per_row):
         """The part of what is given for each row of a tile, or None."""
-        return None if per_row is None else per_row.at[self.work.kv_head, self.warpgroup]
+        return None if per_row is None else per_row.at[self.read("kv_head").kv_head, self.warpgroup]
 
     def release_last(self):
         """Releases the turn before: late enough not to wait for its results, early enough for the next
@@ -144,7 +146,7 @@ def attend_behind(unit: Unit, position, carry):
     before = maximum
     maximum, total, weights16 = attend_first(unit, position, (maximum, total, weights16))
     # Of the maximum alone: a tile's decay is what it raised it by.
-    decay = jnp.exp2(before - maximum)
+    decay = lax.exp2(before - maximum)
     return values * broadcast_rows(decay, unit.plan.head_dim), maximum, total, weights16
 
 
@@ -182,11 +184,11 @@ def weigh(unit: Unit, position, logits, maximum, masked: bool):
     before shrinks."""
     logits, scale, shift = bend(unit, position, logits)
     if masked:
-        logits = jnp.where(sees(unit, position, logits.shape), logits, -jnp.inf)
+        logits = where(sees(unit, position, logits.shape), logits, -jnp.inf)
     # The scale is applied where the maximum is subtracted: one fused multiply-add an element.
-    new_maximum = jnp.maximum(maximum, logits.max(axis=1) * scale - shift)
-    weights = jnp.exp2(logits * scale - broadcast_rows(new_maximum + shift, logits.shape[1]))
-    return weights, jnp.exp2(maximum - new_maximum), new_maximum
+    new_maximum = lax.max(maximum, logits.max(axis=1) * scale - shift)
+    weights = lax.exp2(logits * scale - broadcast_rows(new_maximum + shift, logits.shape[1]))
+    return weights, lax.exp2(maximum - new_maximum), new_maximum
 
 
 def multiply_values(unit: Unit, position, weights16, values, meanwhile=lambda: None):
@@ -224,7 +226,7 @@ def bend(unit: Unit, position, logits):
     spec = unit.plan.spec
     scale = spec.scale * LOG2_E
     if spec.logits_soft_cap is not None:
-        logits = jnp.tanh(logits * (spec.scale / spec.logits_soft_cap))
+        logits = lax.tanh(logits * (spec.scale / spec.logits_soft_cap))
         scale = spec.logits_soft_cap * LOG2_E
     if unit.inputs.slopes is None:
         return logits, scale, 0.0
@@ -247,13 +249,13 @@ def round_weights(unit: Unit, slot, weights):
 def place_of_rows(unit: Unit):
     """Each row's head of the group, and its token in the tile."""
     row = fresh_iota(WARPGROUP_ROWS, axis=0)
-    head, first_token = octet_at(unit.plan, opaque(unit.warpgroup), lax.div(row, jnp.int32(OCTET)))
-    return head, first_token + lax.rem(row, jnp.int32(OCTET))
+    head, first_token = octet_at(unit.plan, opaque(unit.warpgroup), div(row, OCTET))
+    return head, first_token + rem(row, OCTET)
 
 
 def positions(unit: Unit):
     """Where in its sequence each row's query stands."""
-    return unit.work.token + unit.work.offset + place_of_rows(unit)[1]
+    return unit.read("token").token + unit.read("offset").offset + place_of_rows(unit)[1]
 
 
 def sees(unit: Unit, position, shape):
@@ -261,7 +263,7 @@ def sees(unit: Unit, position, shape):
     # Counted from the tile's first key: what is compared with columns is then of rows.
     spec, query, first_key = unit.plan.spec, positions(unit), unit.first_key(position)
     key = broadcast_columns(fresh_iota(shape[1], axis=1), shape[0])
-    last = jnp.minimum(query if spec.is_causal else query + 2**29, unit.work.kv_length - 1)
+    last = lax.min(query if spec.is_causal else query + 2**29, unit.read("kv_length").kv_length - 1)
     visible = key <= broadcast_rows(last - first_key, shape[1])
     if spec.window_left is not None:
         visible &= key >= broadcast_rows(query - spec.window_left - first_key, shape[1])
@@ -274,7 +276,7 @@ def clean_values(unit: Unit, position):
     if plan.is_quantized:
         return  # done where codes were widened
     start, tile_kv = unit.first_key(position), plan.config.tile_kv
-    first, stop = visible_keys(plan, unit.work)
+    first, stop = visible_keys(plan, unit.read("first", "offset", "kv_length"))
 
     @pl.when((start < first) | (start + tile_kv > stop))
     def _():

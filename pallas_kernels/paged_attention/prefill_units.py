@@ -3,10 +3,11 @@
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels.flash_attention.tiles import KvTiles
-from pallas_kernels.mosaic import plgpu
+from pallas_kernels.mosaic import div, plgpu, rem
 from pallas_kernels.mosaic_inline import load_numbers, meet
 
 NO_WORK = -1  # the row of a record that is no item: behind it there are only such
@@ -59,10 +60,18 @@ class Records(NamedTuple):
             units=plgpu.SMEM((RECORDS,), jnp.int32),
         )
 
-    def read(self, turn, num_kv_heads: int) -> Work:
-        fields = load_numbers(self.fields.at[slot_of(turn)], range(FIELDS))
-        unit, heads = self.units[slot_of(turn)], jnp.int32(num_kv_heads)
-        return Work(*fields, item=lax.div(unit, heads), kv_head=lax.rem(unit, heads))
+    def read(self, turn, num_kv_heads: int, *names: str) -> Work:
+        """A unit's fields of these names; the others are None."""
+        slot = slot_of(turn)
+        known = dict.fromkeys(Work._fields)
+        of_item = [name for name in Work._fields[:FIELDS] if name in names]
+        if of_item:
+            places = [Work._fields.index(name) for name in of_item]
+            known |= zip(of_item, load_numbers(self.fields.at[slot], places), strict=True)
+        if "item" in names or "kv_head" in names:
+            unit = self.units[slot]
+            known |= {"item": div(unit, num_kv_heads), "kv_head": rem(unit, num_kv_heads)}
+        return Work(**known)
 
     def read_range(self, turn, index) -> KvTiles:
         """A range of tiles, counted from the unit's first."""
@@ -72,8 +81,9 @@ class Records(NamedTuple):
 
     def wait(self, turn):
         """Waits for a record, and returns its row."""
-        plgpu.barrier_wait(self.full.at[slot_of(turn)])
-        return self.fields[slot_of(turn), 0]
+        slot = slot_of(turn)
+        plgpu.barrier_wait(self.full.at[slot])
+        return self.fields[slot, 0]
 
     def release(self, turn) -> None:
         meet()  # all fields are read before a copy overwrites them
@@ -81,7 +91,7 @@ class Records(NamedTuple):
 
 
 def slot_of(turn):
-    return lax.rem(turn, jnp.int32(RECORDS))
+    return rem(turn, RECORDS)
 
 
 def for_each_unit(records: Records, visit, carry):
@@ -94,7 +104,7 @@ def for_each_unit(records: Records, visit, carry):
         records.release(turn)
         return turn + 1, records.wait(turn + 1), carry
 
-    zero = jnp.int32(0)
+    zero = np.int32(0)
     turns, _, carry = lax.while_loop(
         lambda state: state[1] != NO_WORK, step, (zero, records.wait(zero), carry)
     )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.flash_attention.tiles import KvTiles
-from pallas_kernels.mosaic import ceil_div, div
+from pallas_kernels.mosaic import ceil_div, clip, div, rem, where
 from pallas_kernels.paged_attention.prefill_config import MIN_SPLIT_TILES, OCTET, WARPGROUP_ROWS
 from pallas_kernels.paged_attention.prefill_plan import PrefillPlan
 from pallas_kernels.paged_attention.prefill_units import FIELDS, NO_WORK, Work
@@ -43,29 +43,37 @@ class Cuts(NamedTuple):
     weight: jax.Array  # heavy ones come first
 
 
-def plan_work(plan: PrefillPlan, query_start, kv_lengths) -> WorkList:
+def plan_work(plan: PrefillPlan, query_start, kv_lengths, items: jax.Array | None = None) -> WorkList:
     """Lists the query tiles of all rows but those that the decode kernel serves: long rows first, late tiles
     first.
+
+    items: their records, where they are known.
 
     Dense comparisons instead of a sort and searches: a few thousand of them are cheaper than the launches of
     their kernels. Later tiles of a causal row see more keys; rows stay together, for the L2 cache.
     """
     segments = _segments(plan, query_start, kv_lengths)
+    token = jnp.arange(plan.num_tokens)
+    is_own = (segments.start <= token[:, None]) & (token[:, None] < segments.stop)
+    segment = _last(is_own)
+    first_tile, num_tiles, num_splits, first_item = (field[segment] for field in segments[3:])
+    distance = token - first_tile
+    tile = num_tiles - 1 - div(distance, plan.tile_q)
+    return WorkList(
+        items=_list_items(plan, segments) if items is None else items,
+        first_item=first_item + tile * num_splits,
+        num_splits=where(num_tiles > 0, num_splits, 0),
+        place=rem(distance, plan.tile_q),
+    )
+
+
+def _list_items(plan: PrefillPlan, segments: Segments) -> jax.Array:
     num_items = segments.num_tiles * segments.num_splits
     item = jnp.arange(plan.max_items)[:, None]
     segment = _last((segments.first_item <= item) & (item < segments.first_item + num_items))
     own = Segments(*(field[segment] for field in segments))
     records = jnp.stack(item_records(plan, segment, own, item[:, 0]), axis=-1)
-    token = jnp.arange(plan.num_tokens)[:, None]
-    own = Segments(*(field[_last((segments.start <= token) & (token < segments.stop))] for field in segments))
-    distance = token[:, 0] - own.first_tile
-    tile = own.num_tiles - 1 - div(distance, plan.tile_q)
-    return WorkList(
-        items=jnp.pad(records, ((0, 1), (0, 0)), constant_values=NO_WORK),
-        first_item=own.first_item + tile * own.num_splits,
-        num_splits=jnp.where(own.num_tiles > 0, own.num_splits, 0),
-        place=lax.rem(distance, jnp.int32(plan.tile_q)),
-    )
+    return jnp.pad(records, ((0, 1), (0, 0)), constant_values=NO_WORK)
 
 
 def _last(mask: jax.Array) -> jax.Array:
@@ -89,16 +97,16 @@ def _segments(plan: PrefillPlan, query_start, kv_lengths) -> Segments:
 
 def cut_segments(plan: PrefillPlan, start, stop, kv_length, is_row) -> Cuts:
     """How segments are cut; those without work have no tiles."""
-    is_work = stop - start >= (jnp.where(is_row, 2, 1) if plan.spec.is_causal else 1)
-    kv_length = jnp.minimum(kv_length, plan.capacity)
+    is_work = stop - start >= (where(is_row, lax.full_like(start, 2), 1) if plan.spec.is_causal else 1)
+    kv_length = lax.min(kv_length, plan.capacity)
     first_tile = div(start, OCTET) * OCTET
-    num_tiles = jnp.where(is_work, ceil_div(stop - first_tile, plan.tile_q), 0)
+    num_tiles = where(is_work, ceil_div(stop - first_tile, plan.tile_q), 0)
     if plan.has_spare_rows:
-        spare = jnp.maximum(num_tiles * plan.tile_q - (stop - first_tile), 0)
+        spare = lax.max(num_tiles * plan.tile_q - (stop - first_tile), 0)
         first_tile -= div(spare, plan.run * OCTET) * (plan.run * OCTET)
     kv_tiles = ceil_div(kv_length, plan.config.tile_kv)
-    num_splits = jnp.clip(ceil_div(kv_tiles, MIN_SPLIT_TILES), 1, plan.config.splits)
-    return Cuts(first_tile, num_tiles, num_splits, weight=jnp.where(is_work, kv_length, -1))
+    num_splits = clip(ceil_div(kv_tiles, MIN_SPLIT_TILES), 1, plan.config.splits)
+    return Cuts(first_tile, num_tiles, num_splits, weight=where(is_work, kv_length, -1))
 
 
 def comes_before(weight, order, other_weight, other_order):
@@ -108,30 +116,30 @@ def comes_before(weight, order, other_weight, other_order):
 
 def item_records(plan: PrefillPlan, segment, own: Segments, item) -> list[jax.Array]:
     """The numbers of items' records, of each a vector, given their segments; -1: no item."""
-    index = jnp.maximum(item - own.first_item, 0)
+    index = lax.max(item - own.first_item, 0)
     tile = own.num_tiles - 1 - lax.div(index, own.num_splits)
     items = _cut(plan, segment, own, own.first_tile + tile * plan.tile_q, lax.rem(index, own.num_splits))
     ranges = [_visible_tiles(plan, items, index) for index in range(plan.num_ranges)]
     counts = [tile - items.tile_start for tiles in ranges for tile in tiles]
-    row = jnp.where(segment < 0, NO_WORK, items.row)
+    row = where(segment < 0, NO_WORK, items.row)
     padding = [row] * (plan.record_size - FIELDS - len(counts))
     return [row, *items[1:FIELDS], *counts, *padding]
 
 
 def _cut(plan: PrefillPlan, segment, own: Segments, token, split) -> Work:
     """The items of these tiles: which KV tiles their visible keys, or one split's part of them, take."""
-    kv_length = jnp.minimum(own.kv_length, plan.capacity)
-    first, stop = jnp.maximum(own.start, token), jnp.minimum(own.stop, token + plan.tile_q)
+    kv_length = lax.min(own.kv_length, plan.capacity)
+    first, stop = lax.max(own.start, token), lax.min(own.stop, token + plan.tile_q)
     offset, tile_kv = kv_length - own.stop, plan.config.tile_kv
-    end = jnp.clip(stop + offset, 0, kv_length) if plan.spec.is_causal else kv_length
+    end = clip(stop + offset, 0, kv_length) if plan.spec.is_causal else kv_length
     begin = jnp.zeros_like(end)
     if plan.spec.window_left is not None:
-        begin = div(jnp.maximum(first + offset - plan.spec.window_left, 0), tile_kv)
-    end = jnp.maximum(ceil_div(end, tile_kv), begin)
+        begin = div(lax.max(first + offset - plan.spec.window_left, 0), tile_kv)
+    end = lax.max(ceil_div(end, tile_kv), begin)
     size = lax.div(end - begin + own.num_splits - 1, own.num_splits)
-    begin = jnp.minimum(begin + split * size, end)
-    row = jnp.clip(segment - 1, 0, plan.num_rows - 1)
-    tile_stop = jnp.minimum(begin + size, end)
+    begin = lax.min(begin + split * size, end)
+    row = clip(segment - 1, 0, plan.num_rows - 1)
+    tile_stop = lax.min(begin + size, end)
     return Work(row, token, first, stop, offset, kv_length, begin, tile_stop, item=None, kv_head=None)
 
 
@@ -140,24 +148,24 @@ def _visible_tiles(plan: PrefillPlan, work: Work, warpgroup: int) -> KvTiles:
     first, stop, tile_kv = work.first, work.stop, plan.config.tile_kv
     if plan.has_own_ranges:
         token = work.token + warpgroup * WARPGROUP_ROWS
-        first, stop = jnp.maximum(first, token), jnp.minimum(stop, token + WARPGROUP_ROWS)
+        first, stop = lax.max(first, token), lax.min(stop, token + WARPGROUP_ROWS)
     last_position = stop - 1 + work.offset
     end = full_end = work.kv_length
     if plan.spec.is_causal:
-        end = jnp.maximum(last_position + 1, 0)
-        full_end = jnp.maximum(first + work.offset + 1, 0)
+        end = lax.max(last_position + 1, 0)
+        full_end = lax.max(first + work.offset + 1, 0)
     start = full_start = jnp.zeros_like(work.tile_start)
     if plan.spec.window_left is not None:
-        start = div(jnp.maximum(first + work.offset - plan.spec.window_left, 0), tile_kv)
-        full_start = ceil_div(jnp.maximum(last_position - plan.spec.window_left, 0), tile_kv)
-    end = jnp.where(first < stop, ceil_div(end, tile_kv), 0)
+        start = div(lax.max(first + work.offset - plan.spec.window_left, 0), tile_kv)
+        full_start = ceil_div(lax.max(last_position - plan.spec.window_left, 0), tile_kv)
+    end = where(first < stop, ceil_div(end, tile_kv), 0)
     everything = KvTiles(work.tile_start, work.tile_start, work.tile_stop, work.tile_stop)
     return KvTiles(start, full_start, div(full_end, tile_kv), end).clamp(everything)
 
 
 def visible_keys(plan: PrefillPlan, work: Work):
     """The keys [first, stop) outside of which no query of a unit sees any."""
-    first = jnp.int32(0)
+    first = 0
     if plan.spec.window_left is not None:
         first = work.first + work.offset - plan.spec.window_left
     return first, work.kv_length

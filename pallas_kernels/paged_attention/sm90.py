@@ -85,9 +85,8 @@ def _launch_prefill(plan: PrefillPlan, inputs: PagedInputs) -> tuple[WorkList, O
     padding = plan.num_tokens - inputs.query.shape[0]
     inputs = inputs._replace(query=jnp.pad(inputs.query, ((0, padding), (0, 0), (0, 0))))
     assert inputs.query_start is not None
-    work = plan_work(plan, inputs.query_start, inputs.kv_lengths)
-    if plan.num_rows <= MAX_ROWS:
-        work = work._replace(items=list_items(plan, inputs.query_start, inputs.kv_lengths))
+    rows = inputs.query_start, inputs.kv_lengths
+    work = plan_work(plan, *rows, items=list_items(plan, *rows) if plan.num_rows <= MAX_ROWS else None)
     return work, prefill_sm90.launch(plan, inputs, work)
 
 

@@ -1,12 +1,14 @@
 """Units of paged decode: how the rows of a batch are cut, and which program takes which piece."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from pallas_kernels.mosaic import ceil_div, div, pl, plgpu
+from pallas_kernels.mosaic import ceil_div, div, pl, plgpu, rem, where
 from pallas_kernels.mosaic_inline import draw, load_numbers
 from pallas_kernels.paged_attention.config import ROW_BLOCK
 from pallas_kernels.paged_attention.decode_plan import BUFFERS, Plan, Scratch, Tickets
@@ -58,7 +60,7 @@ def for_each_unit(plan: Plan, schedule: Schedule, visit, carry, begin=lambda uni
     Splits without a visible token are not in the list. A row that cannot be cut always is, however short,
     unless it is not ours: nobody else would write its zeros.
     """
-    zero = jnp.int32(0)
+    zero: Any = np.int32(0)
     start = _seek(plan, schedule, Cursor(zero, zero, zero), lax.axis_index("program"))
 
     def step(state):
@@ -73,7 +75,7 @@ def for_each_unit(plan: Plan, schedule: Schedule, visit, carry, begin=lambda uni
     units, _, _, carry = lax.while_loop(lambda state: state[1].row < plan.num_rows, step, state)
     if schedule.counter is not None:
         assert schedule.tickets is not None
-        drain(schedule.tickets.empty, BUFFERS, jnp.maximum(units - 1, 0))
+        drain(schedule.tickets.empty, BUFFERS, lax.max(units - 1, 0))
     return carry
 
 
@@ -89,7 +91,7 @@ def _next_index(plan: Plan, schedule: Schedule, index, units):
 def _drawn(plan: Plan, schedule: Schedule, tickets: Tickets, index, number):
     """What is drawn after `number` others. One warpgroup draws it, the others read what it drew."""
     indices, full, empty = tickets
-    slot = lax.rem(number, jnp.int32(BUFFERS))
+    slot = rem(number, BUFFERS)
     if schedule.counter is None:
         plgpu.barrier_wait(full.at[slot])
         drawn = indices[slot]
@@ -111,15 +113,15 @@ def drain(barriers, size: int, total):
     """Waits for the last arrivals, so that none is pending when the program ends."""
 
     def wait(index, _):
-        plgpu.barrier_wait(barriers.at[lax.rem(index, jnp.int32(size))])
+        plgpu.barrier_wait(barriers.at[rem(index, size)])
 
-    lax.fori_loop(jnp.maximum(total - size, 0), total, wait, None)
+    lax.fori_loop(lax.max(total - size, 0), total, wait, None)
 
 
 def _seek(plan: Plan, schedule: Schedule, cursor: Cursor, index) -> Cursor:
     """The cursor of unit `index`, which does not come before the cursor's."""
     if not plan.has_uneven_rows:
-        row = jnp.minimum(div(index, plan.num_kv_heads), plan.num_rows)
+        row = lax.min(div(index, plan.num_kv_heads), plan.num_rows)
         return Cursor(index, row, row * plan.num_kv_heads)
 
     def must_go_on(state):
@@ -128,21 +130,31 @@ def _seek(plan: Plan, schedule: Schedule, cursor: Cursor, index) -> Cursor:
 
     def skip_rows(state):
         cursor, _ = state
-        skipped, first = jnp.int32(0), cursor.first
-        known = schedule.lengths if schedule.counts is None else schedule.counts
-        counts = load_numbers(known, [cursor.row + offset for offset in range(ROW_BLOCK)])
+        rows = [cursor.row + offset for offset in range(ROW_BLOCK)]
         if schedule.counts is None:
-            counts = [_count_units(plan, length) for length in counts]
-        behind = cursor.first
-        for offset in range(ROW_BLOCK):
-            behind += counts[offset]
-            is_skipped = (behind <= index) & (cursor.row + offset < plan.num_rows)
-            skipped += is_skipped.astype(jnp.int32)
-            first = jnp.where(is_skipped, behind, first)
-        return Cursor(index, cursor.row + skipped, first), skipped
+            counts = [_count_units(plan, length) for length in load_numbers(schedule.lengths, rows)]
+        else:
+            counts = load_numbers(schedule.counts, rows)
+        return _skip_rows(plan.num_rows, cursor._replace(index=index), rows, counts)
 
-    cursor, _ = lax.while_loop(must_go_on, skip_rows, (cursor._replace(index=index), jnp.int32(ROW_BLOCK)))
+    cursor, _ = lax.while_loop(must_go_on, skip_rows, (cursor._replace(index=index), np.int32(ROW_BLOCK)))
     return cursor
+
+
+# Two functions of their own, each traced once for the six places in a kernel that look for units.
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _skip_rows(num_rows: int, cursor: Cursor, rows: list[jax.Array], counts: list[jax.Array]):
+    """The cursor behind those of these rows, of so many units each, whose units all come before it; and how
+    many rows these are."""
+    skipped, behind, first = np.int32(0), cursor.first, cursor.first
+    for row, count in zip(rows, counts, strict=True):
+        behind += count
+        is_skipped = (behind <= cursor.index) & (row < num_rows)
+        skipped += is_skipped.astype(jnp.int32)
+        first = where(is_skipped, behind, first)
+    return Cursor(cursor.index, cursor.row + skipped, first), skipped
 
 
 def split_range(plan: Plan, length):
@@ -152,14 +164,14 @@ def split_range(plan: Plan, length):
 
 def _first_visible(plan: Plan, length):
     if plan.spec.window_left is None:
-        return jnp.int32(0)
-    return jnp.maximum(length - 1 - plan.spec.window_left, 0)
+        return 0
+    return lax.max(length - 1 - plan.spec.window_left, 0)
 
 
 def _count_units(plan: Plan, length):
     if plan.num_splits == 1:
         return (length >= 0).astype(jnp.int32) * plan.num_kv_heads
-    first, stop = split_range(plan, jnp.minimum(length, plan.capacity))
+    first, stop = split_range(plan, lax.min(length, plan.capacity))
     return (stop - first) * plan.num_kv_heads
 
 
@@ -177,15 +189,21 @@ def count_units(plan: Plan, scratch: Scratch):
 
 def _unit_at(plan: Plan, schedule: Schedule, cursor: Cursor) -> Unit:
     """The cursor's unit; one without tiles if it stands beyond the last."""
-    row = jnp.minimum(cursor.row, plan.num_rows)
-    length = jnp.minimum(schedule.lengths[row], plan.capacity)
+    row = lax.min(cursor.row, plan.num_rows)
+    length = lax.min(schedule.lengths[row], plan.capacity)
     token = row if schedule.starts is None else schedule.starts[row]
+    return _unit_of(plan, cursor, token, length)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _unit_of(plan: Plan, cursor: Cursor, token: jax.Array, length: jax.Array) -> Unit:
     offset = cursor.index - cursor.first
-    head = lax.rem(offset, jnp.int32(plan.num_kv_heads))
-    split = div(offset, plan.num_kv_heads) + split_range(plan, length)[0]
-    first_visible = jnp.maximum(split * plan.config.split, _first_visible(plan, length))
-    end = jnp.minimum(length, (split + 1) * plan.config.split)
+    head = rem(offset, plan.num_kv_heads)
+    first_visible = _first_visible(plan, length)
+    split = div(offset, plan.num_kv_heads) + div(first_visible, plan.config.split)
+    first_visible = lax.max(split * plan.config.split, first_visible)
+    end = lax.min(length, (split + 1) * plan.config.split)
     start = div(first_visible, plan.config.tile) * plan.config.tile
-    num_tiles = ceil_div(jnp.maximum(end - start, 0), plan.config.tile)
-    num_tiles = jnp.where(cursor.row < plan.num_rows, num_tiles, 0)
+    num_tiles = ceil_div(lax.max(end - start, 0), plan.config.tile)
+    num_tiles = where(cursor.row < plan.num_rows, num_tiles, 0)
     return Unit(cursor.row, token, split, head, length, start, first_visible, end, num_tiles)

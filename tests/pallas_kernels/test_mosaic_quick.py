@@ -26,11 +26,16 @@ def answers_of_both(name, quick, answers):
 
     def answer(question):
         found = quick(question)
-        assert found == mosaic_quick.BY_JAX[name](question), (name, question)
+        assert in_any_order(found) == in_any_order(mosaic_quick.BY_JAX[name](question)), (name, question)
         answers.append((name, str(found)))
         return found
 
     return answer
+
+
+def in_any_order(answer):
+    """Of which variables are equal any order will do, if it is always the same."""
+    return {k: set(v) for k, v in answer.items()} if isinstance(answer, dict) else answer
 
 
 def test_quick_answers_are_those_of_jax(monkeypatch):
@@ -39,12 +44,11 @@ def test_quick_answers_are_those_of_jax(monkeypatch):
     monkeypatch.setattr(mosaic_quick, "QUICK", compared)
     assert "mosaic_gpu" in lower_decode()
     assert {name for name, _ in answers} == mosaic_quick.BY_JAX.keys()
-    assert len({found for name, found in answers if name == "__str__"}) > 10
     monkeypatch.undo()
     mosaic_quick.use_quick_answers()
 
 
-@pytest.mark.parametrize("name", ["SITE", "PATTERN", "LAYOUT", "TRANSFER", "INFER_ARCH"])
+@pytest.mark.parametrize("name", ["EQUALS", "VARIABLE", "LAYOUT", "TRANSFER", "INFER_ARCH"])
 def test_a_jax_with_other_names_is_left_alone(monkeypatch, name):
     for owner, replaced, _ in mosaic_quick.QUICK:
         monkeypatch.setattr(owner, replaced, mosaic_quick.BY_JAX[replaced])
