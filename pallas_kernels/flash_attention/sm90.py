@@ -143,6 +143,7 @@ def _config(inputs: AttentionInputs, spec: AttentionSpec, head_dim: int, value_d
     masks = features & {"block_mask", "lengths", "segments", "window"}
     has_bias_rows = inputs.bias is not None and inputs.bias.shape[2] > 1
     left, right = spec.reach
+    fits_once = lambda rows: batch * num_heads * math.ceil(num_queries / rows) <= num_multiprocessors()
     call = Call(
         num_queries,
         num_keys,
@@ -151,7 +152,8 @@ def _config(inputs: AttentionInputs, spec: AttentionSpec, head_dim: int, value_d
         busy=busy,
         hashes="dropout" in features,
         has_lengths="lengths" in features,
-        few=batch * num_heads * math.ceil(num_queries / 64) <= num_multiprocessors(),
+        few=fits_once(64),
+        one_wave=fits_once(128),
         all_visible=not (spec.is_causal or num_keys % 64 or masks),
         starts_light=left is None and right is not None and not masks - {"window"},
     )

@@ -331,10 +331,11 @@ def feature_cases(h, names=None, t=1024, n=4, batch=2):
 
 
 LENGTHS = (jax.ShapeDtypeStruct((2,), jnp.int32),) * 2
+MANY = 64  # batch rows: more thread blocks than multiprocessors, which other calls here do not have
 COMPILE = (
     {
         f"flash_attention:forward H={h} {'causal' if causal else 'full'}": forward_case(
-            shapes(h=h), is_causal=causal
+            shapes(h=h, batch=MANY), is_causal=causal
         )
         for h in (64, 128, 256)
         for causal in (False, True)
@@ -372,7 +373,7 @@ COMPILE = (
             shapes(), is_causal=True, local_window_size=(256, None)
         ),
         "flash_attention:backward soft cap": backward_case(
-            shapes(h=64), is_causal=True, logits_soft_cap=30.0
+            shapes(h=64, batch=MANY), is_causal=True, logits_soft_cap=30.0
         ),
         "flash_attention:backward lengths, odd": unbounded(
             backward_case(

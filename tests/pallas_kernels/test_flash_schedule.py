@@ -10,7 +10,8 @@ import pytest
 from pallas_kernels import FlashConfig
 from pallas_kernels.flash_attention.extras import Footprint, prepare
 from pallas_kernels.flash_attention.forward_plan import ITEM_COST, ForwardPlan
-from pallas_kernels.flash_attention.spec import AttentionInputs
+from pallas_kernels.flash_attention.sm90 import forward_plan_of
+from pallas_kernels.flash_attention.spec import AttentionInputs, AttentionSpec
 from pallas_kernels.flash_attention.tiles import Schedule, TileOrder, kv_tiles
 
 PLAN = ForwardPlan(
@@ -30,6 +31,15 @@ PLAN = ForwardPlan(
     has_kv_lengths=False,
     config=FlashConfig(),
 )
+
+
+@pytest.mark.parametrize(("heads", "warpgroups"), [(8, 1), (16, 2), (128, 3)])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_blocks_grow_when_the_gpu_is_full(heads, warpgroups, head_dim):
+    array = jax.ShapeDtypeStruct((1, 1024, heads, head_dim), jnp.bfloat16)
+    spec = AttentionSpec(scale=1.0, is_causal=True)
+    plan = forward_plan_of(AttentionInputs(*(array,) * 3), spec)
+    assert plan.config.warpgroups == warpgroups
 
 
 ORDERS = [
