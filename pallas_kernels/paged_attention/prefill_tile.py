@@ -49,7 +49,9 @@ class Unit(NamedTuple):
 
     @property
     def buffer(self) -> Any:
-        return buffer_of(self.plan, self.turn, self.warpgroup)
+        # Where a tile's first matmul waits for nothing else, it had better be known.
+        turn = self.turn if self.plan.config.overlap else opaque(self.turn)
+        return buffer_of(self.plan, turn, self.warpgroup)
 
     def slot(self, position):
         return rem(position, self.plan.slots)
