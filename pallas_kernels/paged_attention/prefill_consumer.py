@@ -128,7 +128,7 @@ def store_unit(unit: Unit, carry, outputs: Outputs):
         maximum, total = highest, total * norm + lax.exp2(sinks - highest)
     live = total > 0
     lse = where(live, (maximum + jnp.log2(total)) * (1 / LOG2_E), -jnp.inf)
-    place = unit.read("item").item, unit.read("kv_head").kv_head, opaque(unit.warpgroup)
+    place = unit.field("item"), unit.field("kv_head"), opaque(unit.warpgroup)
     values *= broadcast_rows(where(live, norm / total, 0.0), plan.head_dim)
     if plan.has_parts:
         outputs.lse[place] = lse

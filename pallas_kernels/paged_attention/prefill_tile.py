@@ -47,6 +47,9 @@ class Unit(NamedTuple):
     def read(self, *names: str) -> Work:
         return self.scratch.records.read(opaque(self.turn), self.plan.num_kv_heads, *names)
 
+    def field(self, name: str) -> Any:
+        return getattr(self.read(name), name)
+
     @property
     def buffer(self) -> Any:
         # Where a tile's first matmul waits for nothing else, it had better be known.
@@ -57,7 +60,7 @@ class Unit(NamedTuple):
         return rem(position, self.plan.slots)
 
     def first_key(self, position):
-        return (self.read("tile_start").tile_start + (self.stop - 1 - position)) * self.plan.config.tile_kv
+        return (self.field("tile_start") + (self.stop - 1 - position)) * self.plan.config.tile_kv
 
     @property
     def steps(self) -> Steps:
@@ -68,7 +71,7 @@ class Unit(NamedTuple):
 
     def given(self, per_row):
         """The part of what is given for each row of a tile, or None."""
-        return None if per_row is None else per_row.at[self.read("kv_head").kv_head, self.warpgroup]
+        return None if per_row is None else per_row.at[self.field("kv_head"), self.warpgroup]
 
     def release_last(self):
         """Releases the turn before: late enough not to wait for its results, early enough for the next
@@ -257,7 +260,7 @@ def place_of_rows(unit: Unit):
 
 def positions(unit: Unit):
     """Where in its sequence each row's query stands."""
-    return unit.read("token").token + unit.read("offset").offset + place_of_rows(unit)[1]
+    return unit.field("token") + unit.field("offset") + place_of_rows(unit)[1]
 
 
 def sees(unit: Unit, position, shape):
@@ -265,7 +268,7 @@ def sees(unit: Unit, position, shape):
     # Counted from the tile's first key: what is compared with columns is then of rows.
     spec, query, first_key = unit.plan.spec, positions(unit), unit.first_key(position)
     key = broadcast_columns(fresh_iota(shape[1], axis=1), shape[0])
-    last = lax.min(query if spec.is_causal else query + 2**29, unit.read("kv_length").kv_length - 1)
+    last = lax.min(query if spec.is_causal else query + 2**29, unit.field("kv_length") - 1)
     visible = key <= broadcast_rows(last - first_key, shape[1])
     if spec.window_left is not None:
         visible &= key >= broadcast_rows(query - spec.window_left - first_key, shape[1])
