@@ -157,7 +157,8 @@ class Call(NamedTuple):
     @property
     def leaves_rows_empty(self) -> bool:
         """Whether blocks of three warpgroups, of 192 rows, would not be worth what they leave empty: of the
-        last block, or of the GPU (H = 128, causal, T = 1,024, 16 heads: 96 of three 21 us, 128 of two 17).
+        last block, or of the GPU (H = 128, causal, T = 1,024, 16 heads: 96 of three 21 us, 128 of two 17 in
+        an earlier run, of the first kernels).
         """
         shortest = SHORT // 4 if self.starts_light else SHORT
         return self.has_lengths or self.one_wave or self.is_short(shortest)
