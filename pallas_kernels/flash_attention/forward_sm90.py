@@ -25,12 +25,12 @@ from pallas_kernels.flash_attention.forward_tile import (
     Steps,
     Tile,
     Turn,
-    add_sink,
     attend_ahead,
     attend_behind,
     attend_first,
     attend_last,
     attend_tile,
+    finish_rows,
     skip_tile,
 )
 from pallas_kernels.flash_attention.items import Items, Tickets
@@ -38,8 +38,6 @@ from pallas_kernels.flash_attention.operands import Operand
 from pallas_kernels.flash_attention.spec import AttentionInputs
 from pallas_kernels.flash_attention.tiles import KvTiles, kv_tiles
 from pallas_kernels.mosaic import (
-    LOG2_E,
-    broadcast_rows,
     call_in_place,
     div,
     make_kernel,
@@ -48,7 +46,6 @@ from pallas_kernels.mosaic import (
     register_zeros,
     rem,
     row_full,
-    row_iota,
     specialize,
     swizzled_smem,
     where,
@@ -387,17 +384,3 @@ def _once(plan: ForwardPlan, steps: Steps, step, attend, carry):
             steps.start < steps.stop, lambda carry: attend(step, carry), lambda carry: carry, carry
         )
     return lax.fori_loop(where(steps.start < steps.stop, step, step + 1), step + 1, attend, carry)
-
-
-def finish_rows(plan: ForwardPlan, rows: Rows, acc, softmax: Softmax, out_smem, lse_smem):
-    """Divides by the sum of the weights; rows that saw nothing give 0 and -inf."""
-    if rows.extras.sinks is not None:
-        acc, softmax = add_sink(rows.extras.sinks[rows.head] * LOG2_E, acc, softmax)
-    live = softmax.sum > 0
-    if plan.has_q_lengths:
-        live = live & (rows.first_row + row_iota(plan.config.tile_q) < rows.q_length)
-    norm = where(live, 1 / ((1 - plan.dropout_rate) * softmax.sum), 0.0)
-    result = where(broadcast_rows(live, plan.value_dim), acc * broadcast_rows(norm, plan.value_dim), 0.0)
-    # Selected before it is rounded: pairs of 16 bits would be taken apart.
-    out_smem[...] = lax.optimization_barrier(result).astype(plan.dtype)
-    lse_smem[...] = where(live, (softmax.max + lax.log2(softmax.sum)) * (1 / LOG2_E), -jnp.inf)

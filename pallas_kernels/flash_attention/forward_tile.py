@@ -1,4 +1,5 @@
-"""What the forward kernel does with one KV tile: a compute warpgroup's stages, from Q K^T to P V.
+"""What the forward kernel does with one KV tile, a compute warpgroup's stages from Q K^T to P V, and with the
+result of all.
 
 The logits are multiplied, bent and masked (modify_logits), turned into weights under a running maximum
 (softmax_update) and multiplied with the values (FlashAttention-2, algorithm 1).
@@ -14,7 +15,7 @@ from jax import lax
 from pallas_kernels.flash_attention.extras import Extras
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.scores import TilePlace, bend, hide, survivors
-from pallas_kernels.mosaic import broadcast_rows, pl, plgpu, rem, swizzled_smem, where
+from pallas_kernels.mosaic import LOG2_E, broadcast_rows, pl, plgpu, rem, row_iota, swizzled_smem, where
 
 FLOOR = -1e30  # the running maximum before a key was seen: finite, so that no difference is NaN
 
@@ -315,6 +316,20 @@ def add_sink(sink, acc, softmax: Softmax):
     return acc * broadcast_rows(decay, acc.shape[1]), Softmax(
         new_max, softmax.sum * decay + lax.exp2(sink - new_max)
     )
+
+
+def finish_rows(plan: AttentionPlan, rows: Rows, acc, softmax: Softmax, out_smem, lse_smem):
+    """Divides by the sum of the weights; rows that saw nothing give 0 and -inf."""
+    if rows.extras.sinks is not None:
+        acc, softmax = add_sink(rows.extras.sinks[rows.head] * LOG2_E, acc, softmax)
+    live = softmax.sum > 0
+    if plan.has_q_lengths:
+        live = live & (rows.first_row + row_iota(plan.config.tile_q) < rows.q_length)
+    norm = where(live, 1 / ((1 - plan.dropout_rate) * softmax.sum), 0.0)
+    result = where(broadcast_rows(live, plan.value_dim), acc * broadcast_rows(norm, plan.value_dim), 0.0)
+    # Selected before it is rounded: pairs of 16 bits would be taken apart.
+    out_smem[...] = lax.optimization_barrier(result).astype(plan.dtype)
+    lse_smem[...] = where(live, (softmax.max + lax.log2(softmax.sum)) * (1 / LOG2_E), -jnp.inf)
 
 
 def multiply_values(tile: Tile, slot, weights16, acc):

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxattn.block_mask import BlockMask
 from pallas_kernels import FlashConfig, flash_attention
-from pallas_kernels.flash_attention.config import Call, FusedConfig, GradientConfig, default_config
+from pallas_kernels.flash_attention.config import Call, GradientConfig, default_config
 from tests.pallas_kernels.interpreter import interpreted
 from tests.pallas_kernels.tables import CompileCase
 
@@ -21,12 +21,6 @@ SPILLS = {(128, "block mask"): PERSISTENT_SPILLS, (256, "dropout"): 36, (256, "b
 AHEAD = FlashConfig(tile_q=64, tile_kv=64, stages=2, overlap=True, ping_pong=False)
 SMALL = FlashConfig(tile_q=64, tile_kv=64, stages=2, q_stages=2)
 IN_BLOCKS = default_config(128, Call(crowded=True, in_blocks=True, busy=1))  # serves all calls
-
-
-def fused_config(head_dim: int, config: FlashConfig | None = None) -> FlashConfig:
-    """A config whose backward is the fused kernel."""
-    fused = FusedConfig(tile_q=128 if head_dim <= 64 else 64)
-    return dataclasses.replace(config or default_config(head_dim), fused=fused)
 
 
 def random_inputs(shapes, dtype, seed=0):
@@ -346,13 +340,6 @@ COMPILE = (
         )
         for h in (64, 128, 256)
         for causal in (False, True)
-    }
-    | {
-        f"flash_attention:backward fused H={h} {name}": unbounded(
-            backward_case(shapes(h=h, k=k), config=fused_config(h), is_causal=causal)
-        )
-        for h in (64, 128, 256)
-        for name, k, causal in (("full", 4, False), ("causal, grouped heads", 1, True))
     }
     | {
         "flash_attention:forward H=96": forward_case(shapes(h=96), is_causal=True),

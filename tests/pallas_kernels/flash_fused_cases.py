@@ -1,4 +1,6 @@
-"""Rows of tables.py for flash_attention's fused backward kernel; those compiled hold that kernel alone."""
+"""Rows of tables.py for flash_attention's fused backward kernel; of those compiled some are whole calls, the
+others hold that kernel alone.
+"""
 
 import dataclasses
 import functools
@@ -8,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.flash_attention import backward_fused_sm90, sm90
-from pallas_kernels.flash_attention.config import FusedConfig
+from pallas_kernels.flash_attention.config import FlashConfig, FusedConfig, default_config
 from pallas_kernels.flash_attention.spec import AttentionInputs, AttentionSpec
 from tests.pallas_kernels.flash_cases import (
     BACKWARD_CASES,
@@ -17,14 +19,21 @@ from tests.pallas_kernels.flash_cases import (
     PERSISTENT_SPILLS,
     SLOPES,
     SMALL,
+    backward_case,
     bias_of,
     block_mask,
     check_backward,
-    fused_config,
     packed,
     shapes,
+    unbounded,
 )
 from tests.pallas_kernels.tables import CompileCase
+
+
+def fused_config(head_dim: int, config: FlashConfig | None = None) -> FlashConfig:
+    """A config whose backward is the fused kernel."""
+    fused = FusedConfig(tile_q=128 if head_dim <= 64 else 64)
+    return dataclasses.replace(config or default_config(head_dim), fused=fused)
 
 
 def fused_feature_cases(t=1024, n=4, batch=2):
@@ -147,4 +156,10 @@ INTERPRET = {
     f"flash_attention:backward {name}": functools.partial(check_backward, **case)
     for name, case in CASES.items()
 }
-COMPILE = fused_feature_cases()
+COMPILE = {
+    f"flash_attention:backward fused H={h} {name}": unbounded(
+        backward_case(shapes(h=h, k=k), config=fused_config(h), is_causal=causal)
+    )
+    for h in (64, 128, 256)
+    for name, k, causal in (("full", 4, False), ("causal, grouped heads", 1, True))
+} | fused_feature_cases()

@@ -16,7 +16,8 @@ import tests.pallas_kernels.tolerance as tolerance
 from jaxattn.block_mask import BlockMask
 from pallas_kernels import flash_attention
 from pallas_kernels.flash_attention.block_tiles import BlockTiles
-from tests.pallas_kernels.flash_cases import IN_BLOCKS, fused_config, poison_padding, random_inputs
+from tests.pallas_kernels.flash_cases import IN_BLOCKS, poison_padding, random_inputs
+from tests.pallas_kernels.flash_fused_cases import fused_config
 from tests.pallas_kernels.interpreter import interpreted
 from tests.pallas_kernels.tables import CompileCase
 
