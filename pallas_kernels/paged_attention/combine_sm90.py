@@ -16,13 +16,13 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.mosaic import LOG2_E, ceil_div, clip, div, pl, plgpu, rem, where
+from pallas_kernels.mosaic_inline import THREADS
 from pallas_kernels.paged_attention.decode_consumer import copy_head
 from pallas_kernels.paged_attention.decode_plan import Inputs, Outputs, Plan
 from pallas_kernels.paged_attention.prefill_config import WARPGROUP_ROWS
 from pallas_kernels.paged_attention.units import split_range
 
 CHUNK = 32  # parts whose loads are in flight together
-THREADS = 128  # of a thread block
 FLOOR = -1e30  # the maximum before any part: finite, so that no difference is NaN
 
 

@@ -52,7 +52,8 @@ class Unit(NamedTuple):
 
     @property
     def buffer(self) -> Any:
-        # Where a tile's first matmul waits for nothing else, it had better be known.
+        # Where the softmax runs ahead a tile begins with matmuls, and this is known beforehand; elsewhere it
+        # would take registers.
         turn = self.turn if self.plan.config.overlap else opaque(self.turn)
         return buffer_of(self.plan, turn, self.warpgroup)
 

@@ -9,11 +9,9 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.mosaic import ceil_div, div, pl, plgpu, rem, where
-from pallas_kernels.mosaic_inline import draw, load_numbers
+from pallas_kernels.mosaic_inline import BY_THREAD, THREADS, draw, load_numbers
 from pallas_kernels.paged_attention.config import ROW_BLOCK
 from pallas_kernels.paged_attention.decode_plan import BUFFERS, Plan, Scratch, Tickets
-
-COUNTED = 128  # rows at a time: a thread each
 
 
 class Unit(NamedTuple):
@@ -176,15 +174,14 @@ def _count_units(plan: Plan, length):
 
 
 def count_units(plan: Plan, scratch: Scratch):
-    """Counts the units of every row, whose lengths are there; a warpgroup does it for all."""
-    layout = plgpu.Layout.WG_STRIDED((COUNTED,), vec_size=1)
+    """Counts the units of every row, whose lengths are there; a warpgroup does it for all, a row a thread."""
 
     def count(block, _):
-        part = pl.ds(pl.multiple_of(block * COUNTED, COUNTED), COUNTED)
-        length = plgpu.load(scratch.lengths.at[part], layout=layout, optimized=False)
+        part = pl.ds(pl.multiple_of(block * THREADS, THREADS), THREADS)
+        length = plgpu.load(scratch.lengths.at[part], layout=BY_THREAD, optimized=False)
         scratch.counts[part] = _count_units(plan, length)
 
-    lax.fori_loop(0, plan.numbers_size // COUNTED, count, None)
+    lax.fori_loop(0, plan.numbers_size // THREADS, count, None)
 
 
 def _unit_at(plan: Plan, schedule: Schedule, cursor: Cursor) -> Unit:
