@@ -15,10 +15,10 @@ from tests.pallas_kernels.flash_cases import (
     FEATURES,
     FORWARD_CASES,
     IN_BLOCKS,
-    fused_config,
     poison_padding,
     random_inputs,
 )
+from tests.pallas_kernels.flash_fused_cases import fused_config
 from tests.pallas_kernels.tolerance import LIMITS, assert_close
 
 pytestmark = [
