@@ -71,6 +71,9 @@ class FlashConfig:
     value_stages: int | None = None  # of V, where they are not as many
     warpgroups: int = 2
     q_stages: int = 1  # 2: the next item's queries are loaded while this one's are used
+    # Columns of Q that a warpgroup keeps there: with 64 keys, a wgmma that reads both operands from shared
+    # memory takes as long to read them (4 KB) as to multiply.
+    q_in_registers: int = 0
     overlap: bool = False  # a tile's softmax runs while its warpgroup's matmul of the tile before does
     ping_pong: bool = True  # one warpgroup's softmax runs while the other's matmuls do
     dq: GradientConfig = GradientConfig()
@@ -80,6 +83,8 @@ class FlashConfig:
 
     def __post_init__(self):
         _check(self, tile_q=TILES, tile_kv=TILES)
+        if not 0 <= self.q_in_registers <= 256 or self.q_in_registers % 64:
+            raise ValueError(f"q_in_registers must be a multiple of 64 in 0..256, got {self.q_in_registers}")
         if self.value_stages is not None and not 1 <= self.value_stages <= MAX_STAGES:
             raise ValueError(f"value_stages must lie in 1..{MAX_STAGES}, got {self.value_stages}")
         if self.overlap and (self.value_stages or self.stages) < 2:  # it waits for V of two tiles at a time
@@ -196,6 +201,9 @@ def _narrow_config(call: Call) -> FlashConfig:
         return FlashConfig(tile_kv=256, q_stages=2, dq=GradientConfig(other=128))
     if call.busy > 1:
         return FlashConfig(stages=3, q_stages=2)
+    if call.one_wave and not (call.crowded or call.has_lengths):
+        tiles = {"tile_kv": 256} if call.num_keys > SHORT else {"tile_kv": 128, "stages": 3}
+        return FlashConfig(**tiles, q_stages=2, dq=GradientConfig(other=128))
     dq = GradientConfig(other=64 if call.crowded else 128)
     warpgroups = 2 if call.leaves_rows_empty and not (call.busy or call.has_lengths) else 3
     ahead = {"q_stages": 2, "ping_pong": False, "overlap": not call.busy}
@@ -224,7 +232,8 @@ def _medium_config(call: Call) -> FlashConfig:
 def _wide_config(call: Call) -> FlashConfig:
     """H > 128. Two warpgroups hold the accumulators, and overlap: 751, in turn 734, neither 703 (T = 4,096:
     684, 645, 652). Full T = 512, 1,024, 4,096, 16,384: 532, 626, 716, 694, with a third tile of V 558, 645,
-    723, 674; causal 366, 511, 682, 741 and 378, 512, 667, 713.
+    723, 674; causal 366, 511, 682, 741 and 378, 512, 667, 713. Half of Q's columns in registers: full 4,096
+    and 16,384 724 and 760, without 719 and 746; causal 674 and 753, 671 and 739.
     """
     overlap = not (call.crowded or call.in_blocks or call.has_lengths)
     more_values = overlap and call.all_visible and call.num_keys <= 4 * SHORT
@@ -233,6 +242,7 @@ def _wide_config(call: Call) -> FlashConfig:
         tile_kv=64,
         value_stages=3 if more_values else None,
         overlap=overlap,
+        q_in_registers=128 if overlap else 0,
         ping_pong=False,
         dq=single,
         dkv=single,

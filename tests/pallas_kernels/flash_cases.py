@@ -194,6 +194,11 @@ FORWARD_CASES: dict[str, dict[str, Any]] = {
         "config": dataclasses.replace(AHEAD, ping_pong=True),
     },
     "overlap, a third tile of V": {"t": 130, "s": 330, "config": dataclasses.replace(AHEAD, value_stages=3)},
+    "half of the queries in registers": {
+        **{"t": 130, "s": 190, "h": 128, "is_causal": True},
+        "config": dataclasses.replace(AHEAD, q_in_registers=64),
+    },
+    "in turns, queries in registers": {"config": dataclasses.replace(SMALL, q_in_registers=64)},
     "in turns, queries in one buffer": {"n": 2, "config": dataclasses.replace(SMALL, q_stages=1)},
     "head dim 96": {"t": 70, "s": 70, "h": 96, "is_causal": True},
     # One block has two items to attend and three without a key: nobody may wait for a turn in between.
@@ -354,6 +359,13 @@ COMPILE = (
         "flash_attention:forward lengths": forward_case(shapes(), LENGTHS, is_causal=True)._replace(
             max_temp_bytes=shapes()[2].size
         ),
+        "flash_attention:forward H=192": forward_case(shapes(h=192, batch=MANY)),
+        "flash_attention:forward wide, long": forward_case(shapes(t=8192, s=8192, h=256)),
+        "flash_attention:forward wide, value dim": forward_case(
+            (*shapes(h=128)[:2], shapes(h=256)[2]), is_causal=True
+        ),
+        "flash_attention:forward one wave": forward_case(shapes(t=2048, s=2048, h=64), is_causal=True),
+        "flash_attention:forward one wave, short": forward_case(shapes(h=64), is_causal=True),
         "flash_attention:forward odd, full": unbounded(forward_case(shapes(t=333, s=777))),
         "flash_attention:backward grouped heads": backward_case(shapes(k=1, h=64), is_causal=True),
         "flash_attention:backward window": backward_case(
