@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
@@ -71,37 +70,6 @@ def cascade_attention(
 
 @jit_kernels(2)
 def _cascade(variant: str, spec: PagedSpec, inputs: PagedInputs, prefix_lengths, group_of_row):
-    num_groups, page_size = prefix_lengths.shape[0], inputs.k_pages.shape[3]
-    group_of_row = jnp.where(group_of_row < num_groups, group_of_row, -1)
-    place, order, leaders, query_start = _sort_by_group(group_of_row, num_groups)
-    shared = inputs._replace(
-        query=inputs.query[order],
-        block_tables=inputs.block_tables[leaders],
-        kv_lengths=prefix_lengths,
-        query_start=query_start,
-        sinks=None,
-    )
-    prefix = jnp.where(group_of_row < 0, 0, prefix_lengths[group_of_row])
-    column = jnp.arange(inputs.block_tables.shape[1]) + prefix[:, None] // page_size
-    own = inputs._replace(
-        block_tables=jnp.take_along_axis(inputs.block_tables, column, axis=1, mode="clip"),
-        kv_lengths=jnp.maximum(inputs.kv_lengths - prefix, 0),
-    )
     cascade = VARIANTS[variant].cascade
     assert cascade is not None
-    return cascade(own, shared, place, spec)
-
-
-def _sort_by_group(group_of_row: jax.Array, num_groups: int):
-    """Each row's place in the order of groups i32[R], the row at each place, a row of each group i32[C], and
-    where groups start.
-
-    By comparing all with all: a sort of so few is slower. Rows of no group come last, beyond every group.
-    """
-    row, group = jnp.arange(group_of_row.shape[0]), jnp.arange(num_groups)
-    key = jnp.where(group_of_row < 0, num_groups, group_of_row)
-    is_before = (key < key[:, None]) | ((key == key[:, None]) & (row < row[:, None]))
-    query_start = (key < jnp.arange(num_groups + 1)[:, None]).sum(1, dtype=jnp.int32)
-    leaders = jnp.argmax(key == group[:, None], axis=1)
-    place = is_before.sum(1, dtype=jnp.int32)
-    return place, jnp.argmax(place == row[:, None], axis=1), leaders, query_start
+    return cascade(inputs, prefix_lengths, group_of_row, spec)

@@ -107,9 +107,9 @@ def _kernel(plan: Plan, operands, *refs):
     inputs = jax.tree.unflatten(operands, refs[: operands.num_leaves])
     *own, merged_lse, staged = refs[operands.num_leaves :]
     row, head = lax.axis_index("row"), lax.axis_index("head")
-    length = inputs.lengths[row]
+    length = lax.max(inputs.lengths[row], 0)
 
-    @pl.when(length >= 0 if plan.is_ragged else True)
+    @pl.when(inputs.starts[row + 1] - inputs.starts[row] == 1 if plan.is_ragged else True)
     def _():
         maximum, total, values = _merge_all(plan, inputs, row, head, length)
         values = (values * where(total > 0, 1 / total, 0.0)).astype(plan.query_dtype)

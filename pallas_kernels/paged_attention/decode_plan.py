@@ -25,7 +25,7 @@ BUFFERS = 2  # of queries and of page ids: this unit's and the next one's
 MAX_QUERIES = 16 * 256  # numbers in the queries of one KV head: beyond, accumulators spill
 MAX_ROWS = 4096
 RESERVED_BYTES = 1024  # of shared memory, for barriers
-NOT_OURS = -1  # the length of a row whose queries another kernel attends
+NOT_OURS = -1  # the length of a row that another kernel attends
 
 
 class Cut(NamedTuple):
@@ -44,6 +44,7 @@ class Plan(LaunchPlan):
     capacity: int  # tokens that a row has room for
     cut: Cut | None = None  # of keys that rows share, attended elsewhere
     is_ragged: bool = False  # whether rows' queries lie among others, some of rows that are not ours
+    skips_pages: bool = False  # whether tables begin with pages that are attended elsewhere
 
     @property
     def num_programs(self) -> int:
@@ -125,6 +126,11 @@ class Plan(LaunchPlan):
         return numbers_size(self.num_rows)
 
     @property
+    def num_boxes(self) -> int:
+        """Copies of an array of numbers, which has one for every row; where queries start, one more."""
+        return -(-(self.num_rows + self.is_ragged) // min(MAX_BOX, self.numbers_size))
+
+    @property
     def has_uneven_rows(self) -> bool:
         """Whether rows have other numbers of units than one a KV head."""
         return self.num_splits > 1 or self.is_ragged
@@ -186,7 +192,7 @@ def make_plan(inputs: PagedInputs, spec: PagedSpec, cut: Cut | None = None) -> P
         is_ragged,
     )
     own = {"page_size": page_size, "capacity": capacity, "cut": cut, "is_ragged": is_ragged}
-    plan = Plan(**facts, config=config, **own)
+    plan = Plan(**facts, config=config, **own, skips_pages=inputs.skipped_pages is not None)
     # The default's estimate counts bytes, not what is lost between buffers.
     while spec.config is None and shared_bytes(plan) > SMEM_BYTES and plan.config.stages > 2:
         fewer = dataclasses.replace(plan.config, stages=plan.config.stages - plan.config.consumers)
@@ -210,13 +216,14 @@ class Inputs(NamedTuple):
     k_pages: Any  # [L, P, K, Z, H], or [R, S, K, H]
     v_pages: Any
     tables: Any  # [R * M]
-    lengths: Any  # [R]; NOT_OURS of a row that is left alone
+    lengths: Any  # [R]
+    skipped: Any  # i32[R]: pages at the start of each table
     layer: Any  # [1]
     k_scale: Any  # f32[L, P, K, Z]
     v_scale: Any
     sinks: Any  # f32[K, columns]
     slopes: Any  # f32[K, columns]
-    counter: Any  # i32[1]: units drawn, zero at first
+    counter: Any  # i32[1] or more: the first is that of units drawn
     out: Any  # [tokens, N, H]: others' results, to which ours are added
 
 
@@ -280,8 +287,9 @@ class Scratch(NamedTuple):
     k: Tiles
     v: Tiles
     queries: Queries
-    lengths: Any  # i32[numbers_size]
+    lengths: Any  # i32[numbers_size]; NOT_OURS of a row that is left alone
     starts: Any  # i32[numbers_size], of ragged rows
+    skipped: Any  # i32[numbers_size], where tables begin with others' pages
     lengths_full: Any
     counts: Any  # i32[numbers_size]: units of each row, where they are counted
     counted: Any
@@ -304,7 +312,8 @@ def scratch_types(plan: Plan) -> Scratch:
         queries=_queries(plan),
         lengths=numbers,
         starts=numbers if plan.is_ragged else None,
-        lengths_full=plgpu.Barrier(num_arrivals=-(-plan.num_rows // MAX_BOX) * (1 + plan.is_ragged)),
+        skipped=numbers if plan.skips_pages else None,
+        lengths_full=plgpu.Barrier(num_arrivals=plan.num_boxes * (1 + plan.is_ragged + plan.skips_pages)),
         counts=numbers if plan.counts_units else None,
         counted=plgpu.Barrier(),
         tickets=_tickets(plan) if config.dynamic else None,

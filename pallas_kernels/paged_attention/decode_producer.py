@@ -24,16 +24,20 @@ COPIES = 8  # whose page ids are in registers together
 
 
 def fetch_numbers(plan: Plan, inputs: Inputs, scratch: Scratch):
-    """Starts the copies of all rows' lengths, and of where their queries are."""
+    """Starts the copies of all rows' lengths, of where their queries are, and of the pages to skip."""
     size = min(MAX_BOX, plan.numbers_size)
 
     def copy(box, _):
         part = pl.ds(pl.multiple_of(box * size, size), size)
-        for source, target in ((inputs.lengths, scratch.lengths), (inputs.starts, scratch.starts)):
+        for source, target in (
+            (inputs.lengths, scratch.lengths),
+            (inputs.starts, scratch.starts),
+            (inputs.skipped, scratch.skipped),
+        ):
             if target is not None:
                 plgpu.copy_gmem_to_smem(source.at[part], target.at[part], scratch.lengths_full)
 
-    lax.fori_loop(0, -(-plan.num_rows // size), copy, None)
+    lax.fori_loop(0, plan.num_boxes, copy, None)
 
 
 def produce(
@@ -89,8 +93,13 @@ def fetch_ids(plan: Plan, inputs: Inputs, unit: Unit, tiles: Tiles, units):
 def first_id(plan: Plan, unit: Unit):
     """Where in the flat block tables a unit's copy begins: TMA copies start at a multiple of 16 bytes."""
     assert plan.page_size is not None
-    start = unit.row * plan.table_width + div(unit.split * plan.config.split, plan.page_size)
-    return div(start, 4) * 4
+    return div(_table_start(plan, unit) + div(unit.split * plan.config.split, plan.page_size), 4) * 4
+
+
+def _table_start(plan: Plan, unit: Unit):
+    """Where in the flat block tables the ids of the row's pages begin."""
+    start = unit.row * plan.table_width
+    return start if unit.skipped is None else start + unit.skipped
 
 
 def fetch_queries(plan: Plan, inputs: Inputs, unit: Unit, queries: Queries, units):
@@ -150,7 +159,7 @@ def id_columns(plan: Plan, unit: Unit, token: jax.Array, places: range) -> list[
     """Where a unit's ids hold the pages of a tile's copies, or, of those not visible, the nearest that is."""
     page_size = plan.page_size
     assert page_size is not None
-    first_column = first_id(plan, unit) - unit.row * plan.table_width
+    first_column = first_id(plan, unit) - _table_start(plan, unit)
     first, last = (div(x, page_size) for x in (unit.first_visible, unit.end - 1))
 
     def column_of(place):

@@ -28,24 +28,29 @@ from pallas_kernels.paged_attention.decode_codes import split_query
 from pallas_kernels.paged_attention.decode_consumer import consume
 from pallas_kernels.paged_attention.decode_plan import Inputs, Outputs, Plan, make_plan, scratch_types
 from pallas_kernels.paged_attention.decode_producer import fetch_numbers, produce
+from pallas_kernels.paged_attention.plan import Counters
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
-from pallas_kernels.paged_attention.units import Schedule, count_units
+from pallas_kernels.paged_attention.units import Schedule, see_rows
 
 K_PRODUCER, V_PRODUCER, FIRST_CONSUMER = range(3)  # warpgroups
 REGISTERS = {1: None, 2: (32, 224)}  # of producers and consumers; they share 65,536
 
 
 def forward(
-    inputs: PagedInputs, spec: PagedSpec, others: jax.Array | None = None
+    inputs: PagedInputs,
+    spec: PagedSpec,
+    others: jax.Array | None = None,
+    counter: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends one query a row; returns out [R, N, H] and lse f32[R, N].
 
     With query_start a row's query lies among others, and its result among theirs: `others` [tokens, N, H],
-    written in place and returned as out. Rows of length NOT_OURS are left alone; their lse is undefined.
+    written in place and returned as out. Rows of more queries, or of none, are left alone; their lse is
+    undefined.
     """
     plan = make_plan(inputs, spec)
     among = None if others is None else mutable(others)
-    operands = operands_of(plan, inputs)
+    operands = operands_of(plan, inputs, counter)
     if plan.is_merged:
         return combine_parts(plan, launch(plan, operands), operands, inputs.sinks, among=among)
     out, lse = launch(plan, operands._replace(out=among))
@@ -77,7 +82,8 @@ def launch(plan: Plan, operands: Inputs) -> Outputs:
     return Outputs(own[0] if own else operands.out[...], lse)
 
 
-def operands_of(plan: Plan, inputs: PagedInputs) -> Inputs:
+def operands_of(plan: Plan, inputs: PagedInputs, counter: jax.Array | None = None) -> Inputs:
+    counter = Counters.zeros().decode if counter is None else counter
     tables, start, query = inputs.block_tables, inputs.query_start, inputs.query
     if plan.is_ragged and not plan.finds_queries:
         assert start is not None
@@ -91,12 +97,13 @@ def operands_of(plan: Plan, inputs: PagedInputs) -> Inputs:
         v_pages=inputs.v_pages,
         tables=None if tables is None else tables.astype(jnp.int32).reshape(-1),
         lengths=inputs.kv_lengths.astype(jnp.int32),
+        skipped=inputs.skipped_pages,
         layer=inputs.layer[None],
         k_scale=inputs.k_scale,
         v_scale=inputs.v_scale,
         sinks=_per_head(plan, inputs.sinks),
         slopes=_per_head(plan, inputs.alibi_slopes),
-        counter=jax.new_ref(jnp.zeros(1, jnp.int32)) if plan.config.dynamic else None,
+        counter=jax.new_ref(counter) if plan.config.dynamic else None,
         out=None,
     )
 
@@ -143,8 +150,7 @@ def _kernel(plan: Plan, operands, *refs):
         def _():
             fetch_numbers(plan, inputs, scratch)
             plgpu.barrier_wait(scratch.lengths_full)
-            if plan.counts_units:
-                count_units(plan, scratch)
+            see_rows(plan, scratch)
             plgpu.barrier_arrive(scratch.counted)
             plgpu.barrier_wait(scratch.counted)  # its threads look at each other's counts
             schedule = Schedule.of(scratch, inputs.counter)

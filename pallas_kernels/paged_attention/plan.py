@@ -1,7 +1,10 @@
 """The static facts that the launches of paged decode and of paged prefill share."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 from pallas_kernels.kv_pages.pool import QUANTIZED
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
@@ -45,6 +48,17 @@ class LaunchPlan:
     def whole(self) -> int:
         """Of the head dim, what fills blocks of 64."""
         return self.head_dim // 64 * 64
+
+
+class Counters(NamedTuple):
+    """Of the units that programs draw, zero at first: i32[1] or more, each for one launch."""
+
+    decode: jax.Array
+    prefill: jax.Array
+
+    @classmethod
+    def zeros(cls) -> "Counters":
+        return cls(*(jnp.zeros(1, jnp.int32) for _ in cls._fields))
 
 
 def facts_of(inputs: PagedInputs, spec: PagedSpec) -> dict[str, Any]:

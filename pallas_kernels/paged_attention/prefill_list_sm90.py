@@ -15,6 +15,7 @@ from jax import lax
 from pallas_kernels.mosaic import pl, plgpu, where
 from pallas_kernels.mosaic_inline import BY_THREAD, THREADS, gather, load_numbers, meet, store_records
 from pallas_kernels.paged_attention.config import MAX_BOX, numbers_size
+from pallas_kernels.paged_attention.plan import Counters
 from pallas_kernels.paged_attention.prefill_plan import PrefillPlan
 from pallas_kernels.paged_attention.prefill_work import (
     Segments,
@@ -37,34 +38,65 @@ class Scratch(NamedTuple):
     num_items: Any
     first_item: Any
 
+    @classmethod
+    def types(cls, size: int, num_copies: int) -> "Scratch":
+        given, numbers = (plgpu.SMEM((length,), jnp.int32) for length in (THREADS + size, size))
+        return cls(given, given, plgpu.Barrier(num_arrivals=num_copies), numbers, numbers, numbers)
 
-def list_items(plan: PrefillPlan, query_start: jax.Array, kv_lengths: jax.Array) -> jax.Array:
-    """The records of plan_work, i32[max_items + 1 or more, record size]; plan.num_rows <= MAX_ROWS."""
-    size = numbers_size(plan.num_rows + 2)
-    given, numbers = (plgpu.SMEM((length,), jnp.int32) for length in (THREADS + size, size))
-    loaded = plgpu.Barrier(num_arrivals=2 * -(-size // MAX_BOX))
-    num_blocks = -(-(plan.max_items + 1) // THREADS)
+
+def num_item_blocks(plan: PrefillPlan) -> int:
+    """Thread blocks that list the items, and at least one record that is none."""
+    return -(-(plan.max_items + 1) // THREADS)
+
+
+def list_items(
+    plan: PrefillPlan, query_start: jax.Array, kv_lengths: jax.Array
+) -> tuple[jax.Array, Counters]:
+    """The records of plan_work, i32[max_items + 1 or more, record size], and counters, which XLA would copy
+    in two more launches; plan.num_rows <= MAX_ROWS."""
+    size, num_blocks = numbers_size(plan.num_rows + 2), num_item_blocks(plan)
     kernel = plgpu.kernel(
         functools.partial(_kernel, plan, size),
-        out_type=jax.ShapeDtypeStruct((num_blocks * THREADS * plan.record_size,), jnp.int32),
+        out_type=[
+            jax.ShapeDtypeStruct((num_blocks * THREADS * plan.record_size,), jnp.int32),
+            *counter_types(),
+        ],
         grid=(num_blocks,),
         grid_names=("block",),
         num_threads=1,
         thread_name="warpgroup",
-        scratch_types=[Scratch(given, given, loaded, numbers, numbers, numbers)],
+        scratch_types=[Scratch.types(size, 2 * -(-size // MAX_BOX))],
         kernel_name="list_items",
     )
-    records = kernel(query_start.astype(jnp.int32), kv_lengths.astype(jnp.int32))
-    return records.reshape(-1, plan.record_size)
+    records, *counters = kernel(query_start.astype(jnp.int32), kv_lengths.astype(jnp.int32))
+    return records.reshape(-1, plan.record_size), Counters(*counters)
 
 
-def _kernel(plan: PrefillPlan, size: int, query_start, kv_lengths, records, scratch: Scratch):
+def counter_types() -> Counters:
+    """Room for a number a thread."""
+    return Counters(*(jax.ShapeDtypeStruct((THREADS,), jnp.int32) for _ in Counters._fields))
+
+
+def store_zeros(counters: Counters) -> None:
+    for counter in counters:
+        counter[...] = plgpu.broadcasted_iota(jnp.int32, (THREADS,), 0, layout=BY_THREAD) * 0
+
+
+def _kernel(plan: PrefillPlan, size: int, query_start, kv_lengths, records, *refs):
+    *counters, scratch = refs
+    pl.when(lax.axis_index("block") == 0)(lambda: store_zeros(Counters(*counters)))
     _load(size, query_start, kv_lengths, scratch)
+    count_items(plan, scratch)
+    store_items(plan, scratch, records, lambda row: row)
+
+
+def count_items(plan: PrefillPlan, scratch: Scratch):
+    """Where the items of each segment begin in the list, from its numbers in shared memory."""
     thread = plgpu.broadcasted_iota(jnp.int32, (THREADS,), 0, layout=BY_THREAD)
     blocks = []
     for first in range(0, plan.num_rows + 2, THREADS):
         segment, part = thread + first, pl.ds(first, THREADS)
-        cuts = _cut(plan, scratch, segment)[1]
+        cuts = cut_at(plan, scratch, segment)[1]
         scratch.weight[part] = cuts.weight
         scratch.num_items[part] = cuts.num_tiles * cuts.num_splits
         blocks.append((segment, part, cuts.weight))
@@ -72,12 +104,18 @@ def _kernel(plan: PrefillPlan, size: int, query_start, kv_lengths, records, scra
     for segment, part, weight in blocks:
         scratch.first_item[part] = _items_before(plan, scratch, segment, weight)
     meet()
+
+
+def store_items(plan: PrefillPlan, scratch: Scratch, records, table_of):
+    """The records of this thread block's items; table_of(row) is the row of the block tables."""
+    thread = plgpu.broadcasted_iota(jnp.int32, (THREADS,), 0, layout=BY_THREAD)
     item = lax.axis_index("block") * THREADS + thread
     segment = _segment_of(plan, scratch, item)
     known = lax.max(segment, 0)
-    given, cuts = _cut(plan, scratch, known)
+    given, cuts = cut_at(plan, scratch, known)
     own = Segments(*given, *cuts[:3], gather(scratch.first_item, known))
-    store_records(records, item, item_records(plan, segment, own, item))
+    row, *numbers = item_records(plan, segment, own, item)
+    store_records(records, item, [where(segment < 0, row, table_of(row)), *numbers])
 
 
 def _load(size: int, query_start, kv_lengths, scratch: Scratch):
@@ -94,7 +132,7 @@ def _load(size: int, query_start, kv_lengths, scratch: Scratch):
     plgpu.barrier_wait(scratch.loaded)
 
 
-def _cut(plan: PrefillPlan, scratch: Scratch, segment):
+def cut_at(plan: PrefillPlan, scratch: Scratch, segment):
     """((start, stop, kv_length), cuts) of segments."""
     last = plan.num_rows + 1
     is_row = (segment > 0) & (segment < last)

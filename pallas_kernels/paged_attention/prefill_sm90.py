@@ -35,19 +35,18 @@ from pallas_kernels.paged_attention.prefill_plan import (
     scratch_types,
 )
 from pallas_kernels.paged_attention.prefill_producer import load_units, widen_units
-from pallas_kernels.paged_attention.prefill_work import WorkList
 from pallas_kernels.paged_attention.spec import PagedInputs
 
 
-def launch(plan: PrefillPlan, inputs: PagedInputs, work: WorkList) -> Outputs:
-    """Runs the kernel on query [tokens, N, H], tokens a multiple of OCTET; tokens of no item stay
-    unwritten."""
+def launch(plan: PrefillPlan, inputs: PagedInputs, items: jax.Array, counter: jax.Array) -> Outputs:
+    """Runs the kernel on query [tokens, N, H], tokens a multiple of OCTET, and a WorkList's items; tokens of
+    no item stay unwritten."""
     config = plan.config
     unit_rows = (plan.max_items, plan.num_kv_heads, config.warpgroups, WARPGROUP_ROWS)
     out = jax.ShapeDtypeStruct((plan.num_tokens, plan.num_heads, plan.head_dim), plan.query_dtype)
     if plan.has_parts:
         out = jax.ShapeDtypeStruct((*unit_rows, plan.width), jnp.float32)
-    leaves, operands = jax.tree.flatten(operands_of(plan, inputs, work))
+    leaves, operands = jax.tree.flatten(operands_of(plan, inputs, items, counter))
     kernel = make_kernel(
         functools.partial(_kernel, plan, operands),
         out_type=[out, jax.ShapeDtypeStruct(unit_rows, jnp.float32)],
@@ -63,19 +62,19 @@ def launch(plan: PrefillPlan, inputs: PagedInputs, work: WorkList) -> Outputs:
     return Outputs(*kernel(*leaves))
 
 
-def operands_of(plan: PrefillPlan, inputs: PagedInputs, work: WorkList) -> Inputs:
+def operands_of(plan: PrefillPlan, inputs: PagedInputs, items: jax.Array, counter: jax.Array) -> Inputs:
     return Inputs(
         query=inputs.query.astype(plan.dtype),
         k_pages=inputs.k_pages,
         v_pages=inputs.v_pages,
         tables=inputs.block_tables.astype(jnp.int32).reshape(-1),
         layer=inputs.layer[None],
-        items=work.items.reshape(-1),
+        items=items.reshape(-1),
         k_scale=inputs.k_scale,
         v_scale=inputs.v_scale,
         sinks=per_row(plan, inputs.sinks) if plan.joins_sinks else None,
         slopes=per_row(plan, inputs.alibi_slopes),
-        counter=jax.new_ref(jnp.zeros(1, jnp.int32)) if plan.draws else None,
+        counter=jax.new_ref(counter) if plan.draws else None,
     )
 
 

@@ -8,6 +8,7 @@ from jax import lax
 
 from pallas_kernels.flash_attention.tiles import KvTiles
 from pallas_kernels.mosaic import ceil_div, clip, div, rem, where
+from pallas_kernels.paged_attention.plan import Counters
 from pallas_kernels.paged_attention.prefill_config import MIN_SPLIT_TILES, OCTET, WARPGROUP_ROWS
 from pallas_kernels.paged_attention.prefill_plan import PrefillPlan
 from pallas_kernels.paged_attention.prefill_units import FIELDS, NO_WORK, Work
@@ -20,6 +21,7 @@ class WorkList(NamedTuple):
     first_item: jax.Array  # i32[tokens]: of each token's tile; its splits follow
     num_splits: jax.Array  # i32[tokens]; 0: no item holds the token
     place: jax.Array  # i32[tokens]: the token's place in its tile
+    counters: Counters
 
 
 class Segments(NamedTuple):
@@ -43,11 +45,13 @@ class Cuts(NamedTuple):
     weight: jax.Array  # heavy ones come first
 
 
-def plan_work(plan: PrefillPlan, query_start, kv_lengths, items: jax.Array | None = None) -> WorkList:
+def plan_work(
+    plan: PrefillPlan, query_start, kv_lengths, known: tuple[jax.Array, Counters] | None = None
+) -> WorkList:
     """Lists the query tiles of all rows but those that the decode kernel serves: long rows first, late tiles
     first.
 
-    items: their records, where they are known.
+    known: the items' records, and counters, where they are.
 
     Dense comparisons instead of a sort and searches: a few thousand of them are cheaper than the launches of
     their kernels. Later tiles of a causal row see more keys; rows stay together, for the L2 cache.
@@ -59,11 +63,13 @@ def plan_work(plan: PrefillPlan, query_start, kv_lengths, items: jax.Array | Non
     first_tile, num_tiles, num_splits, first_item = (field[segment] for field in segments[3:])
     distance = token - first_tile
     tile = num_tiles - 1 - div(distance, plan.tile_q)
+    items, counters = known or (_list_items(plan, segments), Counters.zeros())
     return WorkList(
-        items=_list_items(plan, segments) if items is None else items,
+        items=items,
         first_item=first_item + tile * num_splits,
         num_splits=where(num_tiles > 0, num_splits, 0),
         place=rem(distance, plan.tile_q),
+        counters=counters,
     )
 
 

@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels.kv_pages.pool import NULL_PAGE
+from pallas_kernels.paged_attention.cascade_rows import group_rows, own_rows, shared_rows
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 
 CHUNK = 128  # tokens gathered at once
@@ -26,13 +27,19 @@ def forward(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]
 
 
 def cascade(
-    own: PagedInputs, shared: PagedInputs, place: jax.Array, spec: PagedSpec
+    inputs: PagedInputs, prefix_lengths: jax.Array, group_of_row: jax.Array, spec: PagedSpec
 ) -> tuple[jax.Array, jax.Array]:
-    """Attends rows to their own pages and to those that groups of them share, where row r's query is token
-    place[r]. Sinks are `own`'s. Returns out [R, N, H] and lse f32[R, N].
+    """Attends rows to their own pages and to those that groups of them share; returns out [R, N, H] and lse
+    f32[R, N]. Sinks join the rows' own half.
     """
+    grouped = group_rows(inputs, prefix_lengths, group_of_row)
+    shared = shared_rows(inputs, prefix_lengths, grouped)
     out, lse = forward(shared, dataclasses.replace(spec, is_causal=False))
-    return merge(out[place], lse[place], *forward(own, spec))
+    own = own_rows(inputs, grouped)
+    column = jnp.arange(inputs.block_tables.shape[1]) + grouped.skipped[:, None]
+    tables = jnp.take_along_axis(inputs.block_tables, column, axis=1, mode="clip")
+    own = own._replace(block_tables=tables, skipped_pages=None)
+    return merge(out[grouped.place], lse[grouped.place], *forward(own, spec))
 
 
 def merge(

@@ -11,11 +11,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.paged_attention import decode_plan, decode_sm90, prefill_plan, prefill_sm90
+from pallas_kernels.paged_attention import (
+    cascade_rows_sm90,
+    decode_plan,
+    decode_sm90,
+    prefill_plan,
+    prefill_sm90,
+)
+from pallas_kernels.paged_attention.cascade_rows import group_rows, shared_rows
+from pallas_kernels.paged_attention.cascade_rows_sm90 import Listed, Rows
 from pallas_kernels.paged_attention.combine_sm90 import Shared, combine_parts
-from pallas_kernels.paged_attention.decode_plan import NOT_OURS, Cut
+from pallas_kernels.paged_attention.decode_plan import Cut
 from pallas_kernels.paged_attention.prefill_list_sm90 import MAX_ROWS, list_items
-from pallas_kernels.paged_attention.prefill_plan import Outputs, PrefillPlan
+from pallas_kernels.paged_attention.prefill_plan import PrefillPlan
 from pallas_kernels.paged_attention.prefill_work import WorkList, plan_work
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 
@@ -32,12 +40,11 @@ def forward(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]
     """Attends every query token; returns out [tokens, N, H] and lse f32[tokens, N]."""
     if inputs.query_start is None:
         return decode_sm90.forward(inputs, spec)
-    is_single = (inputs.query_start[1:] - inputs.query_start[:-1] == 1) & spec.is_causal
-    out, lse = prefill(inputs, spec)
+    work = list_work(inputs, spec)
+    out, lse = prefill(inputs, spec, work)
     if spec.is_causal:
-        lengths = jnp.where(is_single, jnp.maximum(inputs.kv_lengths, 0), NOT_OURS)
-        single = inputs._replace(kv_lengths=lengths)
-        out, row_lse = decode_sm90.forward(single, spec, others=out)
+        out, row_lse = decode_sm90.forward(inputs, spec, others=out, counter=work.counters.decode)
+        is_single = inputs.query_start[1:] - inputs.query_start[:-1] == 1
         # Rows that are not single aim beyond the end, each elsewhere, and are dropped.
         token = jnp.where(is_single, inputs.query_start[:-1], lse.shape[0] + jnp.arange(is_single.shape[0]))
         lse = lse.at[token].set(row_lse, mode="drop", unique_indices=True)
@@ -46,30 +53,58 @@ def forward(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]
 
 
 def cascade(
-    own: PagedInputs, shared: PagedInputs, place: jax.Array, spec: PagedSpec
+    inputs: PagedInputs, prefix_lengths: jax.Array, group_of_row: jax.Array, spec: PagedSpec
 ) -> tuple[jax.Array, jax.Array]:
-    """Attends rows to their own pages and to those that groups of them share, where row r's query is token
-    place[r]. Sinks are `own`'s. Returns out [R, N, H] and lse f32[R, N].
+    """Attends rows to their own pages and to those that groups of them share; returns out [R, N, H] and lse
+    f32[R, N]. Sinks join where the parts are merged.
     """
     whole = dataclasses.replace(spec, is_causal=False)
+    shared = inputs._replace(kv_lengths=prefix_lengths, sinks=None)
     shared_plan = prefill_plan.make_plan(shared, whole, keeps_parts=True)
+    if cascade_rows_sm90.serves(shared_plan, inputs):
+        listed = cascade_rows_sm90.list_rows(shared_plan, inputs, prefix_lengths, group_of_row)
+        shared = shared._replace(query=listed.query)
+    else:
+        listed, shared = _list_by_xla(shared_plan, inputs, prefix_lengths, group_of_row)
+    rows, counters = listed.rows, listed.counters
+    own = inputs._replace(skipped_pages=rows.skipped)
     plan = decode_plan.make_plan(own, spec, Cut(shared_plan.tile_q, shared_plan.config.splits))
-    operands = decode_sm90.operands_of(plan, own)
+    operands = decode_sm90.operands_of(plan, own._replace(kv_lengths=rows.lengths), counters.decode)
     parts = decode_sm90.launch(plan, operands)
     # In this order: rows' own pages, which are many, would drive the larger parts out of the L2 cache.
     parts, query = lax.optimization_barrier((parts, shared.query))
-    work, results = _launch_prefill(shared_plan, shared._replace(query=query))
-    shared_parts = Shared(*results, *(x[place] for x in (work.first_item, work.num_splits, work.place)))
-    return combine_parts(plan, parts, operands, own.sinks, shared_parts)
+    shared = shared._replace(query=query)
+    results = prefill_sm90.launch(shared_plan, shared, listed.items, counters.prefill)
+    return combine_parts(plan, parts, operands, inputs.sinks, Shared(*results, *rows[2:]))
 
 
-def prefill(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]:
+def _list_by_xla(
+    plan: PrefillPlan, inputs: PagedInputs, prefix_lengths, group_of_row
+) -> tuple[Listed, PagedInputs]:
+    """What cascade_rows_sm90 lists, for more rows or groups than it takes, and the shared half."""
+    grouped = group_rows(inputs, prefix_lengths, group_of_row)
+    shared = _pad_tokens(plan, shared_rows(inputs, prefix_lengths, grouped))
+    work = plan_work(plan, grouped.query_start, prefix_lengths)
+    of_row = (x[grouped.place] for x in (work.first_item, work.num_splits, work.place))
+    rows = Rows(grouped.skipped, grouped.lengths, *of_row)
+    return Listed(work.items, shared.query, rows, work.counters), shared
+
+
+def list_work(inputs: PagedInputs, spec: PagedSpec) -> WorkList:
+    """What the prefill kernel does."""
+    plan = prefill_plan.make_plan(inputs, spec)
+    assert inputs.query_start is not None
+    rows = inputs.query_start, inputs.kv_lengths
+    return plan_work(plan, *rows, known=list_items(plan, *rows) if plan.num_rows <= MAX_ROWS else None)
+
+
+def prefill(inputs: PagedInputs, spec: PagedSpec, work: WorkList) -> tuple[jax.Array, jax.Array]:
     """The prefill kernel alone: out [tokens, N, H] and lse f32[tokens, N], tokens a multiple of OCTET; the
     results of rows of one query are undefined where attention is causal."""
     start = inputs.query_start
     assert start is not None
     plan = prefill_plan.make_plan(inputs, spec)
-    work, (out, lse) = _launch_prefill(plan, inputs)
+    out, lse = prefill_sm90.launch(plan, _pad_tokens(plan, inputs), work.items, work.counters.prefill)
     if plan.has_parts:
         out, lse = _merge_splits(plan, work, _by_head(plan, out), _by_head(plan, lse), inputs.sinks)
     else:
@@ -81,13 +116,9 @@ def prefill(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]
     return out, lse
 
 
-def _launch_prefill(plan: PrefillPlan, inputs: PagedInputs) -> tuple[WorkList, Outputs]:
+def _pad_tokens(plan: PrefillPlan, inputs: PagedInputs) -> PagedInputs:
     padding = plan.num_tokens - inputs.query.shape[0]
-    inputs = inputs._replace(query=jnp.pad(inputs.query, ((0, padding), (0, 0), (0, 0))))
-    assert inputs.query_start is not None
-    rows = inputs.query_start, inputs.kv_lengths
-    work = plan_work(plan, *rows, items=list_items(plan, *rows) if plan.num_rows <= MAX_ROWS else None)
-    return work, prefill_sm90.launch(plan, inputs, work)
+    return inputs._replace(query=jnp.pad(inputs.query, ((0, padding), (0, 0), (0, 0))))
 
 
 def _by_head(plan: PrefillPlan, x: jax.Array) -> jax.Array:

@@ -35,3 +35,4 @@ class PagedInputs(NamedTuple):
     v_scale: Float[Array, "L P K Z"] | None = None
     sinks: Float[Array, "N"] | None = None
     alibi_slopes: Float[Array, "N"] | None = None
+    skipped_pages: Int[Array, "R"] | None = None  # of each table; lengths count what comes after

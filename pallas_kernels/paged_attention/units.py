@@ -9,9 +9,9 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.mosaic import ceil_div, div, pl, plgpu, rem, where
-from pallas_kernels.mosaic_inline import BY_THREAD, THREADS, draw, load_numbers
+from pallas_kernels.mosaic_inline import BY_THREAD, THREADS, draw, gather, load_numbers
 from pallas_kernels.paged_attention.config import ROW_BLOCK
-from pallas_kernels.paged_attention.decode_plan import BUFFERS, Plan, Scratch, Tickets
+from pallas_kernels.paged_attention.decode_plan import BUFFERS, NOT_OURS, Plan, Scratch, Tickets
 
 
 class Unit(NamedTuple):
@@ -22,6 +22,7 @@ class Unit(NamedTuple):
     split: jax.Array
     head: jax.Array
     length: jax.Array  # of the row
+    skipped: jax.Array | None  # pages at the start of its table
     start: jax.Array  # first token of the first tile
     first_visible: jax.Array  # tokens first_visible <= token < end count
     end: jax.Array
@@ -42,13 +43,14 @@ class Schedule(NamedTuple):
 
     lengths: Any  # i32[numbers_size], in shared memory
     starts: Any  # i32[numbers_size], where rows are ragged
+    skipped: Any  # i32[numbers_size], where tables begin with others' pages
     counts: Any  # i32[numbers_size]: units of each row, where they are counted
     tickets: Tickets | None  # where units are drawn
     counter: Any  # i32[1] in global memory, of the warpgroup that draws
 
     @classmethod
     def of(cls, scratch: Scratch, counter: Any = None) -> "Schedule":
-        return cls(scratch.lengths, scratch.starts, scratch.counts, scratch.tickets, counter)
+        return cls(scratch.lengths, scratch.starts, scratch.skipped, scratch.counts, scratch.tickets, counter)
 
 
 def for_each_unit(plan: Plan, schedule: Schedule, visit, carry, begin=lambda unit: None):
@@ -173,15 +175,26 @@ def _count_units(plan: Plan, length):
     return (stop - first) * plan.num_kv_heads
 
 
-def count_units(plan: Plan, scratch: Scratch):
-    """Counts the units of every row, whose lengths are there; a warpgroup does it for all, a row a thread."""
+def see_rows(plan: Plan, scratch: Scratch):
+    """Leaves alone ragged rows that have not one query, and counts the units of every row, where they are
+    counted; a warpgroup does it for all, a row a thread."""
+    if not (plan.is_ragged or plan.counts_units):
+        return
+    thread = plgpu.broadcasted_iota(jnp.int32, (THREADS,), 0, layout=BY_THREAD)
 
-    def count(block, _):
-        part = pl.ds(pl.multiple_of(block * THREADS, THREADS), THREADS)
+    def see(block, _):
+        first = pl.multiple_of(block * THREADS, THREADS)
+        part = pl.ds(first, THREADS)
         length = plgpu.load(scratch.lengths.at[part], layout=BY_THREAD, optimized=False)
-        scratch.counts[part] = _count_units(plan, length)
+        if plan.is_ragged:
+            start = plgpu.load(scratch.starts.at[part], layout=BY_THREAD, optimized=False)
+            stop = gather(scratch.starts, lax.min(first + thread + 1, plan.num_rows))
+            length = where(stop - start == 1, lax.max(length, 0), NOT_OURS)
+            scratch.lengths[part] = length
+        if plan.counts_units:
+            scratch.counts[part] = _count_units(plan, length)
 
-    lax.fori_loop(0, plan.numbers_size // THREADS, count, None)
+    lax.fori_loop(0, plan.numbers_size // THREADS, see, None)
 
 
 def _unit_at(plan: Plan, schedule: Schedule, cursor: Cursor) -> Unit:
@@ -189,11 +202,14 @@ def _unit_at(plan: Plan, schedule: Schedule, cursor: Cursor) -> Unit:
     row = lax.min(cursor.row, plan.num_rows)
     length = lax.min(schedule.lengths[row], plan.capacity)
     token = row if schedule.starts is None else schedule.starts[row]
-    return _unit_of(plan, cursor, token, length)
+    skipped = None if schedule.skipped is None else schedule.skipped[row]
+    return _unit_of(plan, cursor, token, length, skipped)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _unit_of(plan: Plan, cursor: Cursor, token: jax.Array, length: jax.Array) -> Unit:
+def _unit_of(
+    plan: Plan, cursor: Cursor, token: jax.Array, length: jax.Array, skipped: jax.Array | None
+) -> Unit:
     offset = cursor.index - cursor.first
     head = rem(offset, plan.num_kv_heads)
     first_visible = _first_visible(plan, length)
@@ -203,4 +219,4 @@ def _unit_of(plan: Plan, cursor: Cursor, token: jax.Array, length: jax.Array) ->
     start = div(first_visible, plan.config.tile) * plan.config.tile
     num_tiles = ceil_div(lax.max(end - start, 0), plan.config.tile)
     num_tiles = where(cursor.row < plan.num_rows, num_tiles, 0)
-    return Unit(cursor.row, token, split, head, length, start, first_visible, end, num_tiles)
+    return Unit(cursor.row, token, split, head, length, skipped, start, first_visible, end, num_tiles)

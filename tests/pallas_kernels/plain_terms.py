@@ -18,6 +18,7 @@ from pallas_kernels.flash_attention import (
 from pallas_kernels.mosaic import broadcast_columns, pl, plgpu
 from pallas_kernels.mosaic_inline import deinterleave
 from pallas_kernels.paged_attention import (
+    cascade_rows_sm90,
     decode_codes,
     decode_consumer,
     decode_producer,
@@ -39,15 +40,22 @@ def plain_terms():
         "store_deinterleaved": (_store_deinterleaved, decode_consumer),
         "load_codes_transposed": (_load_codes_transposed, decode_codes),
         "draw": (_draw, units, items, backward_fused_items, prefill_producer),
-        "meet": (plgpu.commit_smem, prefill_list_sm90, prefill_units),
+        "meet": (plgpu.commit_smem, cascade_rows_sm90, prefill_list_sm90, prefill_units),
         "fresh_iota": (_iota, prefill_tile),
         "load_by_column": (
             _load_by_column,
             *(backward_fused_tile, backward_fused_wide_tile, backward_dkv_sm90, scores),
         ),
         "store_rows": (_store_rows, prefill_consumer),
-        "load_numbers": (_load_numbers, decode_producer, prefill_list_sm90, prefill_units, units),
-        "gather": (lambda ref, places: ref[...][places], prefill_list_sm90),
+        "load_numbers": (
+            _load_numbers,
+            cascade_rows_sm90,
+            decode_producer,
+            prefill_list_sm90,
+            prefill_units,
+            units,
+        ),
+        "gather": (lambda ref, places: ref[...][places], cascade_rows_sm90, prefill_list_sm90, units),
         "store_records": (_store_records, prefill_list_sm90),
         "tell_transforms": (lambda buffers: None, mosaic),
         "broadcast": (lambda x, shape, dims, layout: lax.broadcast_in_dim(x, shape, dims), mosaic),

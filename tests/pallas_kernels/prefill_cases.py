@@ -244,12 +244,14 @@ def check_list(rows, tokens, group, config, **options):
     batch = jnp.asarray(starts), jnp.asarray(rng.integers(0, 640, rows))
     plan = make_plan(tokens, rows, group, 40, config, **options)
     with interpreted():
-        records = np.asarray(list_items(plan, *batch))
+        records, counters = list_items(plan, *batch)
+        records = np.asarray(records)
     expected = np.asarray(plan_work(plan, *batch).items)
     is_item = expected[:, 0] != NO_WORK
     assert is_item.any()
     np.testing.assert_array_equal(records[: len(expected)][is_item], expected[is_item])
     np.testing.assert_array_equal(records[np.count_nonzero(is_item) :, 0], NO_WORK)
+    assert not any(np.any(counter) for counter in counters)
 
 
 INTERPRET = {
@@ -306,7 +308,7 @@ def prefill_case(
         if whole:
             return sm90.forward(attended, spec)
         with listed_by_xla():
-            return sm90.prefill(attended, spec)
+            return sm90.prefill(attended, spec, sm90.list_work(attended, spec))
 
     # The log-sum-exp by tile, the parts of split keys, and what decode's splits need.
     return CompileCase(attend, tuple(given.values()), max_temp_bytes=80 * 2**20, keep_hlo=whole)

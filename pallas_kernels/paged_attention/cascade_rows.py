@@ -1,0 +1,54 @@
+"""What rows that share leading pages are to the two halves of a cascade: the order of their groups, and what
+is left of each row behind the pages that it shares.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.paged_attention.spec import PagedInputs
+
+
+class Grouped(NamedTuple):
+    """Rows in the order of their groups; those of no group come last, beyond every group."""
+
+    place: jax.Array  # i32[R]: each row's place in the order
+    query_start: jax.Array  # i32[C + 1]: where groups start in it
+    leaders: jax.Array  # i32[C]: a row of each group
+    skipped: jax.Array  # i32[R]: pages that each row shares
+    lengths: jax.Array  # i32[R]: tokens behind them
+
+
+def group_rows(inputs: PagedInputs, prefix_lengths: jax.Array, group_of_row: jax.Array) -> Grouped:
+    """By comparing all with all: a sort of so few is slower."""
+    num_groups, page_size = prefix_lengths.shape[0], inputs.k_pages.shape[3]
+    row, group = jnp.arange(group_of_row.shape[0]), jnp.arange(num_groups)
+    is_grouped = (group_of_row >= 0) & (group_of_row < num_groups)
+    key = jnp.where(is_grouped, group_of_row, num_groups)
+    is_before = (key < key[:, None]) | ((key == key[:, None]) & (row < row[:, None]))
+    prefix = jnp.where(is_grouped, prefix_lengths.at[group_of_row].get(mode="clip"), 0).astype(jnp.int32)
+    return Grouped(
+        place=is_before.sum(1, dtype=jnp.int32),
+        query_start=(key < jnp.arange(num_groups + 1)[:, None]).sum(1, dtype=jnp.int32),
+        leaders=jnp.argmax(key == group[:, None], axis=1),
+        skipped=prefix // page_size,
+        lengths=jnp.maximum(inputs.kv_lengths.astype(jnp.int32) - prefix, 0),
+    )
+
+
+def shared_rows(inputs: PagedInputs, prefix_lengths: jax.Array, grouped: Grouped) -> PagedInputs:
+    """The first half: each group is a row of a ragged batch, whose queries are those of its rows."""
+    order = jnp.argmax(grouped.place == jnp.arange(grouped.place.shape[0])[:, None], axis=1)
+    return inputs._replace(
+        query=inputs.query[order],
+        block_tables=inputs.block_tables[grouped.leaders],
+        kv_lengths=prefix_lengths,
+        query_start=grouped.query_start,
+        sinks=None,
+    )
+
+
+def own_rows(inputs: PagedInputs, grouped: Grouped) -> PagedInputs:
+    """The second half: each row behind the pages that it shares."""
+    return inputs._replace(kv_lengths=grouped.lengths, skipped_pages=grouped.skipped)
