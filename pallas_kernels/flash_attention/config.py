@@ -71,9 +71,6 @@ class FlashConfig:
     value_stages: int | None = None  # of V, where they are not as many
     warpgroups: int = 2
     q_stages: int = 1  # 2: the next item's queries are loaded while this one's are used
-    # Columns of Q that a warpgroup keeps there: with 64 keys, a wgmma that reads both operands from shared
-    # memory takes as long to read them (4 KB) as to multiply.
-    q_in_registers: int = 0
     overlap: bool = False  # a tile's softmax runs while its warpgroup's matmul of the tile before does
     ping_pong: bool = True  # one warpgroup's softmax runs while the other's matmuls do
     dq: GradientConfig = GradientConfig()
@@ -83,8 +80,6 @@ class FlashConfig:
 
     def __post_init__(self):
         _check(self, tile_q=TILES, tile_kv=TILES)
-        if not 0 <= self.q_in_registers <= 256 or self.q_in_registers % 64:
-            raise ValueError(f"q_in_registers must be a multiple of 64 in 0..256, got {self.q_in_registers}")
         if self.value_stages is not None and not 1 <= self.value_stages <= MAX_STAGES:
             raise ValueError(f"value_stages must lie in 1..{MAX_STAGES}, got {self.value_stages}")
         if self.overlap and (self.value_stages or self.stages) < 2:  # it waits for V of two tiles at a time
@@ -232,8 +227,9 @@ def _medium_config(call: Call) -> FlashConfig:
 def _wide_config(call: Call) -> FlashConfig:
     """H > 128. Two warpgroups hold the accumulators, and overlap: 751, in turn 734, neither 703 (T = 4,096:
     684, 645, 652). Full T = 512, 1,024, 4,096, 16,384: 532, 626, 716, 694, with a third tile of V 558, 645,
-    723, 674; causal 366, 511, 682, 741 and 378, 512, 667, 713. Half of Q's columns in registers: full 4,096
-    and 16,384 724 and 760, without 719 and 746; causal 674 and 753, 671 and 739.
+    723, 674; causal 366, 511, 682, 741 and 378, 512, 667, 713. Half of Q's columns in registers would spare a
+    quarter of what wgmma reads from shared memory (full 724 and 760, without 719 and 746), but ptxas 13.5
+    spills 108 bytes for it, and 13.0.88 lets weights overwrite such queries where nothing overlaps.
     """
     overlap = not (call.crowded or call.in_blocks or call.has_lengths)
     more_values = overlap and call.all_visible and call.num_keys <= 4 * SHORT
@@ -242,7 +238,6 @@ def _wide_config(call: Call) -> FlashConfig:
         tile_kv=64,
         value_stages=3 if more_values else None,
         overlap=overlap,
-        q_in_registers=128 if overlap else 0,
         ping_pong=False,
         dq=single,
         dkv=single,

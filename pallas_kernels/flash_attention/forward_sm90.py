@@ -271,16 +271,13 @@ def attend_items(
         first_row = work.first_row + warpgroup * plan.config.tile_q
         lengths = work.q_length, work.kv_length
         ids = None if buffers.ids is None else buffers.ids.at[buffer]
-        q_smem, q_kept = buffers.q.at[buffer], None
-        if kept := plan.config.q_in_registers:
-            q_kept = plgpu.load(q_smem.at[:, pl.ds(0, kept)], layout=plgpu.Layout.WGMMA)
-        rows = Rows(work.batch, work.head, first_row, *lengths, extras, q_smem, q_kept, ids, position)
+        rows = Rows(work.batch, work.head, first_row, *lengths, extras, buffers.q.at[buffer], ids, position)
         acc, softmax = attend_rows(plan, work.tiles, rows, ring, turn_of, release)
         out_smem = (buffers.q if buffers.out is None else buffers.out).at[buffer]
         lse_smem = buffers.lse.at[buffer]
         finish_rows(plan, rows, acc, softmax, out_smem, lse_smem)
         # Found again: where the item stands would take registers from the tiles.
-        if plan.config.warpgroups > 2 or plan.draws_items or plan.config.q_in_registers:
+        if plan.config.warpgroups > 2 or plan.draws_items:
             work = _find_work(plan, items.again(turn, item), extras)
         first_row = work.first_row + warpgroup * plan.config.tile_q
         plgpu.commit_smem()

@@ -30,7 +30,6 @@ class Rows(NamedTuple):
     kv_length: Any
     extras: Extras
     q_smem: Any  # [tile_q, H]
-    q_kept: Any  # [tile_q, q_in_registers]: the first columns, in registers; or None
     ids: Any  # i32[tile_q] in shared memory: segment ids; or None
     position: Any  # of the item's first KV tile among all that the thread block streams
 
@@ -231,7 +230,7 @@ def attend_ahead(tile: Tile, step, carry, masked=False):
 
     def multiply(logits_ref, acc_ref):
         acc_ref[...] = acc
-        add_keys(tile, logits_ref, k_slot)
+        plgpu.wgmma(logits_ref, tile.rows.q_smem, ring.k.at[k_slot].transpose((1, 0)))
         plgpu.wgmma(acc_ref, weights16, ring.v.at[before])
         if turn is not None:
             turn.give()
@@ -275,7 +274,7 @@ def multiply_keys(tile: Tile, step):
     plgpu.barrier_wait(tile.ring.k_loaded.at[slot])
 
     def multiply(acc):
-        add_keys(tile, acc, slot)
+        plgpu.wgmma(acc, tile.rows.q_smem, tile.ring.k.at[slot].transpose((1, 0)))
         if tile.turn is not None:
             tile.turn.give_after_keys(step)
         return acc[...]
@@ -283,19 +282,6 @@ def multiply_keys(tile: Tile, step):
     logits = pl.run_scoped(multiply, _logits_type(tile.plan))
     plgpu.barrier_arrive(tile.ring.k_consumed.at[slot])
     return logits
-
-
-def add_keys(tile: Tile, logits_ref, slot):
-    """Starts the multiplication of the queries with a slot's keys."""
-    q, q_kept, k = tile.rows.q_smem, tile.rows.q_kept, tile.ring.k.at[slot]
-    if q_kept is None:
-        plgpu.wgmma(logits_ref, q, k.transpose((1, 0)))
-        return
-    kept = q_kept.shape[1]
-    rest = pl.ds(kept, q.shape[1] - kept)
-    plgpu.wgmma(logits_ref, q_kept, k.at[:, pl.ds(0, kept)].transpose((1, 0)))
-    if rest.size:
-        plgpu.wgmma(logits_ref, q.at[:, rest], k.at[:, rest].transpose((1, 0)))
 
 
 def modify_logits(tile: Tile, step, logits, masked: bool | jax.Array):

@@ -194,11 +194,6 @@ FORWARD_CASES: dict[str, dict[str, Any]] = {
         "config": dataclasses.replace(AHEAD, ping_pong=True),
     },
     "overlap, a third tile of V": {"t": 130, "s": 330, "config": dataclasses.replace(AHEAD, value_stages=3)},
-    "half of the queries in registers": {
-        **{"t": 130, "s": 190, "h": 128, "is_causal": True},
-        "config": dataclasses.replace(AHEAD, q_in_registers=64),
-    },
-    "in turns, queries in registers": {"config": dataclasses.replace(SMALL, q_in_registers=64)},
     "in turns, queries in one buffer": {"n": 2, "config": dataclasses.replace(SMALL, q_stages=1)},
     "head dim 96": {"t": 70, "s": 70, "h": 96, "is_causal": True},
     # One block has two items to attend and three without a key: nobody may wait for a turn in between.
