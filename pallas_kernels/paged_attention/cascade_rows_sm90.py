@@ -23,8 +23,8 @@ from pallas_kernels.paged_attention.prefill_list_sm90 import (
     counter_types,
     cut_at,
     num_item_blocks,
+    start_counters,
     store_items,
-    store_zeros,
 )
 from pallas_kernels.paged_attention.prefill_plan import PrefillPlan
 from pallas_kernels.paged_attention.spec import PagedInputs
@@ -138,7 +138,7 @@ def _kernel(plan: PrefillPlan, sizes: Sizes, num_lists: int, query, groups, leng
 
         @pl.when(block == num_lists)
         def _():
-            store_zeros(Counters(of_decode, of_prefill))
+            start_counters(Counters(of_decode, of_prefill))
             _store_rows(plan, sizes, scratch, Rows(*rows))
 
     @pl.when(row >= 0)

@@ -223,7 +223,7 @@ class Inputs(NamedTuple):
     v_scale: Any
     sinks: Any  # f32[K, columns]
     slopes: Any  # f32[K, columns]
-    counter: Any  # i32[1] or more: the first is that of units drawn
+    counter: Any  # Counters.decode: units drawn; whether there are none
     out: Any  # [tokens, N, H]: others' results, to which ours are added
 
 

@@ -103,7 +103,7 @@ def operands_of(plan: Plan, inputs: PagedInputs, counter: jax.Array | None = Non
         v_scale=inputs.v_scale,
         sinks=_per_head(plan, inputs.sinks),
         slopes=_per_head(plan, inputs.alibi_slopes),
-        counter=jax.new_ref(counter) if plan.config.dynamic else None,
+        counter=jax.new_ref(counter) if plan.config.dynamic or plan.is_ragged else None,
         out=None,
     )
 
@@ -136,7 +136,13 @@ def _per_head(plan: Plan, x: jax.Array | None) -> jax.Array | None:
 
 def _kernel(plan: Plan, operands, *refs):
     inputs = jax.tree.unflatten(operands, refs[: operands.num_leaves])
-    *own, lse, scratch = refs[operands.num_leaves :]
+    # A batch of prompts alone: no block has to look through the rows.
+    has_rows = inputs.counter[1] == 0 if plan.is_ragged else True
+    pl.when(has_rows)(lambda: _decode(plan, inputs, *refs[operands.num_leaves :]))
+
+
+def _decode(plan: Plan, inputs: Inputs, *refs):
+    *own, lse, scratch = refs
     outputs = Outputs(own[0] if own else inputs.out, lse)
     warpgroup = lax.axis_index("warpgroup")
     registers: Any = REGISTERS[plan.config.consumers]
@@ -153,7 +159,7 @@ def _kernel(plan: Plan, operands, *refs):
             see_rows(plan, scratch)
             plgpu.barrier_arrive(scratch.counted)
             plgpu.barrier_wait(scratch.counted)  # its threads look at each other's counts
-            schedule = Schedule.of(scratch, inputs.counter)
+            schedule = Schedule.of(scratch, inputs.counter if plan.config.dynamic else None)
             produce(plan, inputs, inputs.k_pages, inputs.k_scale, scratch.k, schedule, scratch.queries)
 
         @pl.when(warpgroup == V_PRODUCER)

@@ -51,14 +51,14 @@ class LaunchPlan:
 
 
 class Counters(NamedTuple):
-    """Of the units that programs draw, zero at first: i32[1] or more, each for one launch."""
+    """Of the units that programs draw, zero at first: i32[2] or more, each for one launch."""
 
-    decode: jax.Array
+    decode: jax.Array  # the second: 1 if it is known that no row is decode's
     prefill: jax.Array
 
     @classmethod
     def zeros(cls) -> "Counters":
-        return cls(*(jnp.zeros(1, jnp.int32) for _ in cls._fields))
+        return cls(*(jnp.zeros(2, jnp.int32) for _ in cls._fields))
 
 
 def facts_of(inputs: PagedInputs, spec: PagedSpec) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pallas_kernels.paged_attention.config import MAX_BOX, numbers_size
 from pallas_kernels.paged_attention.plan import Counters
 from pallas_kernels.paged_attention.prefill_plan import PrefillPlan
 from pallas_kernels.paged_attention.prefill_work import (
+    SINGLE,
     Segments,
     comes_before,
     cut_segments,
@@ -77,21 +78,26 @@ def counter_types() -> Counters:
     return Counters(*(jax.ShapeDtypeStruct((THREADS,), jnp.int32) for _ in Counters._fields))
 
 
-def store_zeros(counters: Counters) -> None:
-    for counter in counters:
-        counter[...] = plgpu.broadcasted_iota(jnp.int32, (THREADS,), 0, layout=BY_THREAD) * 0
+def start_counters(counters: Counters, lightest=None) -> None:
+    """Counters of nothing drawn; lightest: the least weight of a segment, a thread each."""
+    thread = plgpu.broadcasted_iota(jnp.int32, (THREADS,), 0, layout=BY_THREAD)
+    counters.prefill[...] = thread * 0
+    counters.decode[...] = (
+        thread * 0 if lightest is None else where((thread == 1) & (lightest > SINGLE), 1, thread * 0)
+    )
 
 
 def _kernel(plan: PrefillPlan, size: int, query_start, kv_lengths, records, *refs):
     *counters, scratch = refs
-    pl.when(lax.axis_index("block") == 0)(lambda: store_zeros(Counters(*counters)))
     _load(size, query_start, kv_lengths, scratch)
-    count_items(plan, scratch)
+    lightest = count_items(plan, scratch)
+    pl.when(lax.axis_index("block") == 0)(lambda: start_counters(Counters(*counters), lightest))
     store_items(plan, scratch, records, lambda row: row)
 
 
 def count_items(plan: PrefillPlan, scratch: Scratch):
-    """Where the items of each segment begin in the list, from its numbers in shared memory."""
+    """Where the items of each segment begin in the list, from its numbers in shared memory; returns the least
+    weight of a segment."""
     thread = plgpu.broadcasted_iota(jnp.int32, (THREADS,), 0, layout=BY_THREAD)
     blocks = []
     for first in range(0, plan.num_rows + 2, THREADS):
@@ -101,9 +107,11 @@ def count_items(plan: PrefillPlan, scratch: Scratch):
         scratch.num_items[part] = cuts.num_tiles * cuts.num_splits
         blocks.append((segment, part, cuts.weight))
     meet()
+    lightest = None
     for segment, part, weight in blocks:
-        scratch.first_item[part] = _items_before(plan, scratch, segment, weight)
+        scratch.first_item[part], lightest = _items_before(plan, scratch, segment, weight)
     meet()
+    return lightest
 
 
 def store_items(plan: PrefillPlan, scratch: Scratch, records, table_of):
@@ -144,13 +152,14 @@ def cut_at(plan: PrefillPlan, scratch: Scratch, segment):
 
 
 def _items_before(plan: PrefillPlan, scratch: Scratch, segment, weight):
-    """How many items come before the first of each segment."""
+    """How many items come before the first of each segment, and the least weight of any."""
 
-    def count(other, total, other_weight, num_items):
+    def count(other, carry, other_weight, num_items):
+        total, lightest = carry
         is_before = comes_before(other_weight, other, weight, segment)
-        return total + where(is_before, num_items, 0)
+        return total + where(is_before, num_items, 0), lax.min(lightest, other_weight)
 
-    return _for_each_segment(plan, (scratch.weight, scratch.num_items), count, segment * 0)
+    return _for_each_segment(plan, (scratch.weight, scratch.num_items), count, (segment * 0, segment * 0))
 
 
 def _segment_of(plan: PrefillPlan, scratch: Scratch, item):
@@ -169,7 +178,7 @@ def _for_each_segment(plan: PrefillPlan, refs, visit, carry):
         segments = [index * TOGETHER + i for i in range(TOGETHER)]
         numbers = [load_numbers(ref, segments) for ref in refs]
         for values in zip(segments, *numbers, strict=True):
-            segment, *values = (lax.broadcast(x, carry.shape) for x in values)
+            segment, *values = (lax.broadcast(x, (THREADS,)) for x in values)
             carry = visit(segment, carry, *values)
         return carry
 

@@ -218,7 +218,7 @@ class Inputs(NamedTuple):
     v_scale: Any
     sinks: Any  # f32[K, warpgroups, 64]
     slopes: Any  # f32[K, warpgroups, 64]
-    counter: Any  # i32[1] or more: the first is that of units drawn
+    counter: Any  # Counters.prefill: units drawn
 
 
 class Outputs(NamedTuple):

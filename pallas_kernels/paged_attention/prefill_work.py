@@ -13,6 +13,8 @@ from pallas_kernels.paged_attention.prefill_config import MIN_SPLIT_TILES, OCTET
 from pallas_kernels.paged_attention.prefill_plan import PrefillPlan
 from pallas_kernels.paged_attention.prefill_units import FIELDS, NO_WORK, Work
 
+SINGLE = -2  # the weight of a row of one query
+
 
 class WorkList(NamedTuple):
     """The units of a launch, and where each token's result lies."""
@@ -42,7 +44,7 @@ class Cuts(NamedTuple):
     first_tile: jax.Array
     num_tiles: jax.Array
     num_splits: jax.Array
-    weight: jax.Array  # heavy ones come first
+    weight: jax.Array  # heavy ones come first; below zero: no work, SINGLE for want of queries
 
 
 def plan_work(
@@ -104,7 +106,8 @@ def _segments(plan: PrefillPlan, query_start, kv_lengths) -> Segments:
 def cut_segments(plan: PrefillPlan, start, stop, kv_length, is_row) -> Cuts:
     """How segments are cut; those without work have no tiles, rows of one query among them, which the decode
     kernel serves where attention is causal."""
-    is_work = stop - start >= (where(is_row, lax.full_like(start, 2), 1) if plan.spec.is_causal else 1)
+    fewest = where(is_row, lax.full_like(start, 2), 1) if plan.spec.is_causal else 1
+    is_work = stop - start >= fewest
     kv_length = lax.min(kv_length, plan.capacity)
     first_tile = div(start, OCTET) * OCTET
     num_tiles = where(is_work, ceil_div(stop - first_tile, plan.tile_q), 0)
@@ -113,7 +116,8 @@ def cut_segments(plan: PrefillPlan, start, stop, kv_length, is_row) -> Cuts:
         first_tile -= div(spare, plan.run * OCTET) * (plan.run * OCTET)
     kv_tiles = ceil_div(kv_length, plan.config.tile_kv)
     num_splits = clip(ceil_div(kv_tiles, MIN_SPLIT_TILES), 1, plan.config.splits)
-    return Cuts(first_tile, num_tiles, num_splits, weight=where(is_work, kv_length, -1))
+    weight = where(is_work, kv_length, where(stop - start == 1, lax.full_like(start, SINGLE), -1))
+    return Cuts(first_tile, num_tiles, num_splits, weight)
 
 
 def comes_before(weight, order, other_weight, other_order):

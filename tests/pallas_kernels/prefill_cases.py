@@ -234,12 +234,13 @@ def make_plan(tokens, rows, group, width, config, is_causal=True, window_left=No
     )
 
 
-def check_list(rows, tokens, group, config, **options):
+def check_list(rows, tokens, group, config, num_single, **options):
     """The records that the kernel lists against those that XLA computes: rows without queries and of one, all
-    of other lengths, between tokens of no row."""
+    of other lengths, between tokens of no row; and whether it sees that no row has one query."""
     rng = np.random.default_rng(rows)
     queries = rng.choice(3 * tokens // (2 * rows), rows) * rng.choice((0, 1, 1), rows)
-    queries[rng.choice(rows, rows // 3)] = 1
+    queries += queries == 1
+    queries[rng.choice(rows, num_single)] = 1
     starts = 3 + np.minimum(np.cumsum([0, *queries]), tokens - 5)
     batch = jnp.asarray(starts), jnp.asarray(rng.integers(0, 640, rows))
     plan = make_plan(tokens, rows, group, 40, config, **options)
@@ -251,7 +252,8 @@ def check_list(rows, tokens, group, config, **options):
     assert is_item.any()
     np.testing.assert_array_equal(records[: len(expected)][is_item], expected[is_item])
     np.testing.assert_array_equal(records[np.count_nonzero(is_item) :, 0], NO_WORK)
-    assert not any(np.any(counter) for counter in counters)
+    np.testing.assert_array_equal(np.flatnonzero(counters.decode), [] if num_single else [1])
+    assert not np.any(counters.prefill)
 
 
 INTERPRET = {
@@ -259,10 +261,10 @@ INTERPRET = {
     for name, case in PREFILL_CASES.items()
 } | {
     "paged_attention:list of work, ranges of three warpgroups": functools.partial(
-        check_list, 5, 400, 1, PrefillConfig()
+        check_list, 5, 400, 1, PrefillConfig(), num_single=0
     ),
     "paged_attention:list of work, many rows, splits, a window": functools.partial(
-        check_list, 130, 800, 3, PrefillConfig(2, 64, 2, splits=3), window_left=150
+        check_list, 130, 800, 3, PrefillConfig(2, 64, 2, splits=3), num_single=43, window_left=150
     ),
 }
 
