@@ -71,6 +71,7 @@ class FlashConfig:
     value_stages: int | None = None  # of V, where they are not as many
     warpgroups: int = 2
     q_stages: int = 1  # 2: the next item's queries are loaded while this one's are used
+    folds: bool = False  # a block of two warpgroups takes a tile of queries of the end, and one of the start
     overlap: bool = False  # a tile's softmax runs while its warpgroup's matmul of the tile before does
     ping_pong: bool = True  # one warpgroup's softmax runs while the other's matmuls do
     dq: GradientConfig = GradientConfig()
@@ -86,8 +87,9 @@ class FlashConfig:
             raise ValueError(
                 f"overlap takes two tiles of V, got stages={self.stages}, value_stages={self.value_stages}"
             )
-        if self.ping_pong and self.warpgroups != 2:
-            raise ValueError(f"ping_pong takes two warpgroups, got warpgroups={self.warpgroups}")
+        for name in ("ping_pong", "folds"):
+            if getattr(self, name) and self.warpgroups != 2:
+                raise ValueError(f"{name} takes two warpgroups, got warpgroups={self.warpgroups}")
 
 
 def default_fused(
@@ -196,9 +198,9 @@ def _narrow_config(call: Call) -> FlashConfig:
         return FlashConfig(tile_kv=256, q_stages=2, dq=GradientConfig(other=128))
     if call.busy > 1:
         return FlashConfig(stages=3, q_stages=2)
-    if call.one_wave and not (call.crowded or call.has_lengths):
-        tiles = {"tile_kv": 256} if call.num_keys > SHORT else {"tile_kv": 128, "stages": 3}
-        return FlashConfig(**tiles, q_stages=2, dq=GradientConfig(other=128))
+    if call.one_wave and call.starts_light and not call.crowded:
+        gradient = GradientConfig(other=128)
+        return FlashConfig(stages=3, q_stages=2, folds=True, overlap=True, ping_pong=False, dq=gradient)
     dq = GradientConfig(other=64 if call.crowded else 128)
     warpgroups = 2 if call.leaves_rows_empty and not (call.busy or call.has_lengths) else 3
     ahead = {"q_stages": 2, "ping_pong": False, "overlap": not call.busy}

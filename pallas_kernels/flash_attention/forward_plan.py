@@ -1,13 +1,17 @@
 """What the forward kernel's tiles make of a launch."""
 
 import math
+from typing import Any
+
+import numpy as np
 
 from pallas_kernels.device import num_multiprocessors
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.tiles import Schedule, TileOrder
-from pallas_kernels.mosaic import SMEM_BYTES
+from pallas_kernels.mosaic import SMEM_BYTES, where
 
 STATISTICS_BYTES = 4096  # of shared memory: the log-sum-exp's buffers, barriers, tickets
+FIRST = 0  # of the warpgroups
 ITEM_COST = 1  # of what an item costs beside its KV tiles, in their time
 
 
@@ -25,7 +29,23 @@ class ForwardPlan(AttentionPlan):
     @property
     def num_spare_rows(self) -> int:
         """Rows before the first query in the first thread block."""
+        if self.config.folds:
+            return 0
         return self.spare_rows(self.config.tile_q, self.config.warpgroups)
+
+    def first_row(self, row_tile: Any, warpgroup: Any) -> Any:
+        """The first query of a warpgroup of a thread block. Folded, the first one takes the last rows that
+        are left, the second the first ones: where later queries see more keys, all blocks see as many. In the
+        middle one tile may be left, and the second has none."""
+        tile_q = self.config.tile_q
+        if not self.config.folds:
+            return row_tile * self.block_rows - self.num_spare_rows + warpgroup * tile_q
+        num_tiles = math.ceil(self.num_queries / tile_q)
+        last = num_tiles - 1 - row_tile
+        if warpgroup is FIRST:
+            return last * tile_q
+        first = where(row_tile == last, np.int32(num_tiles), row_tile)
+        return (first if isinstance(warpgroup, int) else where(warpgroup == 0, last, first)) * tile_q
 
     @property
     def has_masked_end(self) -> bool:
@@ -74,8 +94,9 @@ class ForwardPlan(AttentionPlan):
     def num_kv_tiles(self, row_tile: int) -> int:
         """How many KV tiles the rows of a block see, where no lengths are given."""
         left, right = self.reach
-        first = row_tile * self.block_rows - self.num_spare_rows
+        first = self.first_row(row_tile, FIRST)
         first += self.num_keys - self.num_queries if self.bottom_right else 0
-        stop = self.num_keys if right is None else min(first + self.block_rows + right, self.num_keys)
+        rows = self.config.tile_q if self.config.folds else self.block_rows
+        stop = self.num_keys if right is None else min(first + rows + right, self.num_keys)
         start = 0 if left is None else max(first - left, 0)
         return max(0, math.ceil(stop / self.config.tile_kv) - start // self.config.tile_kv)

@@ -16,7 +16,7 @@ from jax import lax
 
 from pallas_kernels.device import num_multiprocessors
 from pallas_kernels.flash_attention.extras import Extras, Footprint, prepare
-from pallas_kernels.flash_attention.forward_plan import ForwardPlan
+from pallas_kernels.flash_attention.forward_plan import FIRST, ForwardPlan
 from pallas_kernels.flash_attention.forward_tile import (
     FLOOR,
     KeyValueRing,
@@ -75,7 +75,8 @@ class Work(NamedTuple):
     batch: Any
     head: Any
     kv_head: Any
-    first_row: Any
+    row_tile: Any
+    first_row: Any  # of the first warpgroup
     q_length: Any
     kv_length: Any
     tiles: KvTiles  # those any warpgroup of the block sees; places in a list, with a block mask
@@ -148,9 +149,10 @@ def _find_work(plan: ForwardPlan, item, extras: Extras) -> Work:
     q_length, kv_length = plan.lengths_of(batch, extras)
     if plan.has_masked_end:  # a mask known to be the same for every item would be kept in registers
         kv_length = lax.optimization_barrier(kv_length)
-    first_row = tile * plan.block_rows - plan.num_spare_rows
-    tiles = _tiles_of_rows(plan, extras, batch, head, first_row, q_length, kv_length, plan.config.warpgroups)
-    return Work(batch, head, div(head, plan.group), first_row, q_length, kv_length, tiles)
+    first_row = plan.first_row(tile, FIRST)
+    count = 1 if plan.config.folds else plan.config.warpgroups  # the first one's rows see most
+    tiles = _tiles_of_rows(plan, extras, batch, head, first_row, q_length, kv_length, count)
+    return Work(batch, head, div(head, plan.group), tile, first_row, q_length, kv_length, tiles)
 
 
 def _tiles_of_rows(
@@ -185,7 +187,7 @@ def load_items(
     def load_queries(work, turn):
         for warpgroup in range(config.warpgroups):
             buffer = _buffer_of(plan, turn, warpgroup)
-            first_row = work.first_row + warpgroup * config.tile_q
+            first_row = plan.first_row(work.row_tile, warpgroup)
             rows = pl.ds(lax.max(first_row, 0) if plan.num_spare_rows else first_row, config.tile_q)
             free = functools.partial(plgpu.barrier_wait, barriers.q_free.at[buffer])
             pl.when(turn >= config.q_stages)(free)
@@ -268,7 +270,7 @@ def attend_items(
             if plan.config.q_stages > 1:
                 pl.when(turn > 0)(lambda: _release_buffer(plan, barriers, turn - 1, warpgroup))
 
-        first_row = work.first_row + warpgroup * plan.config.tile_q
+        first_row = plan.first_row(work.row_tile, warpgroup)
         lengths = work.q_length, work.kv_length
         ids = None if buffers.ids is None else buffers.ids.at[buffer]
         rows = Rows(work.batch, work.head, first_row, *lengths, extras, buffers.q.at[buffer], ids, position)
@@ -279,7 +281,7 @@ def attend_items(
         # Found again: where the item stands would take registers from the tiles.
         if plan.config.warpgroups > 2 or plan.draws_items:
             work = _find_work(plan, items.again(turn, item), extras)
-        first_row = work.first_row + warpgroup * plan.config.tile_q
+        first_row = plan.first_row(work.row_tile, warpgroup)
         plgpu.commit_smem()
 
         @pl.when(first_row >= 0 if plan.num_spare_rows else True)

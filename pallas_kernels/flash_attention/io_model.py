@@ -18,7 +18,7 @@ from pallas_kernels import checks
 from pallas_kernels.flash_attention import sm90
 from pallas_kernels.flash_attention.backward_fused_block import block_keys
 from pallas_kernels.flash_attention.config import FlashConfig
-from pallas_kernels.flash_attention.forward_plan import ForwardPlan
+from pallas_kernels.flash_attention.forward_plan import FIRST, ForwardPlan
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.spec import AttentionInputs, AttentionSpec
 from pallas_kernels.flash_attention.tiles import kv_tiles
@@ -94,7 +94,12 @@ def io_bytes(
 
 def _forward(plan: ForwardPlan) -> Traffic:
     heads, spare, size = plan.batch * plan.num_heads, plan.num_spare_rows, _itemsize(plan)
-    streamed = _streamed_rows(plan, plan.block_rows, plan.config.tile_kv, num_spare=spare) * plan.token_bytes
+    config = plan.config
+    rows = (
+        config.tile_q if config.folds else plan.block_rows
+    )  # the first warpgroup's see what a block streams
+    first_rows = np.array([plan.first_row(tile, FIRST) for tile in range(plan.num_row_tiles)])
+    streamed = _streamed_rows(plan, rows, config.tile_kv, first_rows=first_rows) * plan.token_bytes
     stored = plan.num_queries * size * plan.value_dim
     lse_rows = plan.num_row_tiles * plan.block_rows - spare
     return Traffic(
@@ -164,20 +169,22 @@ def _streamed_rows(
     own_keys: bool = False,
     whole_tiles: bool = False,
     num_spare: int = 0,
+    first_rows: np.ndarray | None = None,
 ) -> int:
     """Rows of the other operand that the blocks of one head stream, those past its end not counted.
 
     Vectors have whole tiles and no end: whole_tiles counts those rows too. num_spare: rows of the first block
-    before the first one owned.
+    before the first one owned. first_rows: where the blocks begin, if not one after the other.
     """
     owned, other = plan.num_queries, plan.num_keys
     offset, reach = (plan.num_keys - plan.num_queries if plan.bottom_right else 0), plan.reach
     if own_keys:
         owned, other, offset, reach = other, owned, -offset, reach[::-1]
-    first_rows = jnp.arange(math.ceil(owned / block), dtype=jnp.int32) * block - num_spare
+    if first_rows is None:
+        first_rows = np.arange(math.ceil(owned / block)) * block - num_spare
     tiles = jax.vmap(
         lambda first: kv_tiles(first, block, offset, jnp.int32(owned), jnp.int32(other), reach, tile)
-    )(first_rows)
+    )(jnp.asarray(first_rows, jnp.int32))
     start, stop = np.asarray(tiles.start, np.int64), np.asarray(tiles.stop, np.int64)
     end = stop * tile if whole_tiles else np.minimum(stop * tile, other)
     return int(np.maximum(end - start * tile, 0).sum())

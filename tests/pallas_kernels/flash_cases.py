@@ -201,6 +201,13 @@ FORWARD_CASES: dict[str, dict[str, Any]] = {
         **{"batch": 10, "t": 5, "s": 5, "config": SMALL},
         "q_lengths": jnp.array([5, 5, 0, 0, 0, 0, 0, 0, 5, 5]),
     },
+    "folded, a tile in the middle": {
+        **{"t": 300, "s": 300, "is_causal": True, "config": dataclasses.replace(AHEAD, folds=True)},
+    },
+    "folded, in turns, T < S": {
+        **{"t": 190, "s": 260, "n": 2, "is_causal": True, "causal_alignment": "bottom_right"},
+        "config": dataclasses.replace(SMALL, folds=True),
+    },
     "three warpgroups": {"is_causal": True, "config": THREE},
     # The first thread block of a head has 64 rows for three warpgroups: the first two stay idle.
     "three warpgroups, idle ones first": {
