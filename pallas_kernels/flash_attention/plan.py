@@ -1,6 +1,7 @@
 """The static facts of one kernel launch, shared by the forward and the backward kernels on Hopper."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,6 +9,10 @@ import numpy as np
 
 from pallas_kernels.flash_attention.config import FlashConfig, FusedConfig
 from pallas_kernels.mosaic import div, rem
+
+# Of a float32 call, whose operands are scaled (scaling.py): what its logits and its weights are multiplied by
+# in the backward pass. Weights are at most 1, fp16's largest is below 2^16: the rest is for lse's rounding.
+LOGITS_EXPONENT, WEIGHTS_EXPONENT = 6, 14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +37,15 @@ class AttentionPlan:
     has_segments: bool = False
     has_block_mask: bool = False
     dropout_rate: float = 0.0
+    keeps_fp32: bool = False  # a float32 call: operands come scaled (scaling.py), results leave in halves
+
+    @property
+    def d_weights_exponent(self) -> int:
+        """r: dP is multiplied by 2^-r, so that weights times (dP - delta) are less than 2^15 (scaling.py)."""
+        if not self.keeps_fp32:
+            return 0
+        # |dP| <= Hv 2^30 / (1 - rate); it and delta have 2^14 / 2^WEIGHTS_EXPONENT each.
+        return 16 + WEIGHTS_EXPONENT + math.ceil(math.log2(self.value_dim / (1 - self.dropout_rate)))
 
     @property
     def has_masked_start(self) -> bool:
