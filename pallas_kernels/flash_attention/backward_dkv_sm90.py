@@ -105,15 +105,13 @@ def _sum_rows(
     scales = {"dkv": (plan.scale, upscale), "dk": (plan.scale,), "dv": (upscale,)}[which]
     staging = {"dkv": (owned.first, owned.second), "dk": (owned.first,), "dv": (owned.second,)}[which]
     parts = []
-    for acc, scale, smem in zip(carry, scales, staging, strict=True):
+    for acc, scale in zip(carry, scales, strict=True):
         if live is not None:
             acc = where(broadcast_rows(live, acc.shape[1]), acc, 0.0)
-        first, *rest = halves.split(plan, acc * scale)
-        smem[...] = first
-        parts.append(rest)
-    for half in range(1 + len(parts[0])):
-        for smem, rest in zip(staging, parts, strict=True) if half else ():
-            smem[...] = rest[half - 1]
+        parts.append(halves.split(plan, acc * scale))
+    for half, sums in enumerate(zip(*parts, strict=True)):
+        for smem, total in zip(staging, sums, strict=True):
+            smem[...] = total
         plgpu.commit_smem()
         for smem, output in zip(staging, outputs, strict=True):
             plgpu.copy_smem_to_gmem(smem, halves.target(plan, output, half, by_row))

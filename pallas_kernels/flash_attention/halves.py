@@ -1,11 +1,10 @@
-"""fp32 results that leave a kernel through staging memory of 16 bits, one half after the other.
+"""fp32 results that leave a kernel through staging memory of 16 bits, half of their columns at a time.
 
-    x = high + low,  high = bf16(x),  low = bf16(x - high)
-
-Together they have 16 bits of mantissa or more, and the range of fp32: the memory of 16-bit results serves,
-and the same copies, twice. The halves are the first dimension of the output; XLA adds them.
+The memory of 16-bit results serves, and the same copies, twice: of half of the columns it holds the high 16
+bits of each word, then the low ones. The two are the first dimension of the output; XLA joins the words.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,13 +19,20 @@ def out_type(plan: AttentionPlan, shape: tuple[int, ...]) -> jax.ShapeDtypeStruc
     return jax.ShapeDtypeStruct((2, *shape) if plan.keeps_fp32 else shape, plan.dtype)
 
 
-def split(plan: AttentionPlan, x: jax.Array) -> list[jax.Array]:
-    """fp32 registers as a kernel stores them, one after the other: in 16 bits, or both halves' bits."""
+def split(plan: AttentionPlan, x: jax.Array) -> Iterator[jax.Array]:
+    """fp32 registers [rows, columns] as they are stored, one after the other: in 16 bits, or as two halves.
+
+    One half after the other is found: both would not fit the registers beside the rest.
+    """
     if not plan.keeps_fp32:
-        return [x.astype(plan.dtype)]
-    high = x.astype(jnp.bfloat16)
-    low = (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
-    return [lax.bitcast_convert_type(half, plan.dtype) for half in (high, low)]
+        yield x.astype(plan.dtype)
+        return
+    rows, columns = x.shape
+    for first in (0, columns // 2):
+        words = lax.bitcast_convert_type(lax.slice(x, (0, first), (rows, first + columns // 2)), jnp.uint32)
+        parts = (lax.shift_right_logical(words, jnp.uint32(16)), words)
+        bits = lax.concatenate([part.astype(jnp.uint16) for part in parts], 1)
+        yield lax.bitcast_convert_type(bits, plan.dtype)
 
 
 def target(plan: AttentionPlan, output: Any, half: int, place: tuple) -> Any:
@@ -38,5 +44,7 @@ def join(plan: AttentionPlan, x: jax.Array) -> jax.Array:
     """A kernel's output as its results, in fp32 where it holds halves."""
     if not plan.keeps_fp32:
         return x
-    high, low = lax.bitcast_convert_type(x, jnp.bfloat16).astype(jnp.float32)
-    return jnp.where(jnp.isfinite(high), high + low, high)
+    bits = lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32)
+    high, low = jnp.split(bits, 2, axis=-1)
+    left, right = lax.bitcast_convert_type(high << 16 | low, jnp.float32)
+    return jnp.concatenate([left, right], axis=-1)

@@ -7,16 +7,17 @@ lies within the lengths (one set for all where a bias sums their gradients):
     Q' = 2^q Q,  K' = 2^k K,  V' = 2^v V,  dO' = 2^o dO,  in fp16
     S = scale Q K^T = 2^-LOGITS scale Q' K'^T,  q + k = LOGITS,  max|Q'| ~ max|K'|
     O = 2^-v P V'
-    P' = 2^WEIGHTS P,  dP' = dO' V'^T,  dS' = P' * (2^-r dP' - delta'),  delta' = 2^(o + v - r) delta
+    P' = 2^WEIGHTS P,  dP' = dO' V'^T,  delta' = 2^(o + v - r) delta,  dS' = P' * (2^-r dP' - delta')
     dS = 2^-s dS',  s = WEIGHTS + o + v - r,  dQ = scale dS K,  dK = scale dS^T Q
     dV = 2^-(WEIGHTS + o) P'^T dO'
 
-|V'|, |dO'| < 2^15, so that |dP'| < Hv 2^30; r (AttentionPlan.d_weights_exponent) and v leave |dS'| < 2^15. The
-kernels' sums are fp32, and leave them with 16 bits of mantissa or more (halves.py).
+|V'|, |dO'| < 2^15, so that |dP'| < Hv 2^30; r (AttentionPlan.d_weights_exponent) and v leave |dS'| < 2^15.
+The kernels' sums are fp32, and leave them so (halves.py).
 
-Every operand, P and dS are rounded to 11 significant bits, as in TF32. Less is left of what is 2^-28 times
-the largest V, dO, P or dS of its head or less, and of Q and K where the largest of both multiply to 2^-24 or
-less; where they multiply to 2^24 or more, the largest are cut to what fp16 holds.
+Operands, P and dS are rounded to 11 significant bits, as in TF32, where they are no smaller than 2^-28 times
+the largest of V, of dO, P = 1 and |dS| = Hv max|V| max|dO|; and of Q and K, with max|Q| max|K| = 2^p in their
+head, 2^(-16 - p/2) times the largest. What is smaller has an absolute error, 2^-11 of that. Where p > 22 the
+largest of Q and K may be cut to what fp16 holds.
 """
 
 from typing import NamedTuple

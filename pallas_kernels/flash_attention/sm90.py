@@ -34,9 +34,11 @@ WIDE_MULTIPLE = 64  # of wide heads in the backward pass, whose dQ is multiplied
 
 def unsupported(inputs: AttentionInputs, spec: AttentionSpec) -> str | None:
     """Why the kernels cannot serve this call, or None."""
-    precision = jax.config.jax_default_matmul_precision
-    if inputs.query.dtype == jnp.float32 and precision not in TF32_PRECISIONS:
-        return f"it takes float32 only at a matmul precision of {TF32_PRECISIONS}, got {precision!r}"
+    dtype, precision = inputs.query.dtype, jax.config.jax_default_matmul_precision
+    if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"it takes bfloat16, float16 and float32, got {dtype}"
+    if dtype == jnp.float32 and precision not in TF32_PRECISIONS:
+        return f"it takes float32 only at a matmul precision in {TF32_PRECISIONS}, got {precision!r}"
     if spec.scale <= 0:
         return f"it takes a positive scale, got {spec.scale}"
     if inputs.block_mask is not None:
