@@ -218,7 +218,9 @@ def errors(case):
         ]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (i > 3)) for i, name in enumerate(CASES)]
+)
 def test_errors_are_at_most_twice_those_of_tf32(name):
     ours, others = errors(CASES[name])
     for one, other in zip(ours, others, strict=True):
