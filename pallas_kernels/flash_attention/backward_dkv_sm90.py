@@ -104,14 +104,16 @@ def _sum_rows(
     upscale = 1 / (1 - plan.dropout_rate)
     scales = {"dkv": (plan.scale, upscale), "dk": (plan.scale,), "dv": (upscale,)}[which]
     staging = {"dkv": (owned.first, owned.second), "dk": (owned.first,), "dv": (owned.second,)}[which]
-    parts = []
-    for acc, scale in zip(carry, scales, strict=True):
+
+    def parts_of(acc, scale):
         if live is not None:
             acc = where(broadcast_rows(live, acc.shape[1]), acc, 0.0)
-        parts.append(halves.split(plan, acc * scale))
-    for half, sums in enumerate(zip(*parts, strict=True)):
-        for smem, total in zip(staging, sums, strict=True):
-            smem[...] = total
+        yield from halves.split(plan, acc * scale)
+
+    parts = list(map(parts_of, carry, scales))
+    for half in range(1 + plan.keeps_fp32):
+        for smem, rest in zip(staging, parts, strict=True):
+            smem[...] = next(rest)
         plgpu.commit_smem()
         for smem, output in zip(staging, outputs, strict=True):
             plgpu.copy_smem_to_gmem(smem, halves.target(plan, output, half, by_row))
