@@ -10,9 +10,10 @@ import numpy as np
 from pallas_kernels.flash_attention.config import FlashConfig, FusedConfig
 from pallas_kernels.mosaic import div, rem
 
-# Of a float32 call, whose operands are scaled (scaling.py): what its logits and its weights are multiplied by
-# in the backward pass. Weights are at most 1, fp16's largest is below 2^16: the rest is for lse's rounding.
-LOGITS_EXPONENT, WEIGHTS_EXPONENT = 6, 14
+# Of a float32 call, whose operands are scaled (scaling.py), powers of two: by what its logits and, in the
+# backward pass, its weights are multiplied, and what the rows of V and dO are shorter than. Weights are at
+# most 1 and fp16's largest is below 2^16: the rest is for lse's rounding.
+LOGITS_EXPONENT, WEIGHTS_EXPONENT, NORM_EXPONENT = 6, 14, 14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +42,9 @@ class AttentionPlan:
 
     @property
     def d_weights_exponent(self) -> int:
-        """r: dP is multiplied by 2^-r, so that weights times (dP - delta) are less than 2^15 (scaling.py)."""
-        if not self.keeps_fp32:
-            return 0
-        # |dP| <= Hv 2^30 / (1 - rate); it and delta have 2^14 / 2^WEIGHTS_EXPONENT each.
-        return 16 + WEIGHTS_EXPONENT + math.ceil(math.log2(self.value_dim / (1 - self.dropout_rate)))
+        """r: 2^-r |dP| < 1 in a float32 call, after dropout's 1 / (1 - rate)."""
+        upscale = math.ceil(-math.log2(1 - self.dropout_rate))
+        return 2 * NORM_EXPONENT + upscale if self.keeps_fp32 else 0
 
     @property
     def has_masked_start(self) -> bool:

@@ -1,23 +1,23 @@
 """float32 on kernels of 16 bits: operands are scaled by powers of two into the range of fp16.
 
 On a GPU JAX multiplies float32 in TF32 unless told otherwise: 10 explicit bits of mantissa. fp16 has as many,
-and less range. Each batch row and KV head has its own exponents, found from the largest finite number that
-lies within the lengths (one set for all where a bias sums their gradients):
+and less range. Each batch row and KV head has its own exponents, found from the longest of its rows (of
+finite numbers that lie within the lengths); all have the same where a bias sums their gradients:
 
     Q' = 2^q Q,  K' = 2^k K,  V' = 2^v V,  dO' = 2^o dO,  in fp16
-    S = scale Q K^T = 2^-LOGITS scale Q' K'^T,  q + k = LOGITS,  max|Q'| ~ max|K'|
+    S = scale Q K^T = 2^-LOGITS scale Q' K'^T,  q + k = LOGITS,  max ||Q'|| ~ max ||K'||
     O = 2^-v P V'
-    P' = 2^WEIGHTS P,  dP' = dO' V'^T,  delta' = 2^(o + v - r) delta,  dS' = P' * (2^-r dP' - delta')
-    dS = 2^-s dS',  s = WEIGHTS + o + v - r,  dQ = scale dS K,  dK = scale dS^T Q
-    dV = 2^-(WEIGHTS + o) P'^T dO'
+    P' = 2^WEIGHTS P,  dP' = dO' V'^T,  delta' = 2^(o + v - r) delta
+    dS' = P' * (2^-r dP' - delta') = 2^s dS,  s = WEIGHTS + o + v - r
+    dQ = 2^-s scale dS' K,  dK = 2^-s scale dS'^T Q,  dV = 2^-(WEIGHTS + o) P'^T dO'
 
-|V'|, |dO'| < 2^15, so that |dP'| < Hv 2^30; r (AttentionPlan.d_weights_exponent) and v leave |dS'| < 2^15.
-The kernels' sums are fp32, and leave them so (halves.py).
+||V'||, ||dO'|| < 2^NORM and |dP'| < 2^(2 NORM) = 2^r: |dS'| < 2^15 whatever the data are, with a v that
+leaves |delta'| < 1. The kernels' sums are fp32, and leave them so (halves.py).
 
-Operands, P and dS are rounded to 11 significant bits, as in TF32, where they are no smaller than 2^-28 times
-the largest of V, of dO, P = 1 and |dS| = Hv max|V| max|dO|; and of Q and K, with max|Q| max|K| = 2^p in their
-head, 2^(-16 - p/2) times the largest. What is smaller has an absolute error, 2^-11 of that. Where p > 22 the
-largest of Q and K may be cut to what fp16 holds.
+Operands, P and dS are rounded to 11 significant bits, as in TF32. But numbers that are far smaller than the
+largest of their head have an absolute error: of 2^-38 times max ||V||, max ||dO||, P = 1 and, of dS, of max
+||V|| max ||dO||; of Q and K of 2^(-28 - p/2) times the longest, with max ||Q|| max ||K|| = 2^p. Where p > 22
+the largest of Q and K may be cut to what fp16 holds.
 """
 
 from typing import NamedTuple
@@ -27,10 +27,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.flash_attention import reference
-from pallas_kernels.flash_attention.plan import LOGITS_EXPONENT, WEIGHTS_EXPONENT, AttentionPlan
+from pallas_kernels.flash_attention.plan import (
+    LOGITS_EXPONENT,
+    NORM_EXPONENT,
+    WEIGHTS_EXPONENT,
+    AttentionPlan,
+)
 from pallas_kernels.flash_attention.spec import AttentionGradients, AttentionInputs
 
-LARGEST = 14  # the exponent of the largest V' and dO'
 MAX_EXPONENT = 126  # of a power that is a normal number, as is its inverse
 ZERO_EXPONENT = -127  # what exponent_of says of zeros, and of what is not normal
 
@@ -49,10 +53,9 @@ def scale_operands(
     """(exponents, [Q', K', V']); value_limit: what v may be at most, i32[B, K]."""
     lengths = inputs.q_lengths, inputs.kv_lengths, inputs.kv_lengths
     query, key, value = (
-        _largest_exponent(inputs, reference.zero_beyond(x, n))
-        for x, n in zip(inputs[:3], lengths, strict=True)
+        _exponent_of(inputs, reference.zero_beyond(x, n)) for x, n in zip(inputs[:3], lengths, strict=True)
     )
-    value = _clip(LARGEST - value)
+    value = _clip(NORM_EXPONENT - 1 - value)
     if value_limit is not None:
         value = _clip(jnp.minimum(value, value_limit))
     exponents = Exponents(*_balance(query, key), value)
@@ -89,30 +92,34 @@ class Scaled(NamedTuple):
 
 def scale_all(plan: AttentionPlan, inputs: AttentionInputs, out, lse, out_grad, lse_grad) -> Scaled:
     out_grad = out_grad.astype(jnp.float32)
-    largest = _largest_exponent(inputs, reference.zero_beyond(out_grad, inputs.q_lengths))
-    exponent = _clip(LARGEST - largest)
+    longest = _exponent_of(inputs, reference.zero_beyond(out_grad, inputs.q_lengths))
+    exponent = _clip(NORM_EXPONENT - 1 - longest)
     scaled = _to_fp16(out_grad, exponent)
     # Of the rounded cotangents, as dP is: where a row sees one key, dP - delta is nothing.
     rounded = times_power(scaled.astype(jnp.float32), -exponent)
     delta = reference.row_terms(out, lse, rounded, lse_grad)
     by_row = delta.swapaxes(1, 2)[..., None]
     limit = plan.d_weights_exponent - exponent  # of v where 2^(o + v - r) |delta| < 1
-    exponents, operands = scale_operands(inputs, limit - 1 - _largest_exponent(inputs, by_row))
+    exponents, operands = scale_operands(inputs, limit - 1 - _exponent_of(inputs, by_row))
     kernel_delta = times_power(by_row, exponents.value - limit)[..., 0].swapaxes(1, 2)
     return Scaled([*operands, scaled], kernel_delta, delta, exponents, exponent)
 
 
-def _largest_exponent(inputs: AttentionInputs, x: jax.Array) -> jax.Array:
+def _exponent_of(inputs: AttentionInputs, x: jax.Array) -> jax.Array:
     """exponent_of x, of all heads and batch rows where the sums of a bias's gradient go over them."""
     exponent = exponent_of(x, inputs.key.shape[2])
     return exponent if inputs.bias is None else jnp.broadcast_to(exponent.max(), exponent.shape)
 
 
 def exponent_of(x: jax.Array, num_kv_heads: int) -> jax.Array:
-    """floor(log2 max|x|) of the finite numbers of x [B, T, N, H], by batch row and KV head: i32[B, K]."""
-    largest = jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), 0.0), axis=(1, 3), initial=0.0)
-    largest = largest.reshape(x.shape[0], num_kv_heads, -1).max(axis=2)
-    return (lax.bitcast_convert_type(largest, jnp.int32) >> 23) + ZERO_EXPONENT
+    """n, i32[B, K]: the finite numbers of x [B, T, N, H] have ||row|| < 2^(n + 1) in a batch row and KV head.
+
+    The bound is sqrt(sum |x| max |x|), which neither overflows nor underflows where squares do.
+    """
+    size = jnp.where(jnp.isfinite(x), jnp.abs(x), 0.0)
+    norm = jnp.sqrt(jnp.sum(size, axis=3)) * jnp.sqrt(jnp.max(size, axis=3, initial=0.0))
+    norm = jnp.max(norm, axis=1, initial=0.0).reshape(x.shape[0], num_kv_heads, -1).max(axis=2)
+    return (lax.bitcast_convert_type(norm, jnp.int32) >> 23) + ZERO_EXPONENT
 
 
 def times_power(x: jax.Array, exponent: jax.Array) -> jax.Array:
@@ -132,7 +139,7 @@ def _clip(exponent: jax.Array) -> jax.Array:
 
 
 def _balance(query: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What Q and K are multiplied by, from the exponents of their largest; of zeros alone it follows from the
+    """What Q and K are multiplied by, from the exponents of their longest rows; of zeros it follows from the
     other's.
     """
     query, key = (jnp.where(one == ZERO_EXPONENT, -other, one) for one, other in ((query, key), (key, query)))
