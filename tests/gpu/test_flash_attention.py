@@ -184,6 +184,22 @@ def test_float32_of_any_size_and_only_at_the_default_precision():
     assert "flash_attention_forward" not in compiled.as_text()
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 300, 400), (1, 4, 300, 400), (2, 4, 1, 400), (2, 1, 300, 1)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_float32_gradients_of_a_bias_and_sinks(shape, dtype):
+    query, key, value = random_inputs([(2, length, 4, 64) for length in (300, 400, 400)], jnp.float32)
+    named = {"bias": jax.random.normal(jax.random.key(6), shape, dtype), "sinks": jnp.full(4, 3.0)}
+
+    def gradients(implementation):
+        call = lambda named: flash_attention(query, key, value * 1e4, implementation=implementation, **named)
+        return jax.jit(jax.grad(lambda named: jnp.sum(call(named) ** 2)))(named)
+
+    for one, other in zip(*map(jax.tree.leaves, map(gradients, ("sm90", "reference"))), strict=True):
+        # Sums of whole rows, in which most cancels, carry the rounding of their terms.
+        one, other = np.float64(one), np.float64(other)
+        assert np.sqrt(np.mean((one - other) ** 2) / np.mean(other**2)) < 10 * LIMITS["float32"]
+
+
 def test_float32_rows_are_independent():
     arrays = random_inputs([(2, 700, 4, 64)] * 4, jnp.float32)
     changed = [x.at[1].multiply(1e5) for x in arrays]
