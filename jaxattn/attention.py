@@ -64,7 +64,8 @@ def dot_product_attention(
 
     Arguments:
         query, key, value: BTNH, BSKH, BSKHv, or TNH, SKH, SKHv; float32, bfloat16 or float16, one dtype. N is
-            a multiple of K: query head n reads KV head n // (N/K).
+            a multiple of K: query head n reads KV head n // (N/K). On a GPU float32 is multiplied with the
+            precision of TF32, as in JAX, unless `jax.default_matmul_precision` asks for more.
         bias: added to the logits, broadcastable to BNTS. mask: boolean, True where a key takes part.
         scale: 1 / sqrt(H) by default.
         is_causal: query i sees keys 0..i ("top_left"), or keys 0..i + S - T ("bottom_right", the lengths in

@@ -34,8 +34,8 @@ def nnx_attention(
     Any number of batch dimensions, none too. Differences: rows whose mask hides every key give zeros (nnx:
     the mean of the values); dropped weights differ between rows and heads also with broadcast_dropout, whose
     point, to save memory, is moot where the mask is never stored. A precision above the default is honoured
-    by computing in float32. With sow_weights nnx passes its module and wants the weights themselves, which
-    attention in tiles
+    by the reference, exact to float32; at the default a GPU multiplies float32 as elsewhere in JAX, in TF32.
+    With sow_weights nnx passes its module and wants the weights themselves, which attention in tiles
     never has: those calls are nnx's own.
     """
     if module is not None:

@@ -59,6 +59,8 @@ def cudnn(row: Row) -> Callable:
     """cuDNN as JAX reaches it; packed documents through the offsets that jax.nn does not show."""
     if row.density:
         raise NotImplementedError("it has no block-sparse masks")
+    if row.dtype == "float32":
+        raise NotImplementedError("it takes 16 bits")
     if row.ragged == "segments":
         return _cudnn_packed(row)
 
@@ -92,8 +94,8 @@ def _cudnn_packed(row: Row) -> Callable:
 
 
 def has_standard(row: Row) -> bool:
-    """Says whether standard attention is measured: beside the main table, where its logits fit."""
-    return row.section in ("main", "given") and row.logits_bytes <= MAX_LOGITS_BYTES
+    """Says whether standard attention is measured: where its logits fit, in the main table and float32."""
+    return row.section in ("main", "float32", "given") and row.logits_bytes <= MAX_LOGITS_BYTES
 
 
 def xla(row: Row) -> Callable:
@@ -126,6 +128,8 @@ def tokamax(row: Row) -> Callable:
         raise NotImplementedError("it takes segments and blocks only as a T x S mask")
     if row.deterministic:
         raise NotImplementedError("it has no deterministic switch")
+    if row.dtype == "float32":
+        raise NotImplementedError("float32 is compared with standard attention alone, in TF32")
     module = _import_tokamax()
 
     def attend(query, key, value, extras):

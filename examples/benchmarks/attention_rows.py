@@ -132,6 +132,8 @@ OTHER_ROWS = [
     *(Row("block sparse", B=2, T=8192, N=16, H=128, density=density) for density in FLEX_ATTENTION),
     Row("fp16", B=4, T=4096, N=16, H=128, causal=True, dtype="float16"),
     Row("fp16", B=4, T=4096, N=32, H=64, causal=True, dtype="float16"),
+    Row("float32", B=4, T=4096, N=16, H=128, causal=True, dtype="float32"),
+    Row("float32", B=2, T=4096, N=32, H=64, causal=True, dtype="float32"),
     *(Row("small", B=1, T=length, N=8, H=64, causal=True) for length in (128, 256, 512)),
     Row("small", B=1, T=512, N=4, H=128),
     *(
@@ -155,13 +157,13 @@ def parse_row(text: str) -> Row:
             fields[word] = True
         elif word in ("lengths", "segments"):
             fields["ragged"] = word
-        elif word in ("bfloat16", "float16"):
+        elif word in ("bfloat16", "float16", "float32"):
             fields["dtype"] = word
         else:
             raise ValueError(
                 f"shape: {word!r} is none of B= T= S= N= K= H= window= (each with a number), density= "
                 f"({', '.join(map(str, FLEX_ATTENTION))}), causal, lengths, segments, bfloat16, float16, "
-                f"deterministic; got {text!r}"
+                f"float32, deterministic; got {text!r}"
             )
     if missing := [name for name in "BTNH" if not fields.get(name)]:
         raise ValueError(f"shape: {', '.join(missing)} must be given and be at least 1, got {text!r}")

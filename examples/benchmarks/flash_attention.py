@@ -10,8 +10,8 @@ processes (3 by default) of each one's median over runs; peers take turns within
 as 4 H for each pair of a query and a key it sees, x 3.5 for forward + backward, whatever an implementation
 does. The rows that ask for deterministic gradients run in processes of their own, with
 --xla_gpu_deterministic_ops, which makes cuDNN so. Standard attention, computed by XLA, is measured in the
-first process and beside the main table only. FlashAttention's claims against it (flash_claims.py) are
-measured last, unless --no-claims.
+first process and beside the main table and on float32 only. FlashAttention's claims against it
+(flash_claims.py) are measured last, unless --no-claims.
 
 A process that hangs is killed. --out is rewritten as figures come in, so that a run which is cut off, or has
 no more --max-seconds, leaves what was measured, and says what was not.

@@ -7,6 +7,7 @@ import functools
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.flash_attention import halves
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.scores import TilePlace, logit_gradients, weigh
 from pallas_kernels.flash_attention.streams import Block, Ends, Owned, Stream, opaque_place, run_tiles
@@ -103,14 +104,20 @@ def _sum_rows(
     upscale = 1 / (1 - plan.dropout_rate)
     scales = {"dkv": (plan.scale, upscale), "dk": (plan.scale,), "dv": (upscale,)}[which]
     staging = {"dkv": (owned.first, owned.second), "dk": (owned.first,), "dv": (owned.second,)}[which]
-    for acc, scale, smem in zip(carry, scales, staging, strict=True):
+
+    def parts_of(acc, scale):
         if live is not None:
             acc = where(broadcast_rows(live, acc.shape[1]), acc, 0.0)
-        smem[...] = (acc * scale).astype(plan.dtype)
-    plgpu.commit_smem()
-    for smem, output in zip(staging, outputs, strict=True):
-        plgpu.copy_smem_to_gmem(smem, output.at[by_row])
-    plgpu.wait_smem_to_gmem(0)
+        yield from halves.split(plan, acc * scale)
+
+    parts = list(map(parts_of, carry, scales))
+    for half in range(1 + plan.keeps_fp32):
+        for smem, rest in zip(staging, parts, strict=True):
+            smem[...] = next(rest)
+        plgpu.commit_smem()
+        for smem, output in zip(staging, outputs, strict=True):
+            plgpu.copy_smem_to_gmem(smem, halves.target(plan, output, half, by_row))
+        plgpu.wait_smem_to_gmem(0)
 
 
 def _add_tile(

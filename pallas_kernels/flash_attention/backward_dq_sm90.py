@@ -5,6 +5,7 @@ import functools
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.flash_attention import halves
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.scores import TilePlace, logit_gradients, weigh
 from pallas_kernels.flash_attention.streams import Block, Ends, Owned, Stream, opaque_place, run_tiles
@@ -81,11 +82,13 @@ def _sum_rows(plan: AttentionPlan, block: Block, warpgroup, sources, d_q, owned:
     ends = Ends(plan.has_masked_start or in_list, plan.reach[1] is not None or ragged, idle)
     acc = register_zeros((config.own, plan.head_dim))
     acc = run_tiles(block.tiles, own, step, skip, acc, ends)
-    owned.first[...] = (acc * plan.scale).astype(plan.dtype)
-    plgpu.commit_smem()
-    is_ours = first_row >= 0 if num_spare else True
-    pl.when(is_ours)(functools.partial(plgpu.copy_smem_to_gmem, owned.first, d_q.at[by_row]))
-    plgpu.wait_smem_to_gmem(0)
+    for half, part in enumerate(halves.split(plan, acc * plan.scale)):
+        owned.first[...] = part
+        plgpu.commit_smem()
+        is_ours = first_row >= 0 if num_spare else True
+        target = halves.target(plan, d_q, half, by_row)
+        pl.when(is_ours)(functools.partial(plgpu.copy_smem_to_gmem, owned.first, target))
+        plgpu.wait_smem_to_gmem(0)
 
 
 def _add_tile(

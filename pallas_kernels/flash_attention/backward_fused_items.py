@@ -33,11 +33,12 @@ def is_persistent(plan: AttentionPlan, inputs: AttentionInputs) -> bool:
 
     With a block mask it spills 24 bytes, 72 if causal, and pays all the same (T = 8,192, with the forward, on
     an H200: a quarter of all blocks 1.74 to 1.81 ms instead of 1.81 to 1.92, an eighth 0.99 instead of 1.04,
-    a quarter of a causal mask's 2.42 instead of 2.45).
+    a quarter of a causal mask's 2.42 instead of 2.45). With float32 it would spill 56.
     """
     busy = plan.has_segments or plan.has_kv_lengths or plan.has_q_lengths
     busy = busy or plan.logits_soft_cap is not None or plan.reach[0] is not None
     busy = busy or inputs.alibi_slopes is not None or inputs.bias is not None
+    busy = busy or (plan.has_block_mask and plan.keeps_fp32)
     return plan.head_dim <= 96 or (plan.head_dim == 128 and not busy)
 
 

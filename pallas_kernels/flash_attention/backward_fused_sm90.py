@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.device import num_multiprocessors
-from pallas_kernels.flash_attention import backward_fused_wide
+from pallas_kernels.flash_attention import backward_fused_wide, halves
 from pallas_kernels.flash_attention.backward_fused_block import (
     HALF,
     WARPGROUPS,
@@ -88,17 +88,15 @@ def statistics_multiple(plan: AttentionPlan) -> int:
 
 
 def launch(plan: AttentionPlan, inputs: AttentionInputs, query, key, value, out_grad, lse2, delta):
-    """dQ [B, T, N, H], dK [B, S, K, H], dV [B, S, K, Hv] in the inputs' dtype; arguments as the
-    deterministic kernels have them, with lse2 and delta padded to statistics_multiple.
+    """dQ [B, T, N, H], dK [B, S, K, H], dV [B, S, K, Hv]; arguments and dtype as the deterministic kernels
+    have them, with lse2 and delta padded to statistics_multiple.
     """
     extras = prepare(
         plan, inputs, Footprint(HALF, plan.fused.tile_q, block_keys(plan) // HALF, owns_queries=False)
     )
     operands = backward_operands(inputs, query, key, value, out_grad, plan.fused.tile_q, HALF)
     arrays = *operands, lse2, delta, extras
-    of_heads = tuple(
-        jax.ShapeDtypeStruct((*x.shape[:2], plan.num_heads, x.shape[3]), x.dtype) for x in (key, value)
-    )
+    of_heads = tuple(halves.out_type(plan, (*x.shape[:2], plan.num_heads, x.shape[3])) for x in (key, value))
     order, zeros = order_of(plan), jnp.zeros(query.shape, jnp.float32)
     if plan.head_dim > 128:
         body = functools.partial(backward_fused_wide.body, plan, order)
@@ -108,7 +106,9 @@ def launch(plan: AttentionPlan, inputs: AttentionInputs, query, key, value, out_
     else:
         is_one = not is_persistent(plan, inputs)
         d_query, d_key, d_value = _launch_items(plan, order, of_heads, arrays, zeros, is_one)
-    return (d_query * plan.scale).astype(plan.dtype), _of_groups(plan, d_key), _of_groups(plan, d_value)
+    d_query = d_query * plan.scale
+    d_key, d_value = (_of_groups(plan, halves.join(plan, x)) for x in (d_key, d_value))
+    return d_query if plan.keeps_fp32 else d_query.astype(plan.dtype), d_key, d_value
 
 
 def _launch_items(plan: AttentionPlan, order: TileOrder, out_type, arrays, zeros, is_one) -> list[jax.Array]:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.flash_attention import halves
 from pallas_kernels.flash_attention.backward_fused_block import (
     HALF,
     PART,
@@ -185,9 +186,10 @@ def store(step: Step, acc, scale: float, output):
     """Stores a sum over the queries, of our keys."""
     step = step._replace(warpgroup=opaque(step.warpgroup))
     plan, block, staging = step.plan, step.block, step.buffers.out.at[step.warpgroup]
-    total = (acc[...] * scale).astype(plan.dtype)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    staging[...] = total
-    plgpu.commit_smem()
-    keys = pl.ds(block.first_key + step.warpgroup * HALF, HALF)
-    plgpu.copy_smem_to_gmem(staging, output.at[block.batch, keys, block.head])
+    for half, total in enumerate(halves.split(plan, acc[...] * scale)):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        staging[...] = total
+        plgpu.commit_smem()
+        keys = pl.ds(block.first_key + step.warpgroup * HALF, HALF)
+        target = halves.target(plan, output, half, (block.batch, keys, block.head))
+        plgpu.copy_smem_to_gmem(staging, target)

@@ -11,6 +11,7 @@ import functools
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.flash_attention import halves
 from pallas_kernels.flash_attention.backward_fused_block import (
     HALF,
     WARPGROUPS,
@@ -93,13 +94,14 @@ def _store(step: Step, total, outputs):
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     plgpu.barrier_arrive(barriers.finished)  # no one reads the keys any more
     plgpu.barrier_wait(barriers.finished)
-    staging[...] = (total * scale).astype(plan.dtype)
-    plgpu.commit_smem()
-    rows = block.batch, pl.ds(block.first_key, HALF), block.head
-    for owner, output in enumerate(outputs):
-        copy = functools.partial(plgpu.copy_smem_to_gmem, staging, output.at[rows])
-        pl.when(role == owner)(copy)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    for half, part in enumerate(halves.split(plan, total * scale)):
+        staging[...] = part
+        plgpu.commit_smem()
+        rows = block.batch, pl.ds(block.first_key, HALF), block.head
+        for owner, output in enumerate(outputs):
+            target = halves.target(plan, output, half, rows)
+            pl.when(role == owner)(functools.partial(plgpu.copy_smem_to_gmem, staging, target))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _load(step: Step, sources):

@@ -12,9 +12,7 @@ logits are recomputed from the log-sum-exp of the forward pass.
 import functools
 import math
 
-import jax
-
-from pallas_kernels.flash_attention import backward_dkv_sm90, backward_dq_sm90
+from pallas_kernels.flash_attention import backward_dkv_sm90, backward_dq_sm90, halves
 from pallas_kernels.flash_attention.extras import Footprint, prepare
 from pallas_kernels.flash_attention.operands import backward_operands
 from pallas_kernels.flash_attention.plan import AttentionPlan
@@ -34,7 +32,7 @@ def statistics_multiple(plan: AttentionPlan) -> int:
 
 
 def launch(plan: AttentionPlan, inputs: AttentionInputs, query, key, value, out_grad, lse2, delta):
-    """dQ [B, T, N, H], dK [B, S, K, H], dV [B, S, K, Hv] in the inputs' dtype.
+    """dQ [B, T, N, H], dK [B, S, K, H], dV [B, S, K, Hv] in the arrays' dtype; plan.keeps_fp32: in fp32.
 
     query, key and value are those of the inputs, padded; lse2 f32[B, N, T] is the log-sum-exp in base 2, +inf
     for rows that see nothing; delta f32[B, N, T] as above; both padded to statistics_multiple.
@@ -66,9 +64,9 @@ def _launch(plan: AttentionPlan, inputs: AttentionInputs, which: str, like, arra
         is_uneven=plan.is_uneven,
         heavy_last=owns_queries,
     )
-    return make_kernel(
+    results = make_kernel(
         functools.partial(kernel.body, plan, order, which),
-        out_type=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like),
+        out_type=tuple(halves.out_type(plan, x.shape) for x in like),
         grid=(order.num_blocks,),
         grid_names=("block",),
         num_threads=config.warpgroups + 1,
@@ -80,3 +78,4 @@ def _launch(plan: AttentionPlan, inputs: AttentionInputs, which: str, like, arra
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name=f"flash_attention_{which}",
     )(*operands, lse2, delta, extras)
+    return [halves.join(plan, x) for x in results]

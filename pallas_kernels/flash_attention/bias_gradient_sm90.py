@@ -46,7 +46,7 @@ class Buffers(NamedTuple):
 
 
 def launch(plan: AttentionPlan, inputs: AttentionInputs, query, key, value, out_grad, lse2, delta):
-    """The gradient in the bias's shape and dtype; arguments as the other backward kernels take them."""
+    """The gradient in the bias's shape and dtype, or in fp32 where the others are; arguments as theirs."""
     bias = inputs.bias
     assert bias is not None
     sums_tiles = bias.shape[2] == 1 or bias.shape[3] == 1
@@ -54,7 +54,9 @@ def launch(plan: AttentionPlan, inputs: AttentionInputs, query, key, value, out_
     sizes = (plan.batch, plan.num_heads, *num_tiles)
     kept = [size > 1 or (sums_tiles and axis < 2) for axis, size in enumerate(bias.shape)]
     grid = [size if keep else 1 for size, keep in zip(sizes, kept, strict=True)]
-    dtype = jnp.float32 if sums_tiles else bias.dtype
+    dtype, out_dtype = (
+        jnp.float32 if is_fp32 else bias.dtype for is_fp32 in (sums_tiles or plan.keeps_fp32, plan.keeps_fp32)
+    )
     matrix = lambda dim: swizzled_smem((TILE, dim), plan.dtype)
     vector = plgpu.SMEM((TILE,), jnp.float32)
     by_query, by_value = matrix(plan.head_dim), matrix(plan.value_dim)
@@ -76,7 +78,7 @@ def launch(plan: AttentionPlan, inputs: AttentionInputs, query, key, value, out_
     rows, columns = (n if keep else TILE for n, keep in zip(bias.shape[2:], kept[2:], strict=True))
     out = out[:, :, :rows, :columns]
     broadcast = tuple(axis for axis in range(4) if bias.shape[axis] == 1 and out.shape[axis] > 1)
-    return jnp.sum(out, axis=broadcast, keepdims=True).astype(bias.dtype)
+    return jnp.sum(out, axis=broadcast, keepdims=True).astype(out_dtype)
 
 
 def _body(plan: AttentionPlan, sizes, kept, *refs):

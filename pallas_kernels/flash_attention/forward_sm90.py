@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.device import num_multiprocessors
+from pallas_kernels.flash_attention import halves
 from pallas_kernels.flash_attention.extras import Extras, Footprint, prepare
 from pallas_kernels.flash_attention.forward_plan import FIRST, ForwardPlan
 from pallas_kernels.flash_attention.forward_tile import (
@@ -83,7 +84,8 @@ class Work(NamedTuple):
 
 
 def launch(plan: ForwardPlan, inputs: AttentionInputs, query, key, value):
-    """Launches the kernel: (out [B, T, N, Hv], lse f32[B, N, T]); T and S come padded to multiples of 8.
+    """Launches the kernel: (out [B, T, N, Hv], lse f32[B, N, T]); T and S come padded to multiples of 8. The
+    output has the arrays' dtype; plan.keeps_fp32: it is fp32.
 
     A vector is copied without bounds: the log-sum-exp has whole row tiles.
     """
@@ -104,7 +106,7 @@ def launch(plan: ForwardPlan, inputs: AttentionInputs, query, key, value):
     tickets = Tickets.types(config.warpgroups) if plan.draws_items else None
     extras = prepare(plan, inputs, Footprint(config.tile_q, config.tile_kv, config.warpgroups))
     out_type = (
-        jax.ShapeDtypeStruct((batch, rows, heads, plan.value_dim), plan.dtype),
+        halves.out_type(plan, (batch, rows, heads, plan.value_dim)),
         jax.ShapeDtypeStruct((batch, heads, plan.num_row_tiles * plan.block_rows), jnp.float32),
     )
     kernel = make_kernel(
@@ -123,9 +125,10 @@ def launch(plan: ForwardPlan, inputs: AttentionInputs, query, key, value):
     operands = Operand(key), Operand.of(value, inputs.kv_lengths, config.tile_kv)
     call = functools.partial(kernel, query, *operands, extras)
     if not plan.draws_items:
-        return call(plan.schedule.dealt())
-    _, *results = call_in_place(call, jnp.zeros(1, jnp.int32), out_type)
-    return tuple(results)
+        out, lse = call(plan.schedule.dealt())
+    else:
+        _, out, lse = call_in_place(call, jnp.zeros(1, jnp.int32), out_type)
+    return halves.join(plan, out), lse
 
 
 def _forward_body(
@@ -277,18 +280,26 @@ def attend_items(
         acc, softmax = attend_rows(plan, work.tiles, rows, ring, turn_of, release)
         out_smem = (buffers.q if buffers.out is None else buffers.out).at[buffer]
         lse_smem = buffers.lse.at[buffer]
-        finish_rows(plan, rows, acc, softmax, out_smem, lse_smem)
+        rest = finish_rows(plan, rows, acc, softmax, out_smem, lse_smem)
         # Found again: where the item stands would take registers from the tiles.
         if plan.config.warpgroups > 2 or plan.draws_items:
             work = _find_work(plan, items.again(turn, item), extras)
         first_row = plan.first_row(work.row_tile, warpgroup)
         plgpu.commit_smem()
+        is_ours = first_row >= 0 if plan.num_spare_rows else True
+        to = pl.ds(first_row, plan.config.tile_q)
 
-        @pl.when(first_row >= 0 if plan.num_spare_rows else True)
+        @pl.when(is_ours)
         def _():
-            to = pl.ds(first_row, plan.config.tile_q)
-            plgpu.copy_smem_to_gmem(out_smem, out.at[work.batch, to, work.head])
+            plgpu.copy_smem_to_gmem(out_smem, halves.target(plan, out, 0, (work.batch, to, work.head)))
             plgpu.copy_smem_to_gmem(lse_smem, lse.at[work.batch, work.head, to])
+
+        for half, part in enumerate(rest, 1):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            out_smem[...] = part
+            plgpu.commit_smem()
+            target = halves.target(plan, out, half, (work.batch, to, work.head))
+            pl.when(is_ours)(functools.partial(plgpu.copy_smem_to_gmem, out_smem, target))
 
         if plan.config.q_stages == 1:
             _release_buffer(plan, barriers, turn, warpgroup)

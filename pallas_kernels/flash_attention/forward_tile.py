@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.flash_attention import halves
 from pallas_kernels.flash_attention.extras import Extras
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.scores import TilePlace, bend, hide, survivors
@@ -319,7 +320,9 @@ def add_sink(sink, acc, softmax: Softmax):
 
 
 def finish_rows(plan: AttentionPlan, rows: Rows, acc, softmax: Softmax, out_smem, lse_smem):
-    """Divides by the sum of the weights; rows that saw nothing give 0 and -inf."""
+    """Divides by the sum of the weights; rows that saw nothing give 0 and -inf. Returns what is to follow the
+    output in out_smem (halves.split).
+    """
     if rows.extras.sinks is not None:
         acc, softmax = add_sink(rows.extras.sinks[rows.head] * LOG2_E, acc, softmax)
     live = softmax.sum > 0
@@ -328,8 +331,9 @@ def finish_rows(plan: AttentionPlan, rows: Rows, acc, softmax: Softmax, out_smem
     norm = where(live, 1 / ((1 - plan.dropout_rate) * softmax.sum), 0.0)
     result = where(broadcast_rows(live, plan.value_dim), acc * broadcast_rows(norm, plan.value_dim), 0.0)
     # Selected before it is rounded: pairs of 16 bits would be taken apart.
-    out_smem[...] = lax.optimization_barrier(result).astype(plan.dtype)
+    out_smem[...], *rest = halves.split(plan, lax.optimization_barrier(result))
     lse_smem[...] = where(live, (softmax.max + lax.log2(softmax.sum)) * (1 / LOG2_E), -jnp.inf)
+    return rest
 
 
 def multiply_values(tile: Tile, slot, weights16, acc):

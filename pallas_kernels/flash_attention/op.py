@@ -80,7 +80,9 @@ def flash_attention(
 
     Arguments:
         query, key, value: [B, T, N, H], [B, S, K, H], [B, S, K, Hv]; all bf16, fp16 or f32; H, Hv <= 256.
-            The kernels take 16 bits; f32 is computed by XLA in chunks of queries, exact to fp32.
+            At JAX's default precision of matmuls the kernels multiply f32 with TF32's precision (scaling.py);
+            under "high", "highest" or "float32", and without a Hopper GPU, XLA computes it in chunks of
+            queries, exact to fp32.
         bias: added to the logits; each dimension of [B, N, T, S] may be 1. Its gradient is computed. What is
             below -1e30 hides a key.
         alibi_slopes: a slope for each head, [N] or [B, N]: linear biases (Press et al., 2022) that are never

@@ -1,6 +1,7 @@
 """The static facts of one kernel launch, shared by the forward and the backward kernels on Hopper."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,6 +9,11 @@ import numpy as np
 
 from pallas_kernels.flash_attention.config import FlashConfig, FusedConfig
 from pallas_kernels.mosaic import div, rem
+
+# Of a float32 call, whose operands are scaled (scaling.py), powers of two: by what its logits and, in the
+# backward pass, its weights are multiplied, and what the rows of V and dO are shorter than. Weights are at
+# most 1 and fp16's largest is below 2^16: the rest is for lse's rounding.
+LOGITS_EXPONENT, WEIGHTS_EXPONENT, NORM_EXPONENT = 6, 14, 14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +38,13 @@ class AttentionPlan:
     has_segments: bool = False
     has_block_mask: bool = False
     dropout_rate: float = 0.0
+    keeps_fp32: bool = False  # a float32 call: operands come scaled (scaling.py), results leave in halves
+
+    @property
+    def d_weights_exponent(self) -> int:
+        """r: 2^-r |dP| < 1 in a float32 call, after dropout's 1 / (1 - rate)."""
+        upscale = math.ceil(-math.log2(1 - self.dropout_rate))
+        return 2 * NORM_EXPONENT + upscale if self.keeps_fp32 else 0
 
     @property
     def has_masked_start(self) -> bool:

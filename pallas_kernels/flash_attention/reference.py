@@ -113,7 +113,10 @@ def backward(
 
 def row_terms(out, lse, out_cotangent, lse_cotangent):
     """delta f32[B, N, T] = rowsum(dO * O) - dlse, zero in rows without a log-sum-exp."""
-    products = jnp.einsum("bthd,bthd->bht", out_cotangent, out, preferred_element_type=jnp.float32)
+    highest = lax.Precision.HIGHEST  # of float32
+    products = jnp.einsum(
+        "bthd,bthd->bht", out_cotangent, out, precision=highest, preferred_element_type=jnp.float32
+    )
     return jnp.where(jnp.isneginf(lse), 0.0, products - lse_cotangent)
 
 

@@ -206,8 +206,11 @@ def weigh(
 
 
 def logit_gradients(plan: AttentionPlan, weights: Weights, d_weights, delta):
-    """dS from dP, the gradient of the kept weights."""
+    """dS from dP, the gradient of the kept weights; both scaled in a float32 call."""
+    scale = 2.0**-plan.d_weights_exponent / (1 - plan.dropout_rate)
     if plan.dropout_rate > 0:
         # Zero: dropped, or too small to count.
-        d_weights = where(weights.kept == 0, 0.0, d_weights * (1 / (1 - plan.dropout_rate)))
+        d_weights = where(weights.kept == 0, 0.0, d_weights * scale)
+    elif plan.keeps_fp32:
+        d_weights = d_weights * scale
     return weights.slopes * (d_weights - delta)

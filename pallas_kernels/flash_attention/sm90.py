@@ -14,10 +14,11 @@ from pallas_kernels.flash_attention import (
     bias_gradient_sm90,
     forward_sm90,
     reference,
+    scaling,
 )
 from pallas_kernels.flash_attention.config import Call, FlashConfig, default_config, default_fused
 from pallas_kernels.flash_attention.forward_plan import ForwardPlan
-from pallas_kernels.flash_attention.plan import AttentionPlan
+from pallas_kernels.flash_attention.plan import LOGITS_EXPONENT, WEIGHTS_EXPONENT, AttentionPlan
 from pallas_kernels.flash_attention.spec import AttentionGradients, AttentionInputs, AttentionSpec
 from pallas_kernels.mosaic import LOG2_E
 
@@ -25,13 +26,19 @@ ROW_MULTIPLE = (
     8  # TMA moves 8-row tiles: it would read or write past a batch row whose length is not a multiple
 )
 HEAD_MULTIPLE = 32  # 64 bytes, the narrower of the swizzles that cost no speed
+# jax.default_matmul_precision of calls that may multiply float32 as TF32 does, or as bfloat16: None is JAX's
+# own default, which does on a GPU.
+TF32_PRECISIONS = (None, "default", "tensorfloat32", "bfloat16", "TF32_TF32_F32", "BF16_BF16_F32")
 WIDE_MULTIPLE = 64  # of wide heads in the backward pass, whose dQ is multiplied 64 columns at a time
 
 
 def unsupported(inputs: AttentionInputs, spec: AttentionSpec) -> str | None:
     """Why the kernels cannot serve this call, or None."""
-    if inputs.query.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"it takes bfloat16 and float16, got {inputs.query.dtype}"
+    dtype, precision = inputs.query.dtype, jax.config.jax_default_matmul_precision
+    if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"it takes bfloat16, float16 and float32, got {dtype}"
+    if dtype == jnp.float32 and precision not in TF32_PRECISIONS:
+        return f"it takes float32 only at a matmul precision in {TF32_PRECISIONS}, got {precision!r}"
     if spec.scale <= 0:
         return f"it takes a positive scale, got {spec.scale}"
     if inputs.block_mask is not None:
@@ -59,9 +66,10 @@ def forward(inputs: AttentionInputs, spec: AttentionSpec) -> tuple[jax.Array, ja
     """The output [B, T, N, Hv] and the log-sum-exp f32[B, N, T]."""
     plan = forward_plan_of(inputs, spec)
     num_queries, value_dim = inputs.query.shape[1], inputs.value.shape[-1]
-    arrays = [_pad(x, is_forward=True) for x in inputs[:3]]
-    out, lse = forward_sm90.launch(plan, inputs, *arrays)
-    return out[:, :num_queries, :, :value_dim], lse[:, :, :num_queries]
+    exponents, arrays = scaling.scale_operands(inputs) if plan.keeps_fp32 else (None, inputs[:3])
+    out, lse = forward_sm90.launch(plan, inputs, *(_pad(x, is_forward=True) for x in arrays))
+    out, lse = out[:, :num_queries, :, :value_dim], lse[:, :, :num_queries]
+    return out if exponents is None else scaling.times_power(out, -exponents.value), lse
 
 
 def backward(
@@ -74,14 +82,20 @@ def backward(
 ) -> AttentionGradients:
     """Gradients of query, key and value."""
     plan = plan_of(inputs, spec)
-    delta = reference.row_terms(out, lse, out_grad, lse_grad)
     lse2 = jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2_E)  # exp2(logits - inf) = 0
-    arrays = [_pad(x, is_forward=False) for x in (*inputs[:3], out_grad)]
+    if plan.keeps_fp32:
+        scaled = scaling.scale_all(plan, inputs, out, lse, out_grad, lse_grad)
+        arrays, delta, kernel_delta = scaled.arrays, scaled.delta, scaled.kernel_delta
+        lse2 -= WEIGHTS_EXPONENT
+    else:
+        scaled, arrays = None, (*inputs[:3], out_grad)
+        delta = kernel_delta = reference.row_terms(out, lse, out_grad, lse_grad)
+    arrays = [_pad(x, is_forward=False) for x in arrays]
     kernels = backward_fused_sm90 if is_fused(plan, inputs, spec) else backward_sm90
     tile = math.lcm(kernels.statistics_multiple(plan), backward_sm90.statistics_multiple(plan))
     if inputs.block_mask is not None:  # whole tiles of it are visited, beyond the end too
         tile = math.lcm(tile, inputs.block_mask.tile[0])
-    statistics = [_pad_rows(lse2, 2, tile, jnp.inf), _pad_rows(delta, 2, tile)]
+    statistics = [_pad_rows(lse2, 2, tile, jnp.inf), _pad_rows(kernel_delta, 2, tile)]
     gradients = kernels.launch(plan, inputs, *arrays, *statistics)
     d_bias = None
     if inputs.bias is not None:
@@ -91,7 +105,10 @@ def backward(
     d_query, d_key, d_value = (
         g[:, : x.shape[1], :, : x.shape[3]] for g, x in zip(gradients, inputs[:3], strict=True)
     )
-    return AttentionGradients(d_query, d_key, d_value, d_bias, reference.sink_gradient(inputs, lse, delta))
+    gradients = AttentionGradients(
+        d_query, d_key, d_value, d_bias, reference.sink_gradient(inputs, lse, delta)
+    )
+    return gradients if scaled is None else scaled.restore(plan, inputs, gradients)
 
 
 def is_fused(plan: AttentionPlan, inputs: AttentionInputs, spec: AttentionSpec) -> bool:
@@ -112,6 +129,7 @@ def plan_of(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionPlan:
 def _plan_fields(inputs: AttentionInputs, spec: AttentionSpec, is_forward: bool) -> dict[str, Any]:
     batch, num_queries, num_heads, _ = inputs.query.shape
     head_dim, value_dim = (_padded(x.shape[3], is_forward) for x in (inputs.query, inputs.value))
+    keeps_fp32 = inputs.query.dtype == jnp.float32
     return {
         "batch": batch,
         "num_queries": num_queries,
@@ -120,8 +138,9 @@ def _plan_fields(inputs: AttentionInputs, spec: AttentionSpec, is_forward: bool)
         "num_kv_heads": inputs.key.shape[2],
         "head_dim": head_dim,
         "value_dim": value_dim,
-        "dtype": inputs.query.dtype,
-        "scale": spec.scale,
+        "dtype": jnp.dtype(jnp.float16) if keeps_fp32 else inputs.query.dtype,
+        "scale": spec.scale * 2.0**-LOGITS_EXPONENT if keeps_fp32 else spec.scale,
+        "keeps_fp32": keeps_fp32,
         "reach": spec.reach,
         "bottom_right": spec.bottom_right,
         "logits_soft_cap": spec.logits_soft_cap,

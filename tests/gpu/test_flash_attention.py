@@ -71,6 +71,20 @@ CASES |= {
     for name, case in FEATURES.items()
 }
 CASES |= {f"fp16 {name}": {"h": 128, "dtype": jnp.float16} | case for name, case in LARGE.items()}
+CASES |= {
+    f"float32 H={h} {name}": {"h": h, "dtype": jnp.float32} | case
+    for h in (64, 128, 256)
+    for name, case in LARGE.items()
+}
+CASES |= {
+    f"float32 fused, H={h} {name}": {
+        **{"h": h, "dtype": jnp.float32, "config": fused_config(h, IN_BLOCKS if h <= 128 else None)},
+        **case,
+    }
+    for h in (32, 64, 96, 128, 256)
+    for name, case in {**FEATURES, **{name: LARGE[name] for name in ("odd", "grouped heads", "full")}}.items()
+}
+LSE_TOLERANCE = {"float32": 4e-3}  # its queries and keys are rounded, those of 16 bits are not
 
 
 def run(implementation, arrays, out_grad, lse_grad, arguments):
@@ -101,7 +115,8 @@ def test_forward_and_backward(name):
     (out, lse), grads = run("sm90", arrays, out_grad, lse_grad, case)
     limit = LIMITS[jnp.dtype(dtype).name]
     assert_close("out", out, expected, limit)
-    np.testing.assert_allclose(lse, expected_lse, atol=1e-4, rtol=1e-4)
+    tolerance = LSE_TOLERANCE.get(jnp.dtype(dtype).name, 1e-4)
+    np.testing.assert_allclose(lse, expected_lse, atol=tolerance, rtol=1e-4)
     for name, actual, wanted in zip(("query", "key", "value"), grads, expected_grads, strict=True):
         assert_close(name, actual, wanted, limit)
 
@@ -118,8 +133,10 @@ def naive(query, key, value, is_causal):
 
 @pytest.mark.parametrize("h", [64, 128, 256])
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_error_at_most_twice_the_naive_one(h, is_causal):
-    arrays = random_inputs([(2, 512, 4, h)] * 4, jnp.bfloat16)
+@pytest.mark.parametrize(("dtype", "atol"), [(jnp.bfloat16, 1e-3), (jnp.float32, 1e-5)])
+def test_error_at_most_twice_the_naive_one(h, is_causal, dtype, atol):
+    """In float32 XLA multiplies in TF32: the precision of matmuls is JAX's default."""
+    arrays = random_inputs([(2, 512, 4, h)] * 4, dtype)
     *qkv, out_grad = arrays
     ours = functools.partial(flash_attention, is_causal=is_causal, implementation="sm90")
     exact = functools.partial(flash_attention, is_causal=is_causal, implementation="reference")
@@ -130,12 +147,12 @@ def test_error_at_most_twice_the_naive_one(h, is_causal):
 
     truth = results(exact, jnp.float32)
     for one, other, true in zip(
-        results(ours, jnp.bfloat16),
-        results(lambda *a: naive(*a, is_causal), jnp.bfloat16),
+        results(ours, dtype),
+        results(lambda *a: naive(*a, is_causal), dtype),
         truth,
         strict=True,
     ):
-        assert np.abs(one - true).max() <= 2 * np.abs(other - true).max() + 1e-3
+        assert np.abs(one - true).max() <= 2 * np.abs(other - true).max() + atol
 
 
 def test_same_bits_every_time():
@@ -149,6 +166,48 @@ def test_same_bits_every_time():
         assert all(
             (a == b).all() for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True)
         )
+
+
+def test_float32_of_any_size_and_only_at_the_default_precision():
+    factors = (1e3, 1e-3, 1e6, 1e-8)
+    arrays = random_inputs([(2, 2048, 4, 64)] * 4, jnp.float32)
+    arrays = [x * factor for x, factor in zip(arrays, factors, strict=True)]
+    lse_grad = jnp.zeros((2, 2048, 4))
+    results = [run(name, arrays[:3], arrays[3], lse_grad, {}) for name in ("sm90", "reference", None)]
+    ((out, _), grads), ((exact, _), exact_grads), ((chosen, _), _) = results
+    assert (out == chosen).all()
+    for one, other in zip((out, *grads), (exact, *exact_grads), strict=True):
+        assert one.dtype == jnp.float32
+        assert_close("scaled", one, other, LIMITS["float32"])
+    with jax.default_matmul_precision("highest"):
+        compiled = jax.jit(flash_attention).lower(*arrays[:3]).compile()
+    assert "flash_attention_forward" not in compiled.as_text()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 300, 400), (1, 4, 300, 400), (2, 4, 1, 400), (2, 1, 300, 1)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_float32_gradients_of_a_bias_and_sinks(shape, dtype):
+    query, key, value = random_inputs([(2, length, 4, 64) for length in (300, 400, 400)], jnp.float32)
+    named = {"bias": jax.random.normal(jax.random.key(6), shape, dtype), "sinks": jnp.full(4, 3.0)}
+
+    def gradients(implementation):
+        call = lambda named: flash_attention(query, key, value * 1e4, implementation=implementation, **named)
+        return jax.jit(jax.grad(lambda named: jnp.sum(call(named) ** 2)))(named)
+
+    for one, other in zip(*map(jax.tree.leaves, map(gradients, ("sm90", "reference"))), strict=True):
+        # Sums of whole rows, in which most cancels, carry the rounding of their terms.
+        one, other = np.float64(one), np.float64(other)
+        assert np.sqrt(np.mean((one - other) ** 2) / np.mean(other**2)) < 10 * LIMITS["float32"]
+
+
+def test_float32_rows_are_independent():
+    arrays = random_inputs([(2, 700, 4, 64)] * 4, jnp.float32)
+    changed = [x.at[1].multiply(1e5) for x in arrays]
+    options = {"deterministic": True}
+    lse_grad = jnp.zeros((2, 700, 4))
+    one, other = (run("sm90", x[:3], x[3], lse_grad, options) for x in (arrays, changed))
+    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert (x[0] == y[0]).all()
 
 
 def test_chosen_by_default_and_memory_is_linear():

@@ -24,10 +24,10 @@ B, T, N, K, H = 2, 2048, 8, 2, 64
 several = pytest.mark.skipif("jax.device_count() < 2", reason="needs two GPUs")
 
 
-def inputs():
+def inputs(dtype=jnp.bfloat16):
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = [(B, T, heads, H) for heads in (N, K, K, N)]
-    return [jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True)]
+    return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
 
 
 def with_gradients(attend):
@@ -54,8 +54,9 @@ def assert_near_truth(actual, options):
     assert_near(actual, truth(*(x.astype(jnp.float32) for x in inputs())), 5e-3)
 
 
-def test_vmap_is_the_batch():
-    operands = inputs()
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_vmap_is_the_batch(dtype):
+    operands = inputs(dtype)
     run = with_gradients(alone(is_causal=True))
     mapped = jax.vmap(run)(*(x[:, None] for x in operands))
     assert_near([x[:, 0] for x in mapped], run(*operands), 1e-3)

@@ -147,14 +147,16 @@ def test_shard_map(axis_type, check_vma):
     assert_close(jax.jit(mapped)(*put(mesh, operands, SPECS)), gradients(*operands))
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
-def test_kernels_are_traced_under_an_explicit_mesh(deterministic):
+@pytest.mark.parametrize(
+    ("deterministic", "dtype"), [(True, jnp.bfloat16), (False, jnp.bfloat16), (False, jnp.float32)]
+)
+def test_kernels_are_traced_under_an_explicit_mesh(deterministic, dtype):
     """Up to their lowering, which needs a GPU: they refuse arrays whose type says how they are sharded."""
     attend = functools.partial(flash_attention, implementation="sm90", deterministic=deterministic)
     call = jax.grad(lambda *qkv: attend(*qkv).astype(jnp.float32).sum(), argnums=(0, 1, 2))
     shape = (4, 1024, 4, 64)
     mesh = mesh_of(2, 4, AxisType.Explicit)
-    sharded = put(mesh, [jnp.zeros(shape, jnp.bfloat16)] * 3, SPECS)
+    sharded = put(mesh, [jnp.zeros(shape, dtype)] * 3, SPECS)
     results = jax.eval_shape(call, *sharded)
     assert [(x.shape, x.sharding.spec[0]) for x in results] == [(shape, "data")] * 3
 

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 MODULES = (
     "cascade_cases",
     "flash_cases",
+    "flash_float32_cases",
     "flash_fused_cases",
     "flash_random",
     "kv_pages_cases",
@@ -35,6 +36,33 @@ MODULES = (
 # Rows that only make test-all runs: each is like another, of another head dim or with other features, and
 # together they take minutes on 2 cores.
 SLOW = {
+    *(
+        f"flash_attention:float32 {rest}"
+        for rest in (
+            "far from one",
+            "wide, heavy tails",
+            "all at once",
+            "bias",
+            "dropout",
+            "backward H=64 causal",
+            "backward H=128 full",
+            "backward H=256 causal",
+            "backward fused H=128 causal, grouped heads",
+            "backward fused H=256 causal, grouped heads",
+            "backward, rows on two devices",
+            "backward, heads on two devices",
+            "backward H=64 bias",
+            "backward H=128 dropout",
+            "backward H=128 slopes",
+            "backward H=128 segments",
+            "backward H=128 block mask",
+            "backward H=256 dropout",
+            "backward H=256 block mask",
+            "backward soft cap",
+            "backward grouped heads",
+            "forward value dim",
+        )
+    ),
     *(
         f"flash_attention:backward fused, head dim {rest}"
         for rest in (
