@@ -97,9 +97,8 @@ def io_bytes(
 def _forward(plan: ForwardPlan) -> Traffic:
     heads, spare, size = plan.batch * plan.num_heads, plan.num_spare_rows, _itemsize(plan)
     config = plan.config
-    rows = (
-        config.tile_q if config.folds else plan.block_rows
-    )  # the first warpgroup's see what a block streams
+    # The rows of a block that see all that it streams.
+    rows = config.tile_q if config.folds else plan.block_rows
     first_rows = np.array([plan.first_row(tile, FIRST) for tile in range(plan.num_row_tiles)])
     streamed = _streamed_rows(plan, rows, config.tile_kv, first_rows=first_rows) * plan.token_bytes
     stored = plan.num_queries * size * plan.value_dim

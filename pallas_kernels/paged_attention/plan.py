@@ -53,8 +53,8 @@ class LaunchPlan:
 class Counters(NamedTuple):
     """Of the units that programs draw, zero at first: i32[2] or more, each for one launch."""
 
-    decode: jax.Array  # the second: 1 if it is known that no row is decode's
-    prefill: jax.Array
+    decode: Any  # the second: 1 if it is known that no row is decode's
+    prefill: Any
 
     @classmethod
     def zeros(cls) -> "Counters":
