@@ -71,7 +71,7 @@ class FlashConfig:
     value_stages: int | None = None  # of V, where they are not as many
     warpgroups: int = 2
     q_stages: int = 1  # 2: the next item's queries are loaded while this one's are used
-    folds: bool = False  # a block of two warpgroups takes a tile of queries of the end, and one of the start
+    folds: bool = False  # a block takes a tile of queries of the end and one of the start, not two that meet
     overlap: bool = False  # a tile's softmax runs while its warpgroup's matmul of the tile before does
     ping_pong: bool = True  # one warpgroup's softmax runs while the other's matmuls do
     dq: GradientConfig = GradientConfig()
@@ -159,8 +159,8 @@ class Call(NamedTuple):
     @property
     def leaves_rows_empty(self) -> bool:
         """Whether blocks of three warpgroups, of 192 rows, would not be worth what they leave empty: of the
-        last block, or of the GPU (H = 128, causal, T = 1,024, 16 heads: 96 of three 21 us, 128 of two 17 in
-        an earlier run, of the first kernels).
+        last block, or of the GPU (H = 128, causal, T = 1,024, 16 heads: 96 of three 22.8 us, 128 of two
+        16.6).
         """
         shortest = SHORT // 4 if self.starts_light else SHORT
         return self.has_lengths or self.one_wave or self.is_short(shortest)
@@ -192,7 +192,9 @@ def default_config(head_dim: int, call: Call = PLAIN) -> FlashConfig:
 def _narrow_config(call: Call) -> FlashConfig:
     """H <= 64. Causal, T = 16,384: three warpgroups that overlap 538, without overlap 500, two 421. Causal
     T = 256, 512, 768, 1,024: two that overlap 174, 258, 301, 328, three 164, 274, 345, 360. Full T = 1,024:
-    two that take turns at 256 keys 492, three 448; T = 2,048 488 and 498.
+    two that take turns at 256 keys 492, three 448; T = 2,048 488 and 498. Causal, where blocks fill the GPU
+    once, T = 1,024, 2,048, 4,096: folded 11.0, 17.9, 31.3 us, in order 14.1, 23.5, 43.1 (cuDNN 12.4, 21.4,
+    39.3).
     """
     if call.leaves_rows_empty and call.all_visible and not call.crowded:
         return FlashConfig(tile_kv=256, q_stages=2, dq=GradientConfig(other=128))
@@ -213,13 +215,16 @@ def _medium_config(call: Call) -> FlashConfig:
     lengths. Causal T = 256 to 1,024: two that overlap 239, 383, 449, 495, three 229, 384, 466, 500. Full
     T = 1,024, where 192 rows leave most of a last block empty: 624 and 560 (an H100). 512 queries on 8,192
     keys: two that overlap and take turns 677, that overlap 621, that take turns 649; on 2,048 keys 608, 585,
-    594.
+    594. Causal, where blocks fill the GPU once, T = 1,024, 2,048, 4,096: folded 14.0, 22.5, 40.1 us, in order
+    16.5, 28.0, 51.2 (cuDNN 17.8, 30.9, 56.3).
     """
     if call.busy:
         return FlashConfig(q_stages=2, overlap=not call.hashes, ping_pong=call.hashes and call.busy == 1)
     if call.crowded:
         return FlashConfig(q_stages=2, overlap=True, ping_pong=False)
     dq = GradientConfig(warpgroups=3)
+    if call.one_wave and call.starts_light:
+        return FlashConfig(q_stages=2, folds=True, overlap=True, ping_pong=False, dq=dq)
     if call.leaves_rows_empty:
         in_turn = call.all_visible and call.num_keys > SHORT and call.is_short(SHORT // 2)
         return FlashConfig(q_stages=2, overlap=True, ping_pong=in_turn, dq=dq)
@@ -239,6 +244,7 @@ def _wide_config(call: Call) -> FlashConfig:
     return FlashConfig(
         tile_kv=64,
         value_stages=3 if more_values else None,
+        folds=call.one_wave and call.starts_light and overlap,
         overlap=overlap,
         ping_pong=False,
         dq=single,

@@ -94,8 +94,9 @@ def scale_all(plan: AttentionPlan, inputs: AttentionInputs, out, lse, out_grad, 
     out_grad = out_grad.astype(jnp.float32)
     longest = _exponent_of(inputs, reference.zero_beyond(out_grad, inputs.q_lengths))
     exponent = _clip(NORM_EXPONENT - 1 - longest)
-    scaled = _to_fp16(out_grad, exponent)
-    # Of the rounded cotangents, as dP is: where a row sees one key, dP - delta is nothing.
+    # Of the rounded cotangents, as dP is: where a row sees one key, dP - delta is nothing. The barrier keeps
+    # XLA from leaving out the rounding.
+    scaled = lax.optimization_barrier(_to_fp16(out_grad, exponent))
     rounded = times_power(scaled.astype(jnp.float32), -exponent)
     delta = reference.row_terms(out, lse, rounded, lse_grad)
     by_row = delta.swapaxes(1, 2)[..., None]

@@ -59,6 +59,23 @@ CASES |= {
     }
     for h in (64, 128, 256)
 }
+CASES |= {
+    # Each block of queries has a multiprocessor of its own, and takes a tile of either end: 9, 16, 5 tiles.
+    f"one wave, H={h} {name}": {"h": h, "n": 12, "k": 4, "batch": 2} | case
+    for h in (32, 64, 96, 128, 192, 256)
+    for name, case in {
+        "odd": {"t": 570, "s": 570, "is_causal": True},
+        "sinks, T < S": {"t": 641, "s": 900, "batch": 1, "n": 15, "k": 15, "sinks": jnp.ones(15), **BOTTOM},
+        "T > S": {
+            "t": 300,
+            "s": 180,
+            "batch": 3,
+            "local_window_size": (None, 3),
+            **BOTTOM,
+            "is_causal": False,
+        },
+    }.items()
+}
 CASES |= {"value dim 256": {"t": 300, "s": 300, "h": 64, "hv": 256}}
 CASES |= {
     f"fused, H={h} {name}": {"h": h, "config": fused_config(h)} | case

@@ -369,6 +369,7 @@ COMPILE = (
             (*shapes(h=128)[:2], shapes(h=256)[2]), is_causal=True
         ),
         "flash_attention:forward one wave": forward_case(shapes(t=2048, s=2048, h=64), is_causal=True),
+        "flash_attention:forward one wave, wide": forward_case(shapes(t=2048, s=2048, h=256), is_causal=True),
         "flash_attention:forward one wave, short": forward_case(shapes(h=64), is_causal=True),
         "flash_attention:forward odd, full": unbounded(forward_case(shapes(t=333, s=777))),
         "flash_attention:backward grouped heads": backward_case(shapes(k=1, h=64), is_causal=True),
