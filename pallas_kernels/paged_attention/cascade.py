@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
+from pallas_kernels import checks
 from pallas_kernels.kv_pages import pool
 from pallas_kernels.manual import jit_kernels
 from pallas_kernels.paged_attention.config import PagedConfig
@@ -57,6 +58,7 @@ def cascade_attention(
     inputs = PagedInputs(query, k_pages, v_pages, block_tables, kv_lengths, index)
     inputs = inputs._replace(k_scale=k_scale, v_scale=v_scale, sinks=sinks)
     check_arrays(inputs)
+    checks.check_rank("prefix_lengths", prefix_lengths, "C")
     num_rows, num_groups = query.shape[0], prefix_lengths.shape[0]
     pool.check_indices("prefix_lengths", prefix_lengths, (num_groups,), "C")
     pool.check_indices("group_of_row", group_of_row, (num_rows,), "R")

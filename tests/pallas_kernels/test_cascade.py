@@ -54,6 +54,8 @@ def test_merge_weighs_parts_by_their_log_sum_exp():
     ("message", "groups"),
     [
         ("group_of_row must have shape", (jnp.zeros(1, jnp.int32), jnp.zeros(2, jnp.int32))),
+        ("prefix_lengths must have the dimensions", (jnp.int32(16), jnp.zeros(3, jnp.int32))),
+        ("prefix_lengths must not be empty", (jnp.zeros(0, jnp.int32), jnp.zeros(3, jnp.int32))),
         ("prefix_lengths must hold integers", (jnp.zeros(1), jnp.zeros(3, jnp.int32))),
     ],
 )
