@@ -77,7 +77,8 @@ class Sizes(NamedTuple):
 
 
 def serves(plan: PrefillPlan, inputs: PagedInputs) -> bool:
-    return inputs.kv_lengths.shape[0] <= MAX_ROWS and plan.num_rows <= MAX_GROUPS
+    num_rows, num_heads, _ = inputs.query.shape
+    return num_rows <= MAX_ROWS and plan.num_rows <= MAX_GROUPS and num_heads <= MAX_BOX
 
 
 def list_rows(plan: PrefillPlan, inputs: PagedInputs, prefix_lengths, group_of_row) -> Listed:
@@ -189,9 +190,8 @@ def _start_groups(plan: PrefillPlan, sizes: Sizes, scratch: Scratch):
         def look(row, other, carry, group=group):
             before, leader = carry
             row, other = (lax.broadcast(x, group.shape) for x in (row, other))
-            return before + (other < group).astype(jnp.int32), where(
-                (other == group) & (leader < 0), row, leader
-            )
+            before += (other < group).astype(jnp.int32)
+            return before, where((other == group) & (leader < 0), row, leader)
 
         before, leader = _visit_rows(sizes, scratch, look, (group * 0, group * 0 - 1))
         behind = pl.ds(THREADS + part.start, THREADS)

@@ -9,7 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import PagedConfig, PrefillConfig, cascade_attention, paged_attention
-from pallas_kernels.paged_attention import decode_plan
+from pallas_kernels.paged_attention import decode_plan, prefill_plan
+from pallas_kernels.paged_attention.cascade_rows import group_rows
+from pallas_kernels.paged_attention.cascade_rows_sm90 import Rows, list_rows
+from pallas_kernels.paged_attention.prefill_units import NO_WORK
+from pallas_kernels.paged_attention.prefill_work import plan_work
+from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 from tests.pallas_kernels.interpreter import interpreted
 from tests.pallas_kernels.paged_cases import RMS_ERROR, compare, integers
 from tests.pallas_kernels.paged_inputs import Case, cast, make_case, quantize
@@ -83,8 +88,48 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 
+
+def check_rows(num_rows, num_groups):
+    """What the kernel says of rows and groups, some of which do not exist, against what XLA does."""
+    rng = np.random.default_rng(num_rows)
+    groups = rng.integers(-2, num_groups + 2, num_rows).astype(np.int32)
+    prefixes = 16 * rng.integers(0, 20, num_groups).astype(np.int32)
+    lengths = rng.integers(320, 500, num_rows)
+    case = cast(make_case(rows=num_rows, width=32, page_size=16, lengths=lengths), jnp.bfloat16)
+    inputs = PagedInputs(*(jnp.asarray(x) for x in case[:5]), layer=jnp.int32(0))
+    given = jnp.asarray(prefixes), jnp.asarray(groups)
+    config = PrefillConfig(warpgroups=1, tile_kv=64, stages=2, splits=2)
+    spec = PagedSpec(1.0, is_causal=False, prefill_config=config)
+    plan = prefill_plan.make_plan(inputs._replace(kv_lengths=given[0]), spec, keeps_parts=True)
+    grouped = group_rows(inputs, *given)
+    work = plan_work(plan, grouped.query_start, given[0])
+    with interpreted():
+        listed = jax.block_until_ready(list_rows(plan, inputs, *given))
+    is_grouped = (groups >= 0) & (groups < num_groups)
+    rows = Rows(*(np.asarray(x)[:num_rows] for x in listed.rows))
+    np.testing.assert_array_equal(rows.skipped, grouped.skipped)
+    np.testing.assert_array_equal(rows.lengths, grouped.lengths)
+    for name in ("first_item", "num_splits", "place"):
+        expected = np.asarray(getattr(work, name))[grouped.place]
+        np.testing.assert_array_equal(getattr(rows, name)[is_grouped], expected[is_grouped], err_msg=name)
+    assert not rows.num_splits[~is_grouped].any()
+    np.testing.assert_array_equal(
+        np.asarray(listed.query)[grouped.place[is_grouped]], np.asarray(inputs.query)[is_grouped]
+    )
+    # A group is a row of the list; in its place stands the row whose table holds its pages.
+    expected = np.array(work.items)
+    is_item = expected[:, 0] != NO_WORK
+    expected[is_item, 0] = np.asarray(grouped.leaders)[expected[is_item, 0]]
+    is_ours = is_item & (expected[:, 5] > 0)  # items of keys
+    np.testing.assert_array_equal(np.asarray(listed.items)[: len(expected)][is_ours], expected[is_ours])
+    np.testing.assert_array_equal(np.asarray(listed.items)[np.count_nonzero(is_item) :, 0], NO_WORK)
+
+
 INTERPRET = {
     f"cascade_attention:{name}": functools.partial(check_cascade, **case) for name, case in CASES.items()
+} | {
+    "cascade_attention:rows of many groups": functools.partial(check_rows, 20, 130),
+    "cascade_attention:many rows": functools.partial(check_rows, 140, 5),
 }
 
 

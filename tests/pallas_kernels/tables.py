@@ -95,6 +95,7 @@ SLOW = {
     ),
     "cascade_attention:head dim 96, group 5, no splits",
     "cascade_attention:int8 pages, soft cap",
+    "cascade_attention:many rows",
     "cascade_attention:H=96, fp8 pages",
     "paged_attention:decode int8 pages, group 16",
     "paged_attention:decode int8 pages, H=96",
