@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import PagedConfig, PrefillConfig, cascade_attention, paged_attention
-from pallas_kernels.paged_attention import decode_plan, prefill_plan
+from pallas_kernels.paged_attention import cascade_rows_sm90, decode_plan, prefill_plan
 from pallas_kernels.paged_attention.cascade_rows import group_rows
 from pallas_kernels.paged_attention.cascade_rows_sm90 import Rows, list_rows
 from pallas_kernels.paged_attention.prefill_units import NO_WORK
@@ -18,7 +18,6 @@ from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 from tests.pallas_kernels.interpreter import interpreted
 from tests.pallas_kernels.paged_cases import RMS_ERROR, compare, integers
 from tests.pallas_kernels.paged_inputs import Case, cast, make_case, quantize
-from tests.pallas_kernels.prefill_cases import listed_by_xla
 from tests.pallas_kernels.tables import CompileCase
 
 
@@ -31,8 +30,13 @@ def share(case: Case, prefix_lengths, group_of_row) -> Case:
     return case
 
 
-def check_cascade(prefixes, groups, heads=4, head_dim=64, pages=None, call=None, splits=2, **shapes):
-    """The interpreted kernels against the reference of paged_attention, which knows of no groups."""
+def check_cascade(
+    prefixes, groups, heads=4, head_dim=64, pages=None, call=None, splits=2, by_xla=False, **shapes
+):
+    """The interpreted kernels against the reference of paged_attention, which knows of no groups.
+
+    by_xla: rows are listed as those of larger batches are.
+    """
     case = make_case(rows=len(groups), heads=heads, head_dim=head_dim, page_size=16, **shapes)
     case = cast(share(case, prefixes, groups), jnp.bfloat16)
     arrays, arguments = list(case[:5]), {"return_lse": True, "layer": case.layer, **(call or {})}
@@ -46,7 +50,8 @@ def check_cascade(prefixes, groups, heads=4, head_dim=64, pages=None, call=None,
     expected, expected_lse = paged_attention(*arrays, implementation="reference", **arguments)
     config = PagedConfig(64, 64, 2, 1)
     prefill = PrefillConfig(warpgroups=1, tile_kv=64, stages=2, splits=splits)
-    with mock.patch.object(decode_plan, "NUM_PROGRAMS", 3), listed_by_xla(), interpreted():
+    few = mock.patch.object(cascade_rows_sm90, "MAX_ROWS", 0 if by_xla else 10)
+    with few, mock.patch.object(decode_plan, "NUM_PROGRAMS", 3), interpreted():
         out, lse = cascade_attention(
             *arrays,
             jnp.asarray(prefixes),
@@ -77,6 +82,7 @@ CASES: dict[str, dict[str, Any]] = {
         "lengths": [70, 65],
         "width": 5,
         "splits": 1,
+        "by_xla": True,
     },
     "int8 pages, soft cap": {
         "prefixes": [48],
