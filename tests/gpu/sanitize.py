@@ -32,6 +32,8 @@ ROWS = {
     "flash: all features": f"{FLASH}[small, all at once]",
     "flash: segments": f"{FLASH}[small, segments]",
     "flash: block mask": f"{FLASH}[small, block mask]",
+    "flash: folded": f"{FLASH}[one wave, H=64 odd]",
+    "flash: float32": f"{FLASH}[float32 fused, H=64 odd]",
     "pages: write, copy": "test_kv_pages.py::test_write_and_copy[shape0-77-bfloat16-bfloat16]",
     "pages: write, copy, int8": "test_kv_pages.py::test_write_and_copy[shape8-77-bfloat16-int8]",
     "paged: decode": "test_paged_attention.py::test_decode_of_every_group[1]",
