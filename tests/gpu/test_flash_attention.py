@@ -11,13 +11,12 @@ import pytest
 from pallas_kernels import flash_attention
 from tests.pallas_kernels.flash_cases import (
     BACKWARD_CASES,
-    DROPOUT,
-    FEATURES,
     FORWARD_CASES,
     IN_BLOCKS,
     poison_padding,
     random_inputs,
 )
+from tests.pallas_kernels.flash_features import DROPOUT, FEATURES
 from tests.pallas_kernels.flash_fused_cases import fused_config
 from tests.pallas_kernels.tolerance import LIMITS, assert_close
 

@@ -10,16 +10,13 @@ import numpy as np
 from pallas_kernels import flash_attention
 from tests.pallas_kernels import flash_cases, flash_fused_cases
 from tests.pallas_kernels.flash_cases import (
-    DROPOUT,
-    FEATURES,
-    RAGGED,
     SMALL,
-    bias_of,
     compare,
     poison_padding,
     random_inputs,
     unbounded,
 )
+from tests.pallas_kernels.flash_features import DROPOUT, FEATURES, RAGGED, bias_of
 from tests.pallas_kernels.flash_fused_cases import fused_config
 from tests.pallas_kernels.interpreter import interpreted
 from tests.pallas_kernels.tables import CompileCase

@@ -14,19 +14,15 @@ from pallas_kernels.flash_attention.config import FlashConfig, FusedConfig, defa
 from pallas_kernels.flash_attention.spec import AttentionInputs, AttentionSpec
 from tests.pallas_kernels.flash_cases import (
     BACKWARD_CASES,
-    DROPOUT,
     LENGTHS,
     PERSISTENT_SPILLS,
-    SLOPES,
     SMALL,
     backward_case,
-    bias_of,
-    block_mask,
     check_backward,
-    packed,
     shapes,
     unbounded,
 )
+from tests.pallas_kernels.flash_features import DROPOUT, SLOPES, bias_of, block_mask, packed
 from tests.pallas_kernels.tables import CompileCase
 
 
