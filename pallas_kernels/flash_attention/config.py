@@ -71,7 +71,7 @@ class FlashConfig:
     value_stages: int | None = None  # of V, where they are not as many
     warpgroups: int = 2
     q_stages: int = 1  # 2: the next item's queries are loaded while this one's are used
-    folds: bool = False  # a block takes a tile of queries of the end and one of the start, not two that meet
+    folds: bool = False  # a block takes queries of either end, where later ones see more; else no effect
     overlap: bool = False  # a tile's softmax runs while its warpgroup's matmul of the tile before does
     ping_pong: bool = True  # one warpgroup's softmax runs while the other's matmuls do
     dq: GradientConfig = GradientConfig()
@@ -236,7 +236,8 @@ def _wide_config(call: Call) -> FlashConfig:
     684, 645, 652). Full T = 512, 1,024, 4,096, 16,384: 532, 626, 716, 694, with a third tile of V 558, 645,
     723, 674; causal 366, 511, 682, 741 and 378, 512, 667, 713. Half of Q's columns in registers would spare a
     quarter of what wgmma reads from shared memory (full 724 and 760, without 719 and 746), but ptxas 13.5
-    spills 108 bytes for it, and 13.0.88 lets weights overwrite such queries where nothing overlaps.
+    spills 108 bytes for it, and 13.0.88 lets weights overwrite such queries where nothing overlaps. Folded as
+    narrower heads are, which gain by it; here it was run, and not timed.
     """
     overlap = not (call.crowded or call.in_blocks or call.has_lengths)
     more_values = overlap and call.all_visible and call.num_keys <= 4 * SHORT

@@ -23,26 +23,37 @@ class ForwardPlan(AttentionPlan):
         return self.config.tile_q * self.config.warpgroups
 
     @property
+    def leading_rows(self) -> int:
+        """Rows, from the first warpgroup's on, that see all keys that a block streams."""
+        return self.config.tile_q if self.folds else self.block_rows
+
+    @property
     def num_row_tiles(self) -> int:
         return math.ceil(self.num_queries / self.block_rows)
 
     @property
     def num_spare_rows(self) -> int:
         """Rows before the first query in the first thread block."""
-        if self.config.folds:
+        if self.folds:
             return 0
         return self.spare_rows(self.config.tile_q, self.config.warpgroups)
+
+    @property
+    def folds(self) -> bool:
+        """Whether a block's two warpgroups take a tile of either end: the first one's sees all that the other
+        does only where later queries see more."""
+        return self.config.folds and self.starts_light
 
     def first_row(self, row_tile: Any, warpgroup: Any) -> Any:
         """The first query of a warpgroup of a thread block. Folded, the first one takes the last rows that
         are left, the second the first ones: where later queries see more keys, all blocks see as many. In the
         middle one tile may be left, and the second has none."""
         tile_q = self.config.tile_q
-        if not self.config.folds:
+        if not self.folds:
             return row_tile * self.block_rows - self.num_spare_rows + warpgroup * tile_q
         num_tiles = math.ceil(self.num_queries / tile_q)
         last = num_tiles - 1 - row_tile
-        if warpgroup is FIRST:
+        if isinstance(warpgroup, int) and warpgroup == FIRST:
             return last * tile_q
         first = where(row_tile == last, np.int32(num_tiles), row_tile)
         return (first if isinstance(warpgroup, int) else where(warpgroup == 0, last, first)) * tile_q
@@ -96,7 +107,6 @@ class ForwardPlan(AttentionPlan):
         left, right = self.reach
         first = self.first_row(row_tile, FIRST)
         first += self.num_keys - self.num_queries if self.bottom_right else 0
-        rows = self.config.tile_q if self.config.folds else self.block_rows
-        stop = self.num_keys if right is None else min(first + rows + right, self.num_keys)
+        stop = self.num_keys if right is None else min(first + self.leading_rows + right, self.num_keys)
         start = 0 if left is None else max(first - left, 0)
         return max(0, math.ceil(stop / self.config.tile_kv) - start // self.config.tile_kv)

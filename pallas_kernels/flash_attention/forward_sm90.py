@@ -153,7 +153,7 @@ def _find_work(plan: ForwardPlan, item, extras: Extras) -> Work:
     if plan.has_masked_end:  # a mask known to be the same for every item would be kept in registers
         kv_length = lax.optimization_barrier(kv_length)
     first_row = plan.first_row(tile, FIRST)
-    count = 1 if plan.config.folds else plan.config.warpgroups  # the first one's rows see most
+    count = plan.leading_rows // plan.config.tile_q
     tiles = _tiles_of_rows(plan, extras, batch, head, first_row, q_length, kv_length, count)
     return Work(batch, head, div(head, plan.group), tile, first_row, q_length, kv_length, tiles)
 

@@ -96,11 +96,9 @@ def io_bytes(
 
 def _forward(plan: ForwardPlan) -> Traffic:
     heads, spare, size = plan.batch * plan.num_heads, plan.num_spare_rows, _itemsize(plan)
-    config = plan.config
-    # The rows of a block that see all that it streams.
-    rows = config.tile_q if config.folds else plan.block_rows
     first_rows = np.array([plan.first_row(tile, FIRST) for tile in range(plan.num_row_tiles)])
-    streamed = _streamed_rows(plan, rows, config.tile_kv, first_rows=first_rows) * plan.token_bytes
+    streamed = _streamed_rows(plan, plan.leading_rows, plan.config.tile_kv, first_rows=first_rows)
+    streamed *= plan.token_bytes
     stored = plan.num_queries * size * plan.value_dim
     lse_rows = plan.num_row_tiles * plan.block_rows - spare
     return Traffic(
@@ -142,7 +140,8 @@ def _dq(plan: AttentionPlan) -> Traffic:
     """Owns rows of Q and dO and their statistics, streams K and V."""
     config = plan.config.dq
     block, num_spare = config.own * config.warpgroups, plan.spare_rows(config.own, config.warpgroups)
-    streamed = _streamed_rows(plan, block, config.other, num_spare=num_spare)
+    first_rows = np.arange(-num_spare, plan.num_queries, block)
+    streamed = _streamed_rows(plan, block, config.other, first_rows=first_rows)
     streamed *= plan.batch * plan.num_heads * plan.token_bytes
     owned = _q_bytes(plan, _padded(plan.num_queries, block), num_spare)
     return Traffic(owned + streamed, 0, 0, 0)
@@ -169,20 +168,19 @@ def _streamed_rows(
     tile: int,
     own_keys: bool = False,
     whole_tiles: bool = False,
-    num_spare: int = 0,
     first_rows: np.ndarray | None = None,
 ) -> int:
     """Rows of the other operand that the blocks of one head stream, those past its end not counted.
 
-    Vectors have whole tiles and no end: whole_tiles counts those rows too. num_spare: rows of the first block
-    before the first one owned. first_rows: where the blocks begin, if not one after the other.
+    Vectors have whole tiles and no end: whole_tiles counts those rows too. first_rows: where the blocks
+    begin, if not at 0 and one after the other.
     """
     owned, other = plan.num_queries, plan.num_keys
     offset, reach = (plan.num_keys - plan.num_queries if plan.bottom_right else 0), plan.reach
     if own_keys:
         owned, other, offset, reach = other, owned, -offset, reach[::-1]
     if first_rows is None:
-        first_rows = np.arange(math.ceil(owned / block)) * block - num_spare
+        first_rows = np.arange(0, owned, block)
     tiles = jax.vmap(
         lambda first: kv_tiles(first, block, offset, jnp.int32(owned), jnp.int32(other), reach, tile)
     )(jnp.asarray(first_rows, jnp.int32))

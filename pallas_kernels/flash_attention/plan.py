@@ -81,6 +81,11 @@ class AttentionPlan:
         """Whether the tiles that rows see are not known before a kernel runs."""
         return self.has_segments or self.has_block_mask or self.has_q_lengths or self.has_kv_lengths
 
+    @property
+    def starts_light(self) -> bool:
+        """Whether later queries see the keys of earlier ones and more, known before a kernel runs."""
+        return not self.has_unknown_ends and self.reach[0] is None and self.reach[1] is not None
+
     def spare_rows(self, tile: int, warpgroups: int) -> int:
         """Rows before the first query, in the first of the thread blocks that own queries: whole tiles, whose
         warpgroups stay idle.
@@ -88,7 +93,7 @@ class AttentionPlan:
         Where later queries see more keys, the block that is not full had better be the first: T = 1,024 in
         blocks of 192 rows would end with 64 rows that keep a thread block for all 1,024 keys.
         """
-        if self.has_unknown_ends or self.reach[0] is not None or self.reach[1] is None:
+        if not self.starts_light:
             return 0
         return -self.num_queries % (tile * warpgroups) // tile * tile
 

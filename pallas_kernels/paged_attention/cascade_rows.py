@@ -38,7 +38,7 @@ def group_rows(inputs: PagedInputs, prefix_lengths: jax.Array, group_of_row: jax
 
 
 def shared_rows(inputs: PagedInputs, prefix_lengths: jax.Array, grouped: Grouped) -> PagedInputs:
-    """The first half: each group is a row of a ragged batch, whose queries are those of its rows."""
+    """The half that is shared: each group is a row of a ragged batch, whose queries are those of its rows."""
     order = jnp.argmax(grouped.place == jnp.arange(grouped.place.shape[0])[:, None], axis=1)
     return inputs._replace(
         query=inputs.query[order],
@@ -47,8 +47,3 @@ def shared_rows(inputs: PagedInputs, prefix_lengths: jax.Array, grouped: Grouped
         query_start=grouped.query_start,
         sinks=None,
     )
-
-
-def own_rows(inputs: PagedInputs, grouped: Grouped) -> PagedInputs:
-    """The second half: each row behind the pages that it shares."""
-    return inputs._replace(kv_lengths=grouped.lengths, skipped_pages=grouped.skipped)

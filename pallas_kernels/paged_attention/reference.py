@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels.kv_pages.pool import NULL_PAGE
-from pallas_kernels.paged_attention.cascade_rows import group_rows, own_rows, shared_rows
+from pallas_kernels.paged_attention.cascade_rows import group_rows, shared_rows
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 
 CHUNK = 128  # tokens gathered at once
@@ -35,10 +35,9 @@ def cascade(
     grouped = group_rows(inputs, prefix_lengths, group_of_row)
     shared = shared_rows(inputs, prefix_lengths, grouped)
     out, lse = forward(shared, dataclasses.replace(spec, is_causal=False))
-    own = own_rows(inputs, grouped)
     column = jnp.arange(inputs.block_tables.shape[1]) + grouped.skipped[:, None]
     tables = jnp.take_along_axis(inputs.block_tables, column, axis=1, mode="clip")
-    own = own._replace(block_tables=tables, skipped_pages=None)
+    own = inputs._replace(block_tables=tables, kv_lengths=grouped.lengths)
     return merge(out[grouped.place], lse[grouped.place], *forward(own, spec))
 
 

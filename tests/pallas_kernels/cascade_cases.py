@@ -127,6 +127,7 @@ def check_rows(num_rows, num_groups):
     is_item = expected[:, 0] != NO_WORK
     expected[is_item, 0] = np.asarray(grouped.leaders)[expected[is_item, 0]]
     is_ours = is_item & (expected[:, 5] > 0)  # items of keys
+    assert is_ours.any()
     np.testing.assert_array_equal(np.asarray(listed.items)[: len(expected)][is_ours], expected[is_ours])
     np.testing.assert_array_equal(np.asarray(listed.items)[np.count_nonzero(is_item) :, 0], NO_WORK)
 

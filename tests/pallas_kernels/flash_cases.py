@@ -136,6 +136,15 @@ FORWARD_CASES: dict[str, dict[str, Any]] = {
     "folded, a tile in the middle": {
         **{"t": 300, "s": 300, "is_causal": True, "config": dataclasses.replace(AHEAD, folds=True)},
     },
+    # Where later queries do not see more keys, nothing is folded.
+    "folded, a window": {
+        **{"t": 260, "s": 260, "local_window_size": (40, 20)},
+        "config": dataclasses.replace(AHEAD, folds=True),
+    },
+    "folded, lengths": {
+        **{**RAGGED, "poison": True, "is_causal": True},
+        "config": dataclasses.replace(SMALL, folds=True),
+    },
     "folded, in turns, T < S": {
         **{"t": 190, "s": 260, "n": 2, "is_causal": True, "causal_alignment": "bottom_right"},
         "config": dataclasses.replace(SMALL, folds=True),
