@@ -110,3 +110,10 @@ COMPILE |= {
     f"{PREFIX}float32 {name}": COMPILE[f"{PREFIX}float32 {name}"]._replace(max_spill_bytes=size)
     for name, size in SPILLS.items()
 }
+FAST = {
+    "fused, scaled, heavy tails",
+    "lengths, grouped heads, causal",
+    "backward H=128 causal",
+    "backward fused H=64 causal, grouped heads",
+}
+SLOW = {*INTERPRET, *COMPILE} - {f"{PREFIX}float32 {name}" for name in FAST}

@@ -34,35 +34,8 @@ MODULES = (
 )
 
 # Rows that only make test-all runs: each is like another, of another head dim or with other features, and
-# together they take minutes on 2 cores.
-SLOW = {
-    *(
-        f"flash_attention:float32 {rest}"
-        for rest in (
-            "far from one",
-            "wide, heavy tails",
-            "all at once",
-            "bias",
-            "dropout",
-            "backward H=64 causal",
-            "backward H=128 full",
-            "backward H=256 causal",
-            "backward fused H=128 causal, grouped heads",
-            "backward fused H=256 causal, grouped heads",
-            "backward, rows on two devices",
-            "backward, heads on two devices",
-            "backward H=64 bias",
-            "backward H=128 dropout",
-            "backward H=128 slopes",
-            "backward H=128 segments",
-            "backward H=128 block mask",
-            "backward H=256 dropout",
-            "backward H=256 block mask",
-            "backward soft cap",
-            "backward grouped heads",
-            "forward value dim",
-        )
-    ),
+# together they take minutes on 2 cores. A module may have more, in a set SLOW of its own.
+_SLOW = {
     *(
         f"flash_attention:backward fused, head dim {rest}"
         for rest in (
@@ -120,16 +93,20 @@ class CompileCase(NamedTuple):
 
 
 @functools.cache
+def _modules() -> tuple[Any, ...]:
+    names = [f"{__package__}.{module}" for module in MODULES]
+    return tuple(importlib.import_module(name) for name in names if importlib.util.find_spec(name))
+
+
+@functools.cache
 def _merge(table: str) -> dict[str, Any]:
-    merged: dict[str, Any] = {}
-    for module in MODULES:
-        if importlib.util.find_spec(f"{__package__}.{module}"):
-            merged |= getattr(importlib.import_module(f"{__package__}.{module}"), table)
-    return merged
+    return {name: row for module in _modules() for name, row in getattr(module, table).items()}
 
 
-def __getattr__(name: str) -> dict[str, Any]:
-    """INTERPRET and COMPILE, merged when asked for: the case modules import this one."""
+def __getattr__(name: str) -> Any:
+    """INTERPRET, COMPILE and SLOW, merged when asked for: the case modules import this one."""
     if name in ("INTERPRET", "COMPILE"):
         return _merge(name)
+    if name == "SLOW":
+        return _SLOW.union(*(getattr(module, "SLOW", ()) for module in _modules()))
     raise AttributeError(name)
