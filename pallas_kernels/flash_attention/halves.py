@@ -22,7 +22,8 @@ def out_type(plan: AttentionPlan, shape: tuple[int, ...]) -> jax.ShapeDtypeStruc
 def split(plan: AttentionPlan, x: jax.Array) -> Iterator[jax.Array]:
     """fp32 registers [rows, columns] as they are stored, one after the other: in 16 bits, or as two halves.
 
-    One half after the other is found: both would not fit the registers beside the rest.
+    One half after the other is found, where it is stored before the next is asked for: both would not fit the
+    registers of a backward kernel.
     """
     if not plan.keeps_fp32:
         yield x.astype(plan.dtype)

@@ -40,8 +40,9 @@ def forward(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]
     """Attends every query token; returns out [tokens, N, H] and lse f32[tokens, N]."""
     if inputs.query_start is None:
         return decode_sm90.forward(inputs, spec)
-    work = list_work(inputs, spec)
-    out, lse = prefill(inputs, spec, work)
+    plan = prefill_plan.make_plan(inputs, spec)
+    work = list_work(plan, inputs)
+    out, lse = prefill(plan, inputs, work)
     if spec.is_causal:
         out, row_lse = decode_sm90.forward(inputs, spec, others=out, counter=work.counters.decode)
         is_single = inputs.query_start[1:] - inputs.query_start[:-1] == 1
@@ -90,20 +91,18 @@ def _list_by_xla(
     return Listed(work.items, shared.query, rows, work.counters), shared
 
 
-def list_work(inputs: PagedInputs, spec: PagedSpec) -> WorkList:
+def list_work(plan: PrefillPlan, inputs: PagedInputs) -> WorkList:
     """What the prefill kernel does."""
-    plan = prefill_plan.make_plan(inputs, spec)
     assert inputs.query_start is not None
     rows = inputs.query_start, inputs.kv_lengths
     return plan_work(plan, *rows, known=list_items(plan, *rows) if plan.num_rows <= MAX_ROWS else None)
 
 
-def prefill(inputs: PagedInputs, spec: PagedSpec, work: WorkList) -> tuple[jax.Array, jax.Array]:
+def prefill(plan: PrefillPlan, inputs: PagedInputs, work: WorkList) -> tuple[jax.Array, jax.Array]:
     """The prefill kernel alone: out [tokens, N, H] and lse f32[tokens, N], tokens a multiple of OCTET; the
     results of rows of one query are undefined where attention is causal."""
     start = inputs.query_start
     assert start is not None
-    plan = prefill_plan.make_plan(inputs, spec)
     out, lse = prefill_sm90.launch(plan, _pad_tokens(plan, inputs), work.items, work.counters.prefill)
     if plan.has_parts:
         out, lse = _merge_splits(plan, work, _by_head(plan, out), _by_head(plan, lse), inputs.sinks)

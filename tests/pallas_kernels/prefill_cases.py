@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import PrefillConfig, paged_attention
-from pallas_kernels.paged_attention import sm90
+from pallas_kernels.paged_attention import prefill_plan, sm90
 from pallas_kernels.paged_attention.prefill_list_sm90 import list_items
 from pallas_kernels.paged_attention.prefill_plan import PrefillPlan
 from pallas_kernels.paged_attention.prefill_units import NO_WORK
@@ -310,7 +310,8 @@ def prefill_case(
         if whole:
             return sm90.forward(attended, spec)
         with listed_by_xla():
-            return sm90.prefill(attended, spec, sm90.list_work(attended, spec))
+            plan = prefill_plan.make_plan(attended, spec)
+            return sm90.prefill(plan, attended, sm90.list_work(plan, attended))
 
     # The log-sum-exp by tile, the parts of split keys, and what decode's splits need.
     return CompileCase(attend, tuple(given.values()), max_temp_bytes=80 * 2**20, keep_hlo=whole)
