@@ -1,11 +1,13 @@
 """What a thread block of the fused backward kernel holds in shared memory, where it stands, and its loads."""
 
+import enum
 import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.flash_attention.backward_fused_order import AddOrder
 from pallas_kernels.flash_attention.extras import Extras
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.scores import TilePlace
@@ -17,9 +19,37 @@ HALF = 64  # keys of each: the rows of a wgmma
 PART = 64  # queries that are in registers at a time
 
 
+ITEM = 3  # numbers of an item
+
+
+class Add(enum.IntEnum):
+    """What is known of a tile of queries whose dQ is to be added in order."""
+
+    QUERY_TILE = 0  # which it is
+    COUNTER = 1  # where it is counted who has added
+    TURN = 2  # after how many others
+
+
 def block_keys(plan: AttentionPlan) -> int:
     """Keys that a thread block owns: of more, the sums of dK and dV would not fit the registers."""
     return HALF if plan.head_dim > 128 else WARPGROUPS * HALF
+
+
+def add_order(plan: AttentionPlan) -> AddOrder:
+    """In which thread blocks add to dQ, of a deterministic call."""
+    return AddOrder.of(plan, block_keys(plan))
+
+
+def num_adds(plan: AttentionPlan) -> int:
+    """Of how many tiles of queries it is to be known when we add to them: of those that are loaded, of the
+    one whose dQ is multiplied, and of the one whose dQ is being added.
+    """
+    return plan.fused.stages + 2
+
+
+def add_place(plan: AttentionPlan, number):
+    """Where in `item` of Buffers the Add of a tile of queries begins."""
+    return ITEM + rem(number, num_adds(plan)) * len(Add)
 
 
 class Buffers(NamedTuple):
@@ -34,7 +64,9 @@ class Buffers(NamedTuple):
     key_ids: Any  # i32[2, 64]: those of each warpgroup's keys; or None
     d_logits: Any  # [2 tiles in turn, 2, 64, tile_q]: dS^T of each warpgroup's keys
     out: Any  # [2, 64, H]: dV, then dK, of each warpgroup's keys on their way out
-    item: Any  # i32[3]: what the block works on, how many tiles of queries it took before, and what was drawn
+    # i32[3 + 3 tiles]: what the block works on, how many tiles of queries it took before, and what was drawn;
+    # then, where adds to dQ are in order, of some tiles of queries an Add. There is no room for two buffers.
+    item: Any
     d_q: Any  # f32[2, rows, columns]: each warpgroup's part of dQ's tile; one for each where they differ
 
     @classmethod
@@ -52,7 +84,7 @@ class Buffers(NamedTuple):
             ids=plgpu.SMEM(streamed, jnp.int32) if brings_ids(plan) else None,
             key_ids=plgpu.SMEM(owned, jnp.int32) if brings_ids(plan) else None,
             d_logits=swizzled_smem((2, *owned, config.tile_q), plan.dtype, row=plan.head_dim),
-            item=plgpu.SMEM((3,), jnp.int32),
+            item=plgpu.SMEM((ITEM + plan.is_deterministic * len(Add) * num_adds(plan),), jnp.int32),
             out=swizzled_smem((*owned, plan.head_dim), plan.dtype),
             d_q=d_q if len({*parts}) > 1 else swizzled_smem((WARPGROUPS, *parts[0]), jnp.float32),
         )
@@ -79,16 +111,18 @@ class Barriers(NamedTuple):
     loaded: Any  # a tile of queries, output cotangents and their statistics
     consumed: Any
     d_logits_written: Any
+    d_q_free: Any  # where adds are in order; or None
 
     @classmethod
     def types(cls, plan: AttentionPlan) -> "Barriers":
         stages = plan.fused.stages
-        loaded = plgpu.Barrier(num_barriers=stages, num_arrivals=4 + brings_ids(plan))
+        loaded = plgpu.Barrier(num_barriers=stages, num_arrivals=4 + brings_ids(plan) + plan.is_deterministic)
         consumed = plgpu.Barrier(num_barriers=stages, num_arrivals=WARPGROUPS)
         owned = plgpu.Barrier(num_arrivals=WARPGROUPS)
         written = plgpu.Barrier(num_barriers=2, num_arrivals=WARPGROUPS)
         item_loaded = plgpu.Barrier(num_arrivals=_arrivals(plan))
-        return cls(item_loaded, owned, owned, loaded, consumed, written)
+        d_q_free = plgpu.Barrier() if plan.is_deterministic else None
+        return cls(item_loaded, owned, owned, loaded, consumed, written, d_q_free)
 
 
 def brings_ids(plan: AttentionPlan) -> bool:
@@ -115,12 +149,19 @@ class Block(NamedTuple):
     indices: KvTiles
     extras: Extras
     shift: Any  # from an index to its number
+    numbers: Any  # item of Buffers
 
     @classmethod
     def locate(
-        cls, plan: AttentionPlan, order: TileOrder, extras: Extras, item, num_taken: Any = 0
+        cls,
+        plan: AttentionPlan,
+        order: TileOrder,
+        extras: Extras,
+        item,
+        num_taken: Any = 0,
+        numbers: Any = None,
     ) -> "Block":
-        """num_taken: tiles of queries of the items before."""
+        """num_taken: tiles of queries of the items before. numbers: item of Buffers."""
         tile, batch_head = order.locate(item)
         batch, head = plan.split_heads(batch_head, plan.num_heads)
         first_key = extras.own_tile(batch, tile) * block_keys(plan)
@@ -131,7 +172,7 @@ class Block(NamedTuple):
         batch, head, kv_head, first_key, q_length, kv_length, indices, shift = traced(
             (batch, head, kv_head, first_key, q_length, kv_length, indices, shift)
         )
-        return cls(batch, head, kv_head, first_key, q_length, kv_length, indices, extras, shift)
+        return cls(batch, head, kv_head, first_key, q_length, kv_length, indices, extras, shift, numbers)
 
     def number(self, index):
         """Which of all tiles that the thread block takes an index is."""
@@ -139,6 +180,8 @@ class Block(NamedTuple):
 
     def row_at(self, plan: AttentionPlan, index):
         """The first query of an index."""
+        if plan.is_deterministic:
+            return self.numbers[add_place(plan, self.number(index))] * plan.fused.tile_q
         tile = self.extras.tile_at(index, self.batch, self.head, self.first_key, plan.fused.tile_q)
         return tile * plan.fused.tile_q
 
@@ -221,8 +264,11 @@ def _tiles(plan: AttentionPlan, extras: Extras, batch, head, first_key, q_length
     """The tiles of queries that see the block's keys. Queries past the end are zeros and need no mask."""
     (left, right), offset, tile_q = plan.reach, -plan.offset(q_length, kv_length), plan.fused.tile_q
     keys = block_keys(plan)
-    tiles = kv_tiles(first_key, keys, offset, kv_length, q_length, (right, left), tile_q, mask_end=False)
-    tiles = extras.visits(tiles, batch, head, first_key, HALF, tile_q, keys // HALF)
+    if plan.is_deterministic:
+        tiles = add_order(plan).visits(div(first_key, keys))
+    else:
+        tiles = kv_tiles(first_key, keys, offset, kv_length, q_length, (right, left), tile_q, mask_end=False)
+        tiles = extras.visits(tiles, batch, head, first_key, HALF, tile_q, keys // HALF)
     if not plan.has_ragged_keys:
         return tiles
     # Keys past the end have weights too, which would reach dQ: a block that has some masks every tile.
@@ -231,19 +277,36 @@ def _tiles(plan: AttentionPlan, extras: Extras, batch, head, first_key, q_length
 
 
 def load_item(
-    plan: AttentionPlan, block: Block, item, is_later, sources, buffers: Buffers, barriers: Barriers
+    plan: AttentionPlan,
+    block: Block,
+    item,
+    is_later,
+    sources,
+    buffers: Buffers,
+    barriers: Barriers,
+    adds: Any = None,
+    first_number: Any = 0,
 ) -> None:
-    """Loads an item's queries, keys and values, as soon as what has their place is no longer needed."""
+    """Loads an item's queries, keys and values, as soon as what has their place is no longer needed. adds:
+    Adds, where they are in order, and first_number: which tile of queries was the first of the item before.
+    """
     q, k, v, d_out, lse2, delta = sources
     start, _, _, stop = block.indices
     second = lax.min(start + 1, stop)
 
-    def load_tile(index, _):
+    def load_tile(index, _, first_number):
         number = block.number(index)
         slot = slot_of(plan, number)
-        by_row, by_head = block.queries_at(plan, index)
         loaded = barriers.loaded.at[slot]
+        # Of the tile before the one that is consumed dQ is multiplied.
+        adding = _begin_add(adds, number - plan.fused.stages - 1, first_number)
+        if adds is not None:
+            adds.announce(block, index)
         pl.when(number >= plan.fused.stages)(lambda: plgpu.barrier_wait(barriers.consumed.at[slot]))
+        adding.copy()
+        if adds is not None:
+            plgpu.barrier_arrive(loaded)
+        by_row, by_head = block.queries_at(plan, index)
         q.rows(*by_row)(buffers.q.at[slot], loaded)
         plgpu.copy_gmem_to_smem(lse2.at[by_head], buffers.lse(slot), loaded)
         d_out.rows(*by_row)(buffers.d_out.at[slot], loaded)
@@ -251,35 +314,71 @@ def load_item(
         if brings_ids(plan):
             ids = block.extras.q_segment_ids.at[block.batch, by_head[2]]
             plgpu.copy_gmem_to_smem(ids, buffers.ids.at[slot], loaded)
+        adding.end()
 
     # In the order in which the item before releases them.
-    lax.fori_loop(start, second, load_tile, None)
-    for gmem, smem, free in ((v, buffers.v, barriers.v_free), (k, buffers.k, barriers.k_free)):
+    lax.fori_loop(start, second, functools.partial(load_tile, first_number=first_number), None)
+    own_first = block.number(start)
+    keys_and_values = (v, buffers.v, barriers.v_free, 2), (k, buffers.k, barriers.k_free, 1)
+    for gmem, smem, free, age in keys_and_values:  # age: how many tiles ago that is whose dQ is there
+        adding = _begin_add(adds, own_first - age, first_number, passes=False)
         if is_later is not False:
             pl.when(is_later)(functools.partial(plgpu.barrier_wait, free))
+        adding.copy()
 
         def load_half(half, _, gmem=gmem, smem=smem):
             gmem.rows(*block.keys_at(half))(smem.at[half], barriers.item_loaded)
 
         lax.fori_loop(0, WARPGROUPS, load_half, None)
+        adding.end()
     if brings_ids(plan):  # read as long as values are
         for half in range(WARPGROUPS):
             ids = block.extras.kv_segment_ids.at[block.batch, pl.ds(block.first_key + half * HALF, HALF)]
             plgpu.copy_gmem_to_smem(ids, buffers.key_ids.at[half], barriers.item_loaded)
     buffers.item[0], buffers.item[1] = item
     plgpu.barrier_arrive(barriers.item_loaded)
-    lax.fori_loop(second, stop, load_tile, None)
+    if adds is not None:
+        adds.pass_on(lax.max(own_first - 3, first_number), own_first)
+    lax.fori_loop(second, stop, functools.partial(load_tile, first_number=own_first), None)
 
 
-def end(plan: AttentionPlan, num_items: int | None, num_tiles, buffers: Buffers, barriers: Barriers) -> None:
+class NothingToAdd:
+    """Where the computing warpgroups add."""
+
+    def copy(self) -> None: ...
+
+    def end(self) -> None: ...
+
+
+def _begin_add(adds: Any, number, first_number, passes: bool = True) -> Any:
+    return NothingToAdd() if adds is None else adds.begin(number, first_number, passes)
+
+
+def end(
+    plan: AttentionPlan,
+    num_items: int | None,
+    num_tiles,
+    buffers: Buffers,
+    barriers: Barriers,
+    adds: Any = None,
+    first_number: Any = 0,
+) -> None:
     """Sees every arrival before the thread block ends, and says that it does: num_items is no item."""
 
     def wait_consumed(number, _):
+        adding = _begin_add(adds, number - 1, first_number)
         plgpu.barrier_wait(barriers.consumed.at[slot_of(plan, number)])
+        adding.copy()
+        adding.end()
 
     lax.fori_loop(lax.max(0, num_tiles - plan.fused.stages), num_tiles, wait_consumed, None)
     plgpu.barrier_wait(barriers.v_free)
+    adding = _begin_add(adds, num_tiles - 1, first_number)
     plgpu.barrier_wait(barriers.k_free)
+    adding.copy()
+    adding.end()
+    if adds is not None:
+        adds.pass_on(num_tiles - 1, num_tiles)
     if num_items is None:
         return
     buffers.item[0] = jnp.int32(num_items)

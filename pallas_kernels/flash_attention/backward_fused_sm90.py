@@ -20,12 +20,14 @@ from jax import lax
 
 from pallas_kernels.device import num_multiprocessors
 from pallas_kernels.flash_attention import backward_fused_wide, halves
+from pallas_kernels.flash_attention.backward_fused_adds import Adds
 from pallas_kernels.flash_attention.backward_fused_block import (
     HALF,
     WARPGROUPS,
     Barriers,
     Block,
     Buffers,
+    add_order,
     block_keys,
     end,
     load_item,
@@ -40,6 +42,7 @@ from pallas_kernels.flash_attention.backward_fused_items import (
     order_of,
     schedule_of,
 )
+from pallas_kernels.flash_attention.backward_fused_order import orders_adds
 from pallas_kernels.flash_attention.backward_fused_tile import Step, finish, store, take_tile
 from pallas_kernels.flash_attention.extras import Footprint, prepare
 from pallas_kernels.flash_attention.operands import backward_operands
@@ -53,6 +56,8 @@ def serves(plan: AttentionPlan, inputs: AttentionInputs) -> bool:
     """Whether the config asks for this kernel, and its tiles and registers suit the call."""
     fused = plan.config.fused
     head_dims = (32, 64) if fused and fused.tile_q == 128 else (96, 128, 192, 256)
+    if plan.is_deterministic and not (is_persistent(plan, inputs) and orders_adds(plan)):
+        return False
     if fused is None or plan.head_dim != plan.value_dim or plan.head_dim not in head_dims:
         return False
     if inputs.block_mask is not None:
@@ -84,7 +89,7 @@ def _spills(plan: AttentionPlan, inputs: AttentionInputs) -> bool:
 
 def statistics_multiple(plan: AttentionPlan) -> int:
     """What T must be a multiple of in lse2 and delta."""
-    return plan.fused.tile_q
+    return block_keys(plan) if plan.is_deterministic else plan.fused.tile_q
 
 
 def launch(plan: AttentionPlan, inputs: AttentionInputs, query, key, value, out_grad, lse2, delta):
@@ -116,15 +121,25 @@ def _launch_items(plan: AttentionPlan, order: TileOrder, out_type, arrays, zeros
     is_drawn = draws_items(plan) and not is_one
     if is_one:  # few registers are left
         order, table = order.in_equal_sections, None
+    elif plan.is_deterministic:
+        order, table = order.by_tile, add_order(plan).dealt()
+        num_blocks = table.shape[0]
     elif not is_drawn:
         order, table = order.by_tile, schedule_of(plan).dealt()
     else:
-        table = jnp.zeros(1, jnp.int32)
+        table = None
+    drawn = jnp.zeros(1, jnp.int32) if is_drawn else None
+    turns = None
+    if plan.is_deterministic:
+        turns = jnp.zeros(plan.batch * plan.num_heads * add_order(plan).num_query_tiles, jnp.int32)
     scratch = Buffers.types(plan), Barriers.types(plan)
     kernel = _kernel(functools.partial(_body, plan, order, num_blocks), out_type, scratch, num_blocks)
-    if not is_drawn:
-        return call_in_place(lambda d_query: kernel(*arrays, d_query, table), zeros, out_type)
-    (d_query, _), *results = call_in_place(lambda refs: kernel(*arrays, *refs), (zeros, table), out_type)
+
+    def call(refs):
+        d_query, drawn, turns = refs
+        return kernel(*arrays, d_query, table if drawn is None else drawn, turns)
+
+    (d_query, *_), *results = call_in_place(call, (zeros, drawn, turns), out_type)
     return [d_query, *results]
 
 
@@ -155,31 +170,36 @@ def _of_groups(plan: AttentionPlan, x: jax.Array) -> jax.Array:
 
 
 def _body(plan: AttentionPlan, order: TileOrder, num_blocks: int, *refs):
-    *sources, extras, d_q, table, d_k, d_v, buffers, barriers = refs
+    *sources, extras, d_q, table, turns, d_k, d_v, buffers, barriers = refs
     warpgroup = lax.axis_index("warpgroup")
     queue = Queue(order, num_blocks, table, buffers.item.at[pl.ds(2, 1)] if draws_items(plan) else None)
 
+    adds = Adds(plan, d_q, turns, buffers, barriers) if plan.is_deterministic else None
+
     def begin(item, num_taken, role: int = 0) -> Step:
-        block = Block.locate(plan, order, extras, item, num_taken)
+        block = Block.locate(plan, order, extras, item, num_taken, buffers.item)
         return Step(plan, block, warpgroup, d_q, buffers, barriers, role)
 
     specialize(
         WARPGROUPS,
         warpgroup,
         compute=lambda: _compute(plan, begin, queue.last, warpgroup, d_k, d_v, buffers, barriers),
-        load=lambda: _load(plan, begin, queue, sources, buffers, barriers),
+        load=lambda: _load(plan, begin, queue, sources, buffers, barriers, adds),
     )
 
 
-def _load(plan: AttentionPlan, begin, queue: Queue, sources, buffers: Buffers, barriers: Barriers):
+def _load(plan: AttentionPlan, begin, queue: Queue, sources, buffers: Buffers, barriers: Barriers, adds):
     """What the loading warpgroup does."""
 
-    def load(item, is_later, num_taken):
+    def load(item, is_later, carry):
+        num_taken, first_number = carry
         block = begin(item, num_taken).block
-        load_item(plan, block, (item, num_taken), is_later, sources, buffers, barriers)
-        return block.number(block.indices.stop)
+        numbers = item, num_taken
+        load_item(plan, block, numbers, is_later, sources, buffers, barriers, adds, first_number)
+        return block.number(block.indices.stop), num_taken
 
-    end(plan, queue.last, queue.visit(load, jnp.int32(0)), buffers, barriers)
+    num_tiles, first_number = queue.visit(load, (jnp.int32(0), jnp.int32(0)))
+    end(plan, queue.last, num_tiles, buffers, barriers, adds, first_number)
 
 
 def _compute(
@@ -208,6 +228,8 @@ def _compute(
         else:
             lax.while_loop(lambda item: item < num_items, differentiate, see())
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        if plan.is_deterministic:
+            plgpu.barrier_wait(barriers.d_q_free)
 
     if len({*parts_of_dq(plan)}) == 1:
         compute(0)

@@ -76,7 +76,7 @@ def take_tile(step: Step, sums, index, _, masked=False, is_first=False):
             return plgpu.wgmma_accumulator_load(acc, wait_n=1)
 
         d_q = pl.run_scoped(multiply, plgpu.ACC(step.part_of_dq, jnp.float32))
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        _wait_for_staging(step, number - 1)
         step.d_q_staging[...] = d_q
         _publish(step, number, d_logits)
         _add_dq(step, index - 1)
@@ -95,7 +95,7 @@ def finish(step: Step, index, _):
         return acc[...]
 
     d_q = pl.run_scoped(multiply, plgpu.ACC(step.part_of_dq, jnp.float32))
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    _wait_for_staging(step, number)
     step.d_q_staging[...] = d_q
     plgpu.commit_smem()
     _add_dq(step, index)
@@ -169,9 +169,19 @@ def _multiply_dq(step: Step, acc, number):
         plgpu.wgmma(acc, d_logits.transpose((1, 0)), keys)
 
 
+def _wait_for_staging(step: Step, number):
+    """Until what left from there before a tile's dQ was read."""
+    if step.plan.is_deterministic:
+        pl.when(number > 0)(lambda: plgpu.barrier_wait(step.barriers.d_q_free))
+    else:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
 def _add_dq(step: Step, index):
-    """Lets the copy engine add our part of dQ to the sums in global memory."""
+    """Lets the copy engine add our part of dQ to the sums in global memory; in order Adds does."""
     plan, block = step.plan, step.block
+    if plan.is_deterministic:
+        return
     rows, columns = step.part_of_dq
     first_row, first_column = block.row_at(plan, index), 0
     if rows < plan.fused.tile_q:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import checks
-from pallas_kernels.flash_attention import sm90
+from pallas_kernels.flash_attention import backward_fused_sm90, sm90
 from pallas_kernels.flash_attention.backward_fused_block import block_keys
 from pallas_kernels.flash_attention.config import FlashConfig
 from pallas_kernels.flash_attention.forward_plan import FIRST, ForwardPlan
@@ -90,7 +90,7 @@ def io_bytes(
     plan = sm90.plan_of(inputs, spec)
     if plan.keeps_fp32:
         raise NotImplementedError("float32 is not counted: most of what it adds is XLA's, around the kernels")
-    is_fused = sm90.is_fused(plan, inputs, spec)
+    is_fused = backward_fused_sm90.serves(plan, inputs)
     return IoBytes(_forward(forward), _fused_backward(plan) if is_fused else _backward(plan))
 
 

@@ -38,6 +38,7 @@ class AttentionPlan:
     has_segments: bool = False
     has_block_mask: bool = False
     dropout_rate: float = 0.0
+    is_deterministic: bool = False  # in the backward pass; the forward always is
     keeps_fp32: bool = False  # a float32 call: operands come scaled (scaling.py), results leave in halves
 
     @property

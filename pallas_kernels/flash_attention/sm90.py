@@ -91,7 +91,7 @@ def backward(
         scaled, arrays = None, (*inputs[:3], out_grad)
         delta = kernel_delta = reference.row_terms(out, lse, out_grad, lse_grad)
     arrays = [_pad(x, is_forward=False) for x in arrays]
-    kernels = backward_fused_sm90 if is_fused(plan, inputs, spec) else backward_sm90
+    kernels = backward_fused_sm90 if backward_fused_sm90.serves(plan, inputs) else backward_sm90
     tile = math.lcm(kernels.statistics_multiple(plan), backward_sm90.statistics_multiple(plan))
     if inputs.block_mask is not None:  # whole tiles of it are visited, beyond the end too
         tile = math.lcm(tile, inputs.block_mask.tile[0])
@@ -109,11 +109,6 @@ def backward(
         d_query, d_key, d_value, d_bias, reference.sink_gradient(inputs, lse, delta)
     )
     return gradients if scaled is None else scaled.restore(plan, inputs, gradients)
-
-
-def is_fused(plan: AttentionPlan, inputs: AttentionInputs, spec: AttentionSpec) -> bool:
-    """Whether one kernel of 5 matmuls computes the gradients, or the deterministic ones do."""
-    return not spec.deterministic and backward_fused_sm90.serves(plan, inputs)
 
 
 def forward_plan_of(inputs: AttentionInputs, spec: AttentionSpec) -> ForwardPlan:
@@ -150,6 +145,7 @@ def _plan_fields(inputs: AttentionInputs, spec: AttentionSpec, is_forward: bool)
         "has_block_mask": inputs.block_mask is not None,
         "has_segments": inputs.q_segment_ids is not None,
         "dropout_rate": spec.dropout_rate,
+        "is_deterministic": spec.deterministic and not is_forward,
     }
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import heapq
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -146,17 +147,11 @@ class Schedule:
         """i32[blocks, 1 + most items a block has]: how many items a block has, and which: places in
         order.by_tile, which the kernel locates with the fewest registers.
         """
-        blocks = self._queues()
-        table = np.zeros((len(blocks), 1 + max(map(len, blocks))), np.int32)
-        for row, items in zip(table, blocks, strict=True):
-            row[: 1 + len(items)] = len(items), *items
-        return table
+        return table_of(self._queues())
 
     def dealt(self) -> jax.Array:
         """The table on the device."""
-        table = self.table()
-        # Its own jit holds the table: a custom partitioning takes no function with constants.
-        return jax.jit(lambda: jnp.asarray(table))()
+        return on_device(self.table())
 
     def _queues(self) -> list[list[int]]:
         blocks: list[list[int]] = [[] for _ in range(min(self.order.num_blocks, self.num_multiprocessors))]
@@ -167,3 +162,16 @@ class Schedule:
             blocks[block].append(tile * self.order.num_heads + head)
             heapq.heapreplace(free, (time + self.costs[tile], block))
         return blocks
+
+
+def table_of(queues: Sequence[Sequence[int]]) -> np.ndarray:
+    """i32[blocks, 1 + most items a block has]: how many items a block has, and which."""
+    table = np.zeros((len(queues), 1 + max(map(len, queues))), np.int32)
+    for row, items in zip(table, queues, strict=True):
+        row[: 1 + len(items)] = len(items), *items
+    return table
+
+
+def on_device(table: np.ndarray) -> jax.Array:
+    """The table, of a jit of its own: a custom partitioning takes no function with constants."""
+    return jax.jit(lambda: jnp.asarray(table))()

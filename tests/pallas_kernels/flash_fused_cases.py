@@ -105,6 +105,14 @@ CASES: dict[str, dict[str, Any]] = {
     "fused, head dim 128, block mask": {
         **{"t": 384, "s": 256, "h": 128, **block_mask(384, 256, seed=6), "config": fused_config(128, SMALL)},
     },
+    # Tiles of queries in an order of their own, of which the last lies beyond the end.
+    "fused, deterministic, causal": {
+        **{"batch": 2, "t": 290, "s": 290, "h": 128, "n": 2, "k": 1, "is_causal": True, "poison": True},
+        **{"deterministic": True, "config": fused_config(128, SMALL)},
+    },
+    "fused, deterministic, T > S, head dim 96": {
+        **{"t": 330, "s": 290, "h": 96, "n": 1, "deterministic": True, "config": fused_config(96, SMALL)},
+    },
     "fused, many at once": {
         **{"t": 70, "s": 140, "n": 2, "k": 1, "is_causal": True, "logits_soft_cap": 5.0, "poison": True},
         **{"causal_alignment": "bottom_right", "local_window_size": (50, None), "sinks": jnp.zeros(2)},
@@ -152,10 +160,19 @@ INTERPRET = {
     f"flash_attention:backward {name}": functools.partial(check_backward, **case)
     for name, case in CASES.items()
 }
-COMPILE = {
-    f"flash_attention:backward fused H={h} {name}": unbounded(
-        backward_case(shapes(h=h, k=k), config=fused_config(h), is_causal=causal)
-    )
-    for h in (64, 128, 256)
-    for name, k, causal in (("full", 4, False), ("causal, grouped heads", 1, True))
-} | fused_feature_cases()
+COMPILE = (
+    {
+        f"flash_attention:backward fused H={h} {name}": unbounded(
+            backward_case(shapes(h=h, k=k), config=fused_config(h), is_causal=causal)
+        )
+        for h in (64, 128, 256)
+        for name, k, causal in (("full", 4, False), ("causal, grouped heads", 1, True))
+    }
+    | fused_feature_cases()
+    | {
+        f"flash_attention:backward fused H={h} deterministic, {name}": unbounded(
+            backward_case(shapes(h=h), config=fused_config(h), is_causal=name == "causal", deterministic=True)
+        )
+        for h, name in ((96, "causal"), (128, "causal"), (128, "full"))
+    }
+)

@@ -9,6 +9,7 @@ from jax import lax
 from pallas_kernels import mosaic
 from pallas_kernels.flash_attention import (
     backward_dkv_sm90,
+    backward_fused_adds,
     backward_fused_items,
     backward_fused_tile,
     backward_fused_wide_tile,
@@ -40,15 +41,20 @@ def plain_terms():
         "store_deinterleaved": (_store_deinterleaved, decode_consumer),
         "load_codes_transposed": (_load_codes_transposed, decode_codes),
         "draw": (_draw, units, items, backward_fused_items, prefill_producer),
-        "meet": (plgpu.commit_smem, cascade_rows_sm90, prefill_list_sm90, prefill_units),
+        "meet": (plgpu.commit_smem, backward_fused_adds, cascade_rows_sm90, prefill_list_sm90, prefill_units),
         "fresh_iota": (_iota, prefill_tile),
         "load_by_column": (
             _load_by_column,
             *(backward_fused_tile, backward_fused_wide_tile, backward_dkv_sm90, scores),
         ),
+        # An order of adds cannot be waited for where blocks come one after the other.
+        "peek_turn": (lambda counters, place: jnp.int32(0), backward_fused_adds),
+        "wait_turn": (lambda counters, place, turn, seen: None, backward_fused_adds),
+        "pass_turn": (lambda counters, place: None, backward_fused_adds),
         "store_rows": (_store_rows, prefill_consumer),
         "load_numbers": (
             _load_numbers,
+            backward_fused_adds,
             cascade_rows_sm90,
             decode_producer,
             prefill_list_sm90,
