@@ -1,6 +1,7 @@
 """What Pallas has no words for, in Mosaic GPU's own operations: registers one by one, and PTX.
 
-Beside mosaic.py the one place that imports them; each function stands in a kernel as a call of Pallas would.
+Beside mosaic.py and mosaic_wgmma.py the one place that imports them; each function stands in a kernel as a
+call of Pallas would.
 """
 
 from collections.abc import Sequence
@@ -195,6 +196,36 @@ def store_rows(ref: Any, x: jax.Array, row: jax.Array) -> None:
                 mgpu_utils.inline_ptx(ptx, place, word, predicate=is_kept, has_side_effects=True)
 
     store(ref, x.astype(ref.dtype), row)
+
+
+def hide_after(x: jax.Array, last: jax.Array, value: float) -> jax.Array:
+    """x of a wgmma accumulator where column <= last[row], `value` elsewhere.
+
+    In one step, which compares with constants: columns that meet rows would take a register each.
+    """
+    layout = plgpu.Layout.WGMMA
+    result = plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout)
+
+    @plgpu.inline_mgpu(arg_types=(layout, layout.reduce(1)), return_type=result)
+    def hide(_, array, rows):
+        i32 = ir.IntegerType.get_signless(32)
+
+        def constant(x):
+            return arith.constant(i32, x)
+
+        first = arith.muli(arith.andi(_fresh_thread(), constant(3)), constant(2))
+        ends = [arith.subi(_extract(register, 0), first) for register in rows.registers.flat]
+        hidden = mgpu_utils.c(value, array.mlir_dtype)
+        registers = array.registers.copy().reshape(-1, x.shape[1] // 8, 2)
+        for block, octet, half in np.ndindex(registers.shape):
+            register, end = registers[block, octet, half], ends[2 * block + half]
+            is_seen = [arith.cmpi(arith.CmpIPredicate.sge, end, constant(8 * octet + i)) for i in range(2)]
+            pair = [arith.select(seen, _extract(register, i), hidden) for i, seen in enumerate(is_seen)]
+            registers[block, octet, half] = vector.from_elements(register.type, pair)
+        registers = registers.reshape(array.registers.shape)
+        return fragmented_array.FragmentedArray(_registers=registers, _layout=array.layout, _is_signed=None)
+
+    return hide(x, last)
 
 
 # Bytes (0, 2) and (1, 3) of $2 as two fp16 each. int8: the byte + 128 is the mantissa of 1024 + 128 + code.

@@ -59,7 +59,11 @@ def test_imports_go_one_way(package):
 
 @pytest.mark.parametrize(
     ("api", "module"),
-    [("pallas.mosaic_gpu", "mosaic.py"), ("mosaic.gpu.fragmented_array", "mosaic_inline.py")],
+    [
+        ("pallas.mosaic_gpu", "mosaic.py"),
+        ("mosaic.gpu.fragmented_array", "mosaic_inline.py"),
+        ("mosaic.gpu.wgmma", "mosaic_wgmma.py"),
+    ],
 )
 def test_one_module_touches_each_api_of_mosaic(api, module):
     touches = {

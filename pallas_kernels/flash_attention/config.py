@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 MAX_STAGES = 8
 TILES = (64, 128, 192, 256)
+# Of the forward kernel. At H = 256 what wgmma reads from shared memory is the limit, 128 bytes a clock: of 64
+# keys it reads 4 KB in the 32 clocks that it takes, of 80 4.5 KB in 40.
+KV_TILES = (*TILES, 80)
 STREAMED_TILES = (64, 128)
 SHORT = 1024  # queries
 
@@ -79,8 +82,13 @@ class FlashConfig:
     dkv_passes: int = 1  # 2: one kernel for dK, one for dV
     fused: FusedConfig | None = None  # None: always the kernels that a deterministic backward takes
 
+    @property
+    def splits_rows(self) -> bool:
+        """Whether a tile of values has no multiple of 64 rows, as plgpu.wgmma takes them."""
+        return self.tile_kv % 64 > 0
+
     def __post_init__(self):
-        _check(self, tile_q=TILES, tile_kv=TILES)
+        _check(self, tile_q=TILES, tile_kv=KV_TILES)
         if self.value_stages is not None and not 1 <= self.value_stages <= MAX_STAGES:
             raise ValueError(f"value_stages must lie in 1..{MAX_STAGES}, got {self.value_stages}")
         if self.overlap and (self.value_stages or self.stages) < 2:  # it waits for V of two tiles at a time

@@ -150,7 +150,8 @@ def _find_work(plan: ForwardPlan, item, extras: Extras) -> Work:
     batch, head = plan.split_heads(batch_head, plan.num_heads)
     tile = extras.own_tile(batch, tile)
     q_length, kv_length = plan.lengths_of(batch, extras)
-    if plan.has_masked_end:  # a mask known to be the same for every item would be kept in registers
+    # A mask known to be the same for every item would be kept in registers; hide_end's not on a diagonal.
+    if plan.has_masked_end and not (plan.config.splits_rows and plan.reach[1] is not None):
         kv_length = lax.optimization_barrier(kv_length)
     first_row = plan.first_row(tile, FIRST)
     count = plan.leading_rows // plan.config.tile_q
@@ -282,7 +283,7 @@ def attend_items(
         lse_smem = buffers.lse.at[buffer]
         rest = finish_rows(plan, rows, acc, softmax, out_smem, lse_smem)
         # Found again: where the item stands would take registers from the tiles.
-        if plan.config.warpgroups > 2 or plan.draws_items:
+        if plan.config.warpgroups > 2 or plan.config.splits_rows or plan.draws_items:
             work = _find_work(plan, items.again(turn, item), extras)
         first_row = plan.first_row(work.row_tile, warpgroup)
         plgpu.commit_smem()

@@ -15,8 +15,9 @@ from jax import lax
 from pallas_kernels.flash_attention import halves
 from pallas_kernels.flash_attention.extras import Extras
 from pallas_kernels.flash_attention.plan import AttentionPlan
-from pallas_kernels.flash_attention.scores import TilePlace, bend, hide, survivors
+from pallas_kernels.flash_attention.scores import TilePlace, bend, hide, hide_end, survivors
 from pallas_kernels.mosaic import LOG2_E, broadcast_rows, pl, plgpu, rem, row_iota, swizzled_smem, where
+from pallas_kernels.mosaic_wgmma import queue_product
 
 FLOOR = -1e30  # the running maximum before a key was seen: finite, so that no difference is NaN
 
@@ -232,7 +233,11 @@ def attend_ahead(tile: Tile, step, carry, masked=False):
     def multiply(logits_ref, acc_ref):
         acc_ref[...] = acc
         plgpu.wgmma(logits_ref, tile.rows.q_smem, ring.k.at[k_slot].transpose((1, 0)))
-        plgpu.wgmma(acc_ref, weights16, ring.v.at[before])
+        if plan.config.splits_rows:
+            result = queue_product(acc, weights16, ring.v.at[before])
+        else:
+            plgpu.wgmma(acc_ref, weights16, ring.v.at[before])
+            result = plgpu.wgmma_accumulator_load(acc_ref, wait_n=None)
         if turn is not None:
             turn.give()
         logits = plgpu.wgmma_accumulator_load(logits_ref, wait_n=1)
@@ -242,7 +247,8 @@ def attend_ahead(tile: Tile, step, carry, masked=False):
         after, weights = after.add(weights), drop_weights(tile, step, weights)
         weights, decay, after = lax.optimization_barrier((weights, decay, after))
         plgpu.barrier_wait(ring.v_loaded.at[v_slot])
-        return acc_ref[...], weights, decay, after
+        plgpu.wgmma_wait(0)
+        return result, weights, decay, after
 
     acc, weights, decay, softmax = pl.run_scoped(
         multiply, _logits_type(plan), plgpu.ACC(acc.shape, acc.dtype)
@@ -289,6 +295,8 @@ def modify_logits(tile: Tile, step, logits, masked: bool | jax.Array):
     """(logits, scale): softmax sees logits * scale, in base 2; -inf where a row does not see a key."""
     place, extras = tile.place(step, masked), tile.rows.extras
     logits, scale, _ = bend(tile.plan, extras, place, logits)
+    if masked is True and tile.plan.config.splits_rows and tile.plan.sees_prefixes:
+        return hide_end(tile.plan, place, logits, -jnp.inf), scale
     return hide(tile.plan, extras, place, logits, -jnp.inf, masked), scale
 
 
@@ -338,8 +346,12 @@ def finish_rows(plan: AttentionPlan, rows: Rows, acc, softmax: Softmax, out_smem
 
 def multiply_values(tile: Tile, slot, weights16, acc):
     """acc + P V."""
-    multiply = lambda acc_ref: plgpu.wgmma(acc_ref, weights16, tile.ring.v.at[slot])
-    acc = pl.run_state(multiply)(plgpu.ACC.init(acc))
+    values = tile.ring.v.at[slot]
+    if tile.plan.config.splits_rows:
+        acc = queue_product(acc, weights16, values)
+        plgpu.wgmma_wait(0)
+    else:
+        acc = pl.run_state(lambda ref: plgpu.wgmma(ref, weights16, values))(plgpu.ACC.init(acc))
     plgpu.barrier_arrive(tile.ring.v_consumed.at[slot])
     return acc
 

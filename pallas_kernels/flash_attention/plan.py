@@ -72,6 +72,11 @@ class AttentionPlan:
         return other % own == 0 and diagonal % own == 0
 
     @property
+    def sees_prefixes(self) -> bool:
+        """Whether rows see all keys up to one of their own."""
+        return self.reach[0] is None and not (self.has_segments or self.has_block_mask)
+
+    @property
     def is_uneven(self) -> bool:
         """Whether tiles of a head differ in how much they see: there is an end on one side alone, or there
         are documents."""

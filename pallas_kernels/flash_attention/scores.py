@@ -22,7 +22,7 @@ from pallas_kernels.mosaic import (
     plgpu,
     where,
 )
-from pallas_kernels.mosaic_inline import load_by_column
+from pallas_kernels.mosaic_inline import fresh_iota, hide_after, load_by_column
 
 FAR = 1 << 30  # beyond any sequence
 
@@ -164,6 +164,14 @@ def hide(plan: AttentionPlan, extras: Extras, tile: TilePlace, x, value: float, 
     if isinstance(masked, jax.Array):
         return lax.cond(masked, hidden, lambda x: x, x)
     return hidden(x) if masked else x
+
+
+def hide_end(plan: AttentionPlan, tile: TilePlace, x, value: float):
+    """As hide, where plan.sees_prefixes: in a way that takes few registers beside wide accumulators."""
+    right = FAR if plan.reach[1] is None else plan.reach[1]
+    first = tile.first_query + plan.offset(tile.q_length, tile.kv_length) - tile.first_key
+    last = fresh_iota(tile.shape[0], 0) + (first + right)
+    return hide_after(x, jnp.minimum(last, tile.kv_length - 1 - tile.first_key), value)
 
 
 def survivors(plan: AttentionPlan, extras: Extras, tile: TilePlace):

@@ -20,6 +20,7 @@ PERSISTENT_SPILLS = 24  # bytes, under a block mask at H = 128: backward_fused_i
 SPILLS = {(128, "block mask"): PERSISTENT_SPILLS, (256, "dropout"): 36, (256, "block mask"): 28}
 AHEAD = FlashConfig(tile_q=64, tile_kv=64, stages=2, overlap=True, ping_pong=False)
 SMALL = FlashConfig(tile_q=64, tile_kv=64, stages=2, q_stages=2)
+EIGHTY = dataclasses.replace(AHEAD, tile_kv=80)
 IN_BLOCKS = default_config(128, Call(crowded=True, in_blocks=True, busy=1))  # serves all calls
 
 
@@ -126,6 +127,17 @@ FORWARD_CASES: dict[str, dict[str, Any]] = {
         "config": dataclasses.replace(AHEAD, ping_pong=True),
     },
     "overlap, a third tile of V": {"t": 130, "s": 330, "config": dataclasses.replace(AHEAD, value_stages=3)},
+    "tiles of 80 keys": {"t": 130, "s": 330, "h": 256, "config": EIGHTY},
+    "tiles of 80 keys, a tail and a diagonal": {
+        **{"t": 130, "s": 190, "h": 256, "is_causal": True, "causal_alignment": "bottom_right"},
+        "config": EIGHTY,
+    },
+    "tiles of 80 keys, a diagonal, fp16": {
+        **{"t": 330, "s": 330, "h": 224, "is_causal": True, "dtype": jnp.float16},
+        "config": dataclasses.replace(SMALL, tile_kv=80),
+    },
+    "tiles of 80 keys, lengths": dict(RAGGED, poison=True, config=dataclasses.replace(SMALL, tile_kv=80)),
+    "tiles of 80 keys, window": {"t": 260, "s": 260, "local_window_size": (40, 20), "config": EIGHTY},
     "in turns, queries in one buffer": {"n": 2, "config": dataclasses.replace(SMALL, q_stages=1)},
     "head dim 96": {"t": 70, "s": 70, "h": 96, "is_causal": True},
     # One block has two items to attend and three without a key: nobody may wait for a turn in between.
@@ -307,6 +319,18 @@ COMPILE = (
         "flash_attention:forward wide, value dim": forward_case(
             (*shapes(h=128)[:2], shapes(h=256)[2]), is_causal=True
         ),
+        **{
+            f"flash_attention:forward tiles of 80 keys, {name}": unbounded(
+                forward_case(shapes(t=1000, s=1000, h=256, batch=MANY), is_causal=is_causal, config=config)
+            )
+            for name, is_causal, config in (
+                ("full", False, EIGHTY),
+                ("causal", True, EIGHTY),
+                ("in turns", False, dataclasses.replace(EIGHTY, ping_pong=True)),
+                ("folded", True, dataclasses.replace(EIGHTY, folds=True)),
+                ("in order", True, dataclasses.replace(EIGHTY, overlap=False)),
+            )
+        },
         "flash_attention:forward one wave": forward_case(shapes(t=2048, s=2048, h=64), is_causal=True),
         "flash_attention:forward one wave, wide": forward_case(shapes(t=2048, s=2048, h=256), is_causal=True),
         "flash_attention:forward one wave, short": forward_case(shapes(h=64), is_causal=True),

@@ -13,6 +13,7 @@ from pallas_kernels.flash_attention import (
     backward_fused_items,
     backward_fused_tile,
     backward_fused_wide_tile,
+    forward_tile,
     items,
     scores,
 )
@@ -42,7 +43,9 @@ def plain_terms():
         "load_codes_transposed": (_load_codes_transposed, decode_codes),
         "draw": (_draw, units, items, backward_fused_items, prefill_producer),
         "meet": (plgpu.commit_smem, backward_fused_adds, cascade_rows_sm90, prefill_list_sm90, prefill_units),
-        "fresh_iota": (_iota, prefill_tile),
+        "fresh_iota": (_iota, prefill_tile, scores),
+        "hide_after": (_hide_after, scores),
+        "queue_product": (_queue_product, forward_tile),
         "load_by_column": (
             _load_by_column,
             *(backward_fused_tile, backward_fused_wide_tile, backward_dkv_sm90, scores),
@@ -93,6 +96,14 @@ def _store_deinterleaved(ref, x):
 
 def _iota(size, axis):
     return jnp.arange(size, dtype=jnp.int32)
+
+
+def _hide_after(x, last, value):
+    return jnp.where(jnp.arange(x.shape[1]) <= last[:, None], x, value)
+
+
+def _queue_product(acc, a, ref):
+    return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, a, ref))(plgpu.ACC.init(acc))
 
 
 def _load_by_column(ref, place, shape):

@@ -96,7 +96,7 @@ def test_configs_go_through_json_whole():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"tile_kv": 80}, "tile_kv must be one of .* got 80"),
+        ({"tile_kv": 72}, "tile_kv must be one of .* got 72"),
         ({"stages": 9}, "stages must lie in 1..8, got 9"),
         ({"value_stages": 0}, "value_stages must lie in 1..8, got 0"),
         ({"warpgroups": 3}, "ping_pong takes two warpgroups, got warpgroups=3"),
