@@ -119,8 +119,9 @@ class BlockMask:
         """Each query tile sees the same number of tiles, drawn for each head: round(density x all), at least
         one (BigBird, section 2)."""
         shape = _shape(num_queries, num_keys)
-        if not 0 < density <= 1:
+        if not isinstance(density, int | float | np.number) or not 0 < density <= 1:
             raise ValueError(f"density must lie in (0, 1], got {density!r}")
+        _check_at_least("seed", seed, 0)
         _check_at_least("num_heads", num_heads, 1)
         num_q, num_kv = block_rules.grid_of(shape, tile)
         order = np.random.default_rng(seed).random((1, num_heads, num_q, num_kv)).argsort(axis=-1)
@@ -151,9 +152,17 @@ class BlockMask:
         Evaluated on all T x S pairs, some tiles at a time: the time is O(T S), the memory is not.
         """
 
+        if not callable(mask_fn):
+            raise ValueError(f"mask_fn must be a function of (q_index, kv_index), got {mask_fn!r}")
+
         def rule(batch, head, q_index, kv_index):
             visible = np.asarray(mask_fn(q_index, kv_index))
             checks.check_dtype("what mask_fn returns", visible, (np.bool_,))
+            shape = np.broadcast_shapes(q_index.shape, kv_index.shape)
+            # Of trailing dimensions each is the indices' or 1: it may depend on one of them, or on none.
+            sizes = zip(visible.shape[::-1], shape[::-1], strict=False)
+            if visible.ndim > len(shape) or any(size not in (1, full) for size, full in sizes):
+                raise ValueError(f"what mask_fn returns must broadcast to {shape}, got {visible.shape}")
             return visible
 
         return cls._everywhere(_shape(num_queries, num_keys), tile, rule)

@@ -17,7 +17,8 @@ Places = Sequence[np.ndarray]  # (batch, head, q tile, KV tile), i64[C] each
 
 def grid_of(shape: tuple[int, int], tile: tuple[int, int]) -> tuple[int, int]:
     """(Tq, Ts): the tiles that cover T queries and S keys."""
-    if len(tile) != 2 or min(tile) < 8 or any(size % 8 for size in tile):
+    is_pair = isinstance(tile, tuple | list) and len(tile) == 2
+    if not is_pair or any(not isinstance(size, int | np.integer) or size < 8 or size % 8 for size in tile):
         raise ValueError(f"tile must be (tile_q, tile_kv), multiples of 8, got {tile!r}")
     return -(-shape[0] // tile[0]), -(-shape[1] // tile[1])
 
@@ -120,7 +121,8 @@ def _flat(tiles: BlockTiles, grid: tuple[int, ...]) -> tuple[np.ndarray, np.ndar
     for axis in (0, 1):
         repeats = grid[axis] // tiles.num_kv.shape[axis]
         stride = int(np.prod(grid[axis + 1 :]))
-        place = (place + stride * np.arange(repeats)[:, None, None]).reshape(-1, len(listed.q))
+        place = place + stride * np.arange(repeats)[:, None, None]
+        place = place.reshape(repeats * place.shape[1], len(listed.q))  # no -1: nothing may be listed
     return place.reshape(-1), np.tile(listed.mask, len(place))
 
 

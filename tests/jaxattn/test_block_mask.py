@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxattn import BlockMask, dot_product_attention
+from jaxattn import BlockMask, block_picture, dot_product_attention
 from pallas_kernels import flash_attention
 from pallas_kernels.flash_attention import reference
 from pallas_kernels.flash_attention.block_tiles import unpack_tiles
@@ -30,6 +30,7 @@ MASKS = {
         BlockMask.local_global(T, S, window=(9, 4), num_global=17, tile=TILE),
         near | (i < 17) | (j < 17),
     ),
+    "local, none global": (BlockMask.local_global(T, S, window=(9, 4), num_global=0, tile=TILE), near),
     "strided": (BlockMask.strided(T, S, stride=3, tile=TILE), (tile_i - tile_j) % 3 == 0),
     "butterfly": (
         BlockMask.butterfly(T, S, tile=TILE),
@@ -147,6 +148,20 @@ def test_pictures(tmp_path):
     assert (tmp_path / "mask.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_picture_shows_its_whole_title_and_the_head_that_is_asked_for(tmp_path):
+    mask = BlockMask.random(1664, density=0.25, num_heads=3)
+    drawn = block_picture.figure(mask.tiles(), repr(mask).replace("1664", "1048576"), head=2)
+    drawn.draw_without_rendering()
+    title = drawn.axes[0].title.get_window_extent()
+    assert drawn.bbox.x0 < title.x0 < title.x1 < drawn.bbox.x1
+    assert title.y1 < drawn.bbox.y1
+    shown = np.asarray(drawn.axes[0].images[0].get_array())
+    np.testing.assert_array_equal(shown, mask.to_dense()[0, 2, ::128, ::128])
+    for head in (3, 7, -1):
+        with pytest.raises(ValueError, match=rf"head must lie in 0\.\.2, .* got {head}"):
+            mask.save_png(tmp_path / "mask.png", head=head)
+
+
 # --- in attention ---
 
 
@@ -198,6 +213,16 @@ BAD_MASKS = {
     "mask must have the dimensions": lambda: BlockMask.from_dense(np.ones((3,), bool)),
     "mask_fn": lambda: BlockMask.from_mask_fn(lambda q, k: q + k, 3),
     "tile": lambda: BlockMask.causal(3, tile=(3, 8)),
+    "tile must be .* got 8": lambda: BlockMask.strided(64, stride=1, tile=8),
+    r"tile must be .* got \(8.0, 8.0\)": lambda: BlockMask.window(64, size=3, tile=(8.0, 8.0)),
+    r"tile must be .* got \(8,\)": lambda: BlockMask.butterfly(64, tile=(8,)),
+    "density must lie in .* got 'a'": lambda: BlockMask.random(64, density="a"),
+    "density must lie in .* got nan": lambda: BlockMask.random(64, density=float("nan")),
+    "seed must be an integer >= 0, got -1": lambda: BlockMask.random(64, density=0.5, seed=-1),
+    "mask_fn must be a function": lambda: BlockMask.from_mask_fn(None, 64),
+    r"mask_fn returns must broadcast to \(.*\), got \(3,\)": lambda: BlockMask.from_mask_fn(
+        lambda q, k: np.ones(3, bool), 64
+    ),
     "agree in shape and tile": lambda: BlockMask.causal(3) & BlockMask.causal(4),
 }
 
