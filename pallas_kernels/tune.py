@@ -28,6 +28,7 @@ import numpy as np
 
 from pallas_kernels import device
 from pallas_kernels.flash_attention import FlashConfig, flash_attention, sm90, tuned
+from pallas_kernels.flash_attention.op import MAX_HEAD_DIM
 from pallas_kernels.flash_attention.spec import AttentionInputs, AttentionSpec
 
 # What is tried of each field, wherever it stands. A field that is not here is tried at its default only.
@@ -286,9 +287,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     ):
         parser.error(f"--heads must be N or N/K, N a multiple of K, got {options.heads!r}")
     options.num_heads, options.num_kv_heads = int(heads[0]), int(heads[-1])
-    for name in ("batch", "head_dim", "length", "iterations", "key_length", "value_dim"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    for name in ("batch", "head_dim", "length", "iterations", "key_length", "value_dim", "show"):
+        value, most = getattr(options, name), MAX_HEAD_DIM if name.endswith("dim") else None
+        if value is not None and (value < 1 or (most and value > most)):
+            allowed = f"lie in 1..{most}" if most else "be at least 1"
+            parser.error(f"--{name.replace('_', '-')} must {allowed}, got {value}")
+    if options.window is not None and options.window < 0:
+        parser.error(f"--window must be at least 0, got {options.window}")
+    if options.soft_cap is not None and not options.soft_cap > 0:
+        parser.error(f"--soft-cap must be positive, got {options.soft_cap}")
     return options
 
 

@@ -161,10 +161,13 @@ def parse_row(text: str) -> Row:
             fields["dtype"] = word
         else:
             raise ValueError(
-                f"shape: {word!r} is none of B= T= S= N= K= H= window= (each with a number), density= "
+                f"--shape: {word!r} is none of B= T= S= N= K= H= window= (each with a number), density= "
                 f"({', '.join(map(str, FLEX_ATTENTION))}), causal, lengths, segments, bfloat16, float16, "
-                f"float32, deterministic; got {text!r}"
+                "float32, deterministic"
             )
     if missing := [name for name in "BTNH" if not fields.get(name)]:
-        raise ValueError(f"shape: {', '.join(missing)} must be given and be at least 1, got {text!r}")
-    return Row("given", **fields)
+        raise ValueError(f"--shape: {', '.join(missing)} must be given and be at least 1, got {text!r}")
+    row = Row("given", **fields)
+    if row.N % row.K:
+        raise ValueError(f"--shape: N must be a multiple of K, got {text!r}")
+    return row

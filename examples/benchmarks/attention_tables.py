@@ -11,6 +11,7 @@ from attention_rows import Row
 
 FACTORS = {"forward": 1.0, "forward_backward": 3.5}  # FLOPs over those of the forward pass
 TITLES = {"forward": "forward", "forward_backward": "forward + backward"}
+FIELDS = ("device", "versions", "seconds", "matmul_8192_tflops", "means")  # that the tables take, beside rows
 TIE = 0.02  # rates that are closer are equal
 
 

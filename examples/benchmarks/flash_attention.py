@@ -19,7 +19,6 @@ no more --max-seconds, leaves what was measured, and says what was not.
 
 import argparse
 import dataclasses
-import json
 import os
 import re
 import sys
@@ -199,11 +198,21 @@ def run(options: argparse.Namespace) -> tuple[dict, dict]:
     return rows, claims
 
 
+def earlier(path: str) -> tuple[dict, dict]:
+    """Figures of an earlier run: rows, the claims beside them, or both."""
+    rows, claims, beside_it = {}, {}, str(beside(path))
+    if Path(path).exists() or not Path(beside_it).exists():
+        rows = report.read("--plot-from", path, attention_tables.FIELDS, ("label", "section", "peers"))
+    if Path(beside_it).exists():
+        fields, of_calls = ("shape", "limit_bytes", "longest"), ("name", "metric", "T")
+        claims = report.read("--plot-from", beside_it, fields, of_calls, "calls")
+    return rows, claims
+
+
 def main() -> int:
     options = parse()
     if options.plot_from:
-        paths = [Path(options.plot_from), Path(beside(options.plot_from) or "")]
-        rows, claims = (json.loads(path.read_text()) if path.exists() else {} for path in paths)
+        rows, claims = earlier(options.plot_from)
     else:
         rows, claims = run(options)
     publish(rows, attention_tables, options)

@@ -11,7 +11,6 @@ import argparse
 import csv
 import io
 import itertools
-import json
 import os
 import shutil
 import signal
@@ -190,7 +189,9 @@ def main() -> int:
         run_calls()
         return 0
     if options.source:
-        rows = json.loads(Path(options.source).read_text())["rows"]
+        rows = report.read(
+            "--from", options.source, ("metrics",), ("shape", "direction", "model", "counted")
+        )["rows"]
     else:
         for tool in ("nvidia-smi", "ncu"):
             if shutil.which(tool) is None:

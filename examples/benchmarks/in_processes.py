@@ -91,10 +91,8 @@ def without_figures(result: dict) -> list[str]:
 def parse(parser: argparse.ArgumentParser, sections: Sections) -> argparse.Namespace:
     """The command line of a benchmark whose rows can be chosen: these become its `sections`."""
     parser.add_argument("--rows", metavar="REGEX", help="only rows whose section or label matches")
-    parser.add_argument("--iterations", type=int, default=8, help="runs of each call (8)")
+    parser.add_argument("--iterations", type=report.positive, default=8, help="runs of each call (8)")
     options = parser.parse_args()
-    if options.iterations < 1:
-        parser.error(f"--iterations must be at least 1, got {options.iterations}")
     try:
         options.sections = _matching(sections, re.compile(options.rows or ""))
     except re.error as error:

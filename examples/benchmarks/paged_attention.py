@@ -15,9 +15,7 @@ longer is the tax of paging. Peers: cuDNN through jax.nn.dot_product_attention, 
 """
 
 import argparse
-import json
 import sys
-from pathlib import Path
 
 import in_processes
 import numpy as np
@@ -130,7 +128,9 @@ def chosen_sections(options: argparse.Namespace) -> dict[str, list[Row]]:
     """What the command line asks for; without --heads everything."""
     if options.heads is None:
         return SECTIONS
-    num_heads, num_kv_heads = map(int, options.heads.split("/"))
+    num_heads, num_kv_heads = map(report.positive, options.heads.split("/"))
+    if num_heads % num_kv_heads:
+        raise ValueError("the first must be a multiple of the second")
     shape = ("heads", num_heads, num_kv_heads, options.head_dim)
     rows = [Row(*shape, (options.context,) * batch, dtype=options.dtype) for batch in options.rows]
     return {f"{options.context} tokens a row": rows}
@@ -139,19 +139,19 @@ def chosen_sections(options: argparse.Namespace) -> dict[str, list[Row]]:
 def parse() -> argparse.Namespace:
     parser = report.parser(__doc__)
     parser.add_argument("--heads", help="query heads/KV heads, such as 32/8: only this shape")
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--rows", type=int, nargs="+", default=list(BATCHES))
-    parser.add_argument("--context", type=int, default=CONTEXT)
+    parser.add_argument("--head-dim", type=report.positive, default=128)
+    parser.add_argument("--rows", type=report.positive, nargs="+", default=list(BATCHES))
+    parser.add_argument("--context", type=report.positive, default=CONTEXT)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "int8", "float8_e4m3fn"))
     sizes = [int(name.split()[1]) for name in PEERS if name.startswith("page ")]
     parser.add_argument("--page-size", type=int, nargs="+", default=[16, 128], choices=sizes)
-    parser.add_argument("--iterations", type=int, default=8)
+    parser.add_argument("--iterations", type=report.positive, default=8)
     parser.add_argument("--plot", help="write a chart here, as PNG")
     parser.add_argument("--plot-from", help="only plot: read this JSON instead of measuring")
     options = parser.parse_args()
     try:
         options.sections = chosen_sections(options)
-    except ValueError as error:
+    except (ValueError, argparse.ArgumentTypeError) as error:
         parser.error(f"--heads must be such as 32/8, got {options.heads!r}: {error}")
     return options
 
@@ -165,7 +165,8 @@ def show(result: dict, options: argparse.Namespace) -> str:
 def main() -> int:
     options = parse()
     if options.plot_from:
-        print(show(json.loads(Path(options.plot_from).read_text()), options))
+        of_rows = ("row", "microseconds", "tb_per_s", "tokens_per_s", "share_of_ceiling")
+        print(show(report.read("--plot-from", options.plot_from, ("device",), of_rows, "sections"), options))
         return 0
     report.begin_processes(f"{sum(map(len, options.sections.values()))} rows of paged decode")
     names = [f"page {size}" for size in options.page_size]

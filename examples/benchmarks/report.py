@@ -10,6 +10,7 @@ import shlex
 import shutil
 import signal
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,6 +29,35 @@ def parser(description: str | None, out: str = "write every figure here, as JSON
     made.add_argument("--out", help=out)
     made.add_argument("--max-seconds", type=float, help="what is not reached by then is not measured")
     return made
+
+
+def positive(text: str) -> int:
+    """The type of an argument that counts something."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def read(
+    option: str, path: str, fields: Iterable[str], row_fields: Iterable[str], rows: str = "rows"
+) -> dict:
+    """What this benchmark wrote to `path`: a JSON object with `fields`, and `row_fields` in each of its
+    `rows` (a list, or lists by section). One line and exit code 2 where the file is missing or another's.
+    """
+    try:
+        figures = json.loads(Path(path).read_text())
+    except OSError as error:
+        refuse(f"{option}: cannot read {path}: {error.strerror}")
+    except ValueError as error:
+        refuse(f"{option}: {path} is not JSON: {error}")
+    has = lambda item, names: isinstance(item, dict) and set(names) <= item.keys()
+    if not has(figures, [*fields, rows]):
+        refuse(f"{option}: {path} is not of this benchmark: no {', '.join([*fields, rows])} in it")
+    listed = figures[rows]
+    listed = [row for section in listed.values() for row in section] if isinstance(listed, dict) else listed
+    if not listed or not all(has(row, row_fields) for row in listed):
+        refuse(f"{option}: {path} is not of this benchmark: no {', '.join(row_fields)} in its {rows}")
+    return figures
 
 
 def refuse(why: str) -> NoReturn:

@@ -41,8 +41,8 @@ CASE_SECONDS = 300
 def main() -> int:
     parser = report.parser(__doc__)
     parser.add_argument("--models", nargs="+", default=list(CONFIGS), choices=CONFIGS)
-    parser.add_argument("--num-requests", type=int, default=256)
-    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--num-requests", type=report.positive, default=256)
+    parser.add_argument("--max-tokens", type=report.positive, default=128)
     parser.add_argument("--page-size", type=int, default=16, choices=PAGE_SIZES)
     args = parser.parse_args()
     report.begin("Offline batch generation")

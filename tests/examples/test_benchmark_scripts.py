@@ -20,7 +20,7 @@ SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if "report.parser(" i
 WRONG = {
     "ring_attention": ["--lengths", "100"],
     "training": ["--presets", "small", "--batch-sizes", "1", "2"],
-    "serving": ["--page-size", "7"],
+    "serving": ["--num-requests", "0"],
     "quantized_pages": ["--rows", "1"],
     "page_layout": ["--prefill-tokens", "100"],
     "flash_attention": ["--rows", "no such row"],
@@ -56,6 +56,31 @@ def test_command_lines(monkeypatch, capsys, name):
         with pytest.raises(SystemExit, match="2"):
             run(monkeypatch, module)
         assert "needs an NVIDIA GPU" in capsys.readouterr().err
+
+
+RESULTS = FOLDER / "results"
+READERS = {"flash_attention": "--plot-from", "paged_attention": "--plot-from", "flash_io": "--from"}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_figures_of_an_earlier_run(monkeypatch, tmp_path, capsys, name):
+    module, option = load(name), READERS[name]
+    others = [
+        RESULTS / f"{other}.json" for other in ("training", "decode_configs", *READERS) if other != name
+    ]
+    not_json, plot = tmp_path / "x.json", tmp_path / "x.png"
+    not_json.write_text("{")
+    for path in (tmp_path / "missing.json", tmp_path, not_json, *others):
+        with pytest.raises(SystemExit, match="2"):
+            run(monkeypatch, module, option, str(path))
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert f"{option}: " in error
+        assert path.name in error
+    arguments = ["--plot", str(plot)] if option == "--plot-from" else []
+    assert run(monkeypatch, module, option, str(RESULTS / f"{name}.json"), *arguments) == 0
+    assert "NVIDIA H" in capsys.readouterr().out or name == "flash_io"
+    assert not arguments or plot.stat().st_size > 10_000
 
 
 def test_rows_are_saved_as_they_come(tmp_path, capsys):

@@ -45,7 +45,12 @@ def test_flops_count_visible_pairs():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("B=1 T=2 N=3", "H must be given"), ("B=1 T=2 N=3 H=4 D=5", "'D=5' is none of"), ("", "'' is none of")],
+    [
+        ("B=1 T=2 N=3", "H must be given"),
+        ("B=1 T=2 N=3 H=4 D=5", "'D=5' is none of"),
+        ("", "'' is none of"),
+        ("B=1 T=2 N=32 K=5 H=4", "N must be a multiple of K"),
+    ],
 )
 def test_a_wrong_shape_is_said(text, message):
     with pytest.raises(ValueError, match=message):

@@ -132,7 +132,19 @@ def test_a_process_that_hangs_costs_its_own_rows(monkeypatch, tmp_path, capsys):
     assert "it said nothing for 1 s" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--heads", "8"], ["--page-size", "7"], ["--max-seconds", "x"], []])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--heads", "8"],
+        ["--heads", "32/5"],
+        ["--heads", "8/0"],
+        ["--page-size", "7"],
+        ["--max-seconds", "x"],
+        ["--iterations", "0"],
+        ["--rows", "0"],
+        [],
+    ],
+)
 def test_a_wrong_command_line_or_no_gpu_is_exit_code_2(monkeypatch, arguments):
     monkeypatch.setattr(report.shutil, "which", lambda name: None)
     monkeypatch.setattr("sys.argv", ["x", *arguments])
