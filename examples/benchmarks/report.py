@@ -52,7 +52,8 @@ def read(
         refuse(f"{option}: {path} is not JSON: {error}")
     has = lambda item, names: isinstance(item, dict) and set(names) <= item.keys()
     if not has(figures, [*fields, rows]):
-        refuse(f"{option}: {path} is not of this benchmark: no {', '.join([*fields, rows])} in it")
+        missing = [name for name in [*fields, rows] if not has(figures, [name])]
+        refuse(f"{option}: {path} is not of this benchmark: no {', '.join(missing)} in it")
     listed = figures[rows]
     listed = [row for section in listed.values() for row in section] if isinstance(listed, dict) else listed
     if not listed or not all(has(row, row_fields) for row in listed):

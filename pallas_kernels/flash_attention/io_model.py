@@ -19,6 +19,7 @@ from pallas_kernels.flash_attention import backward_fused_sm90, sm90
 from pallas_kernels.flash_attention.backward_fused_block import block_keys
 from pallas_kernels.flash_attention.config import FlashConfig
 from pallas_kernels.flash_attention.forward_plan import FIRST, ForwardPlan
+from pallas_kernels.flash_attention.op import ALIGNMENTS, check_arrays
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.spec import AttentionInputs, AttentionSpec
 from pallas_kernels.flash_attention.tiles import kv_tiles
@@ -71,10 +72,14 @@ def io_bytes(
             like key by default. Only shapes and dtypes are read.
         is_causal ... config: as flash_attention; default tiles where config is None.
 
-    Not counted: what XLA does around the kernels (padding, row sums of dO * O, casts).
+    Not counted: what XLA does around the kernels (padding, row sums of dO * O, casts). Raises ValueError for
+    wrong arguments, NotImplementedError for float32 and what the Hopper kernels cannot serve.
     """
     value = key if value is None else value
     arrays: list[Any] = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value)]
+    inputs = AttentionInputs(*arrays)
+    check_arrays(inputs)
+    checks.check_choice("causal_alignment", causal_alignment, ALIGNMENTS)
     spec = AttentionSpec(
         scale=1.0,
         is_causal=is_causal,
@@ -83,7 +88,6 @@ def io_bytes(
         deterministic=deterministic,
         config=config,
     )
-    inputs = AttentionInputs(*arrays)
     if reason := sm90.unsupported(inputs, spec):
         raise NotImplementedError(f"the Hopper kernels cannot serve this call: {reason}")
     forward = sm90.forward_plan_of(inputs, spec)

@@ -120,7 +120,7 @@ def flash_attention(
         kv_lengths,
         block_mask=block_mask,
     )
-    _check_arrays(inputs)
+    check_arrays(inputs)
     checks.check_choice("causal_alignment", causal_alignment, ALIGNMENTS)
     checks.check_soft_cap(logits_soft_cap)
     spec = AttentionSpec(
@@ -162,7 +162,7 @@ def flash_attention_gradients(
     complete. From: Dao et al., FlashAttention (2022), algorithm 4. Arguments as of flash_attention.
     """
     inputs = AttentionInputs(query, key, value)
-    _check_arrays(inputs)
+    check_arrays(inputs)
     checks.check_shape("out", out, (*query.shape[:3], value.shape[3]), "B T N Hv")
     checks.check_shape("lse", lse, query.shape[:3], "B T N")
     checks.check_soft_cap(logits_soft_cap)
@@ -178,7 +178,8 @@ def flash_attention_gradients(
     return gradients.query, gradients.key, gradients.value
 
 
-def _check_arrays(inputs: AttentionInputs) -> None:
+def check_arrays(inputs: AttentionInputs) -> None:
+    """Holds arrays, or anything with a shape and a dtype, to what flash_attention takes."""
     query, key, value = inputs.query, inputs.key, inputs.value
     checks.check_rank("query", query, "B T N H")
     checks.check_rank("key", key, "B S K H")

@@ -13,6 +13,8 @@ import jax
 
 from pallas_kernels import checks
 from pallas_kernels.flash_attention.config import FlashConfig
+from pallas_kernels.flash_attention.op import check_arrays
+from pallas_kernels.flash_attention.spec import AttentionInputs
 
 logger = logging.getLogger("pallas_kernels")
 
@@ -41,6 +43,9 @@ def tuned_config(
     kind and heads per KV head, and with lengths and batch x heads in the same power of two.
     """
     value = key if value is None else value
+    arrays: list[Any] = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value)]
+    check_arrays(AttentionInputs(*arrays))
+    checks.check_soft_cap(logits_soft_cap)
     name = shape_class(
         query,
         key,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import FlashConfig, io_bytes
+from pallas_kernels import FlashConfig, io_bytes, tuned_config
 from pallas_kernels.flash_attention.config import FusedConfig
 
 CONFIG = FlashConfig(tile_q=64, tile_kv=128, stages=2, warpgroups=2)
@@ -107,7 +107,32 @@ def test_backward_reads_at_least_every_operand(deterministic):
     assert backward.sm_to_l2 >= backward.dram_write >= 2 * array
 
 
-def test_what_the_kernels_cannot_do_is_said():
-    query, key = (jax.ShapeDtypeStruct(x.shape, jnp.int8) for x in arrays())
-    with pytest.raises(NotImplementedError, match="int8"):
+def test_what_is_not_counted_is_said():
+    query, key = (jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in arrays())
+    with pytest.raises(NotImplementedError, match="float32 is not counted"):
         io_bytes(query, key)
+
+
+SHAPED = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
+WRONG = {
+    "query heads must be a multiple of the KV heads": arrays(n=4, k=3),
+    r"key must have shape \[B S K H\]": (SHAPED(1, 64, 2, 64), SHAPED(1, 64, 2, 32)),
+    "the head dim of query must be at most 256, got 300": arrays(h=300),
+    r"query must have the dimensions \[B T N H\]": (SHAPED(64, 2, 64), SHAPED(1, 64, 2, 64)),
+    r"key must have the dimensions \[B S K H\]": (SHAPED(1, 64, 2, 64), SHAPED(64, 2, 64)),
+    "query must have one of the dtypes .* got int8": [SHAPED(1, 64, 2, 64, dtype=jnp.int8)] * 2,
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_arguments_are_named(message):
+    for look_up in (io_bytes, tuned_config):
+        with pytest.raises(ValueError, match=message):
+            look_up(*WRONG[message])
+
+
+def test_wrong_options_are_named():
+    with pytest.raises(ValueError, match="causal_alignment must be one of"):
+        io_bytes(*arrays(), causal_alignment="left")
+    with pytest.raises(ValueError, match="logits_soft_cap must be positive"):
+        tuned_config(*arrays(), logits_soft_cap=-1.0)

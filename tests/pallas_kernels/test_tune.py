@@ -82,8 +82,8 @@ def test_the_fastest_right_config_is_saved_and_found(gpu, cache, capsys):
     assert (found.tile_kv, found.stages) == (64, 2)
     assert str(cache) in out
     assert pallas_kernels.tuned_config(SHAPE, KV_SHAPE) is None  # of another mask nothing is known
-    half = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.float16)
-    assert pallas_kernels.tuned_config(half, KV_SHAPE, is_causal=True) is None
+    half, kv_half = (jax.ShapeDtypeStruct(shape.shape, jnp.float16) for shape in (SHAPE, KV_SHAPE))
+    assert pallas_kernels.tuned_config(half, kv_half, is_causal=True) is None
 
 
 def test_nothing_is_saved_unasked(gpu, cache):
