@@ -35,7 +35,7 @@ run prefill 150 paged_prefill.py paged_prefill.json --max-seconds 120
 run writes 150 page_writes.py page_writes.json --max-seconds 120
 run training 240 training.py training.json --max-seconds 150
 run serving 300 serving.py serving.json --max-seconds 200
-run claims 200 flash_attention.py flash_attention.json --only-claims --max-seconds 200 \
+run claims 260 flash_attention.py flash_attention.json --only-claims --max-seconds 260 \
     --plot "$results/flash_attention.png"
 run io 150 flash_io.py flash_io.json --max-seconds 150
 run layout 120 page_layout.py page_layout.json --max-seconds 100

@@ -215,6 +215,26 @@ def test_the_longest_sequence_fits_and_the_next_does_not(monkeypatch, square):
     assert needs(found) <= flash_claims.LIMIT_BYTES < needs(found + flash_claims.GRAIN)
 
 
+@pytest.mark.parametrize(("most", "ran"), [(10**9, 100_096), (95_000, 93_952), (60_000, 57_856), (0, None)])
+def test_the_longest_that_runs_is_found_in_few_attempts(monkeypatch, capsys, most, ran):
+    tried = []
+
+    def attempt(name, metric, length):
+        tried.append(length)
+        return 1.5 if length <= most else "out of memory"
+
+    monkeypatch.setattr(flash_claims, "attempt", attempt)
+    limit = {"name": "jaxattn", "metric": "forward", "T": 100_096, "bytes": 16}
+    found = flash_claims.verify(limit)
+    assert found.get("ran_T") == ran
+    assert found.get("failure", "out of memory") == "out of memory"
+    assert ran is None or ran <= most < found.get("failed_T", 10**10) < ran + 0.04 * 100_096 or ran == 100_096
+    assert len(tried) == capsys.readouterr().out.count("@part") <= 5
+    claims = flash_claims.collect([{"trying": 1}, {"longest": found}])
+    said = flash_claims.text(claims, report.table).splitlines()[-1]
+    assert said.endswith(f"100,096 (ran at {ran:,})" if ran else "100,096 (out of memory)")
+
+
 def test_claims_are_published_beside_the_rows(monkeypatch, tmp_path, capsys):
     calls = [
         {"name": name, "metric": metric, "T": length, "ms": length * 1e-3, "temp_bytes": 1000 * length}
