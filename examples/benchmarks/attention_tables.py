@@ -174,9 +174,10 @@ def plot(result: dict, path: str) -> None:
     import matplotlib.pyplot as plt
 
     main = [row for row in result["rows"] if row["section"] == "main"] or result["rows"]
+    names = measured_peers(main)
     figure, axes = plt.subplots(3, 1, figsize=(14, 13), height_ratios=(1, 1, 1.2))
     for axis, metric in zip(axes, FACTORS, strict=False):
-        _bars(axis, main, metric, result["matmul_8192_tflops"])
+        _bars(axis, main, names, metric, result["matmul_8192_tflops"])
         axis.set_title(f"{TITLES[metric]}, {result['device']}")
     axes[0].legend(ncols=6)
     _ratios(axes[2], result["rows"])
@@ -185,9 +186,19 @@ def plot(result: dict, path: str) -> None:
     plt.close(figure)
 
 
-def _bars(axis: Any, rows: list[dict], metric: str, ceiling: float | None) -> None:
-    names = list(dict.fromkeys(peer for row in rows for peer in row["peers"]))
-    width = 0.8 / len(names)
+def measured_peers(rows: list[dict]) -> list[str]:
+    """Those that have a figure in any row: the others, not installed perhaps, get no bars and no legend."""
+    rates = [
+        (peer, figures.get(f"{metric}_tflops"))
+        for row in rows
+        for peer, figures in row["peers"].items()
+        for metric in FACTORS
+    ]
+    return list(dict.fromkeys(peer for peer, rate in rates if rate))
+
+
+def _bars(axis: Any, rows: list[dict], names: list[str], metric: str, ceiling: float | None) -> None:
+    width = 0.8 / max(1, len(names))
     for index, name in enumerate(names):
         rates = [row["peers"].get(name, {}).get(f"{metric}_tflops") or 0 for row in rows]
         axis.bar([x + index * width for x in range(len(rows))], rates, width, label=name)

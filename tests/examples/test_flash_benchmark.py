@@ -92,6 +92,7 @@ def test_figures_are_medians_over_processes(monkeypatch, tmp_path):
         text = attention_tables.text(result, as_table)
         assert "ahead" in text
         assert "cuDNN is not detected" in text
+    assert attention_tables.measured_peers(result["rows"]) == ["jaxattn", "tokamax"]  # no cuDNN on a CPU
     attention_tables.plot(result, str(tmp_path / "plot.png"))
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
