@@ -194,7 +194,7 @@ def default_config(head_dim: int, call: Call = PLAIN) -> FlashConfig:
         return FlashConfig(q_stages=2, overlap=wide, ping_pong=not wide, dq=gradient, dkv=gradient)
     if head_dim <= 64:
         return _narrow_config(call)
-    return _medium_config(call) if head_dim <= 128 else _wide_config(call)
+    return _medium_config(call) if head_dim <= 128 else _wide_config(head_dim, call)
 
 
 def _narrow_config(call: Call) -> FlashConfig:
@@ -239,20 +239,26 @@ def _medium_config(call: Call) -> FlashConfig:
     return FlashConfig(warpgroups=3, q_stages=2, ping_pong=False, dq=dq)
 
 
-def _wide_config(call: Call) -> FlashConfig:
-    """H > 128. Two warpgroups hold the accumulators, and overlap: 751, in turn 734, neither 703 (T = 4,096:
+def _wide_config(head_dim: int, call: Call) -> FlashConfig:
+    """H > 128. Tiles of 80 keys, H = 256, full T = 1,024, 2,048, 4,096, 16,384: 656, 728, 764, 790, of 64
+    keys 634, 690, 721, 725 (cuDNN 642, 706, 735, 740); causal T = 1,024, 4,096, 16,384 485, 702, 774, of 64
+    493, 672, 736 (cuDNN 466, 607, 657); shorter ones would mostly be cut.
+
+    Of 64 keys: two warpgroups hold the accumulators, and overlap: 751, in turn 734, neither 703 (T = 4,096:
     684, 645, 652). Full T = 512, 1,024, 4,096, 16,384: 532, 626, 716, 694, with a third tile of V 558, 645,
-    723, 674; causal 366, 511, 682, 741 and 378, 512, 667, 713. Half of Q's columns in registers would spare a
-    quarter of what wgmma reads from shared memory (full 724 and 760, without 719 and 746), but ptxas 13.5
-    spills 108 bytes for it, and 13.0.88 lets weights overwrite such queries where nothing overlaps. Folded as
-    narrower heads are, which gain by it; here it was run, and not timed.
+    723, 674; causal 366, 511, 682, 741 and 378, 512, 667, 713. With half of Q's columns in registers 724 and
+    760, without 719 and 746, but ptxas 13.5 spills 108 bytes for it, and 13.0.88 lets weights overwrite such
+    queries where nothing overlaps. Folded as narrower heads are, which gain by it; here it was run, and not
+    timed.
     """
     overlap = not (call.crowded or call.in_blocks or call.has_lengths)
+    is_long = call.num_keys > SHORT or (call.num_keys == SHORT and not call.starts_light)
+    is_broad = overlap and is_long and head_dim > 192
     more_values = overlap and call.all_visible and call.num_keys <= 4 * SHORT
     single = GradientConfig(stages=1)
     return FlashConfig(
-        tile_kv=64,
-        value_stages=3 if more_values else None,
+        tile_kv=80 if is_broad else 64,
+        value_stages=3 if more_values and not is_broad else None,
         folds=call.one_wave and call.starts_light and overlap,
         overlap=overlap,
         ping_pong=False,

@@ -176,7 +176,8 @@ def _config(inputs: AttentionInputs, spec: AttentionSpec, head_dim: int, value_d
     fused = default_fused(widest, num_keys, spec.is_causal, group, features)
     config = dataclasses.replace(default_config(widest, call), fused=fused)
     if head_dim != value_dim:  # the output cannot take the queries' place, but takes that of the next queries
-        config = dataclasses.replace(config, q_stages=1, value_stages=None)
+        tile_kv = 64 if config.splits_rows else config.tile_kv
+        config = dataclasses.replace(config, tile_kv=tile_kv, q_stages=1, value_stages=None)
     if inputs.alibi_slopes is not None:
         config = dataclasses.replace(config, dkv_passes=2)
     return config
