@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import flash_attention
+from pallas_kernels.flash_attention.config import default_config
 from tests.pallas_kernels.flash_cases import (
     BACKWARD_CASES,
     FORWARD_CASES,
@@ -85,6 +86,21 @@ CASES |= {
     f"fused, H={h} {name}": {"h": h, "config": fused_config(h, IN_BLOCKS if h <= 128 else None)} | case
     for h in (64, 96, 128, 256)
     for name, case in FEATURES.items()
+}
+# Adds in order: units of one and of two tiles of keys, several classes and waves.
+IN_ORDER = {
+    "full": {"t": 1024, "s": 1024},
+    "T > S": {"t": 1300, "s": 1100},
+    "causal": {"t": 1024, "s": 1024, "is_causal": True},
+    "odd": {"t": 1090, "s": 1090, "is_causal": True, "n": 8, "k": 2},
+    "one query": {"t": 1, "s": 1},
+    "many heads": {"t": 1500, "s": 1500, "batch": 4, "n": 16, "k": 16, "is_causal": True},
+    "many heads, full": {"t": 1500, "s": 1500, "batch": 4, "n": 16, "k": 16},
+}
+CASES |= {
+    f"fused, deterministic, H={h} {name}": {"h": h, "deterministic": True, "config": fused_config(h)} | case
+    for h in (96, 128)
+    for name, case in IN_ORDER.items()
 }
 CASES |= {f"fp16 {name}": {"h": 128, "dtype": jnp.float16} | case for name, case in LARGE.items()}
 CASES |= {
@@ -171,10 +187,14 @@ def test_error_at_most_twice_the_naive_one(h, is_causal, dtype, atol):
         assert np.abs(one - true).max() <= 2 * np.abs(other - true).max() + atol
 
 
-def test_same_bits_every_time():
-    arrays = random_inputs([(2, 1000, 4, 128)] * 4, jnp.bfloat16)
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize(("is_fused", "heads"), [(False, 4), (True, 4), (True, 40)])
+def test_same_bits_every_time(is_fused, heads, is_causal):
+    arrays = random_inputs([(2, 1000, heads, 128)] * 4, jnp.bfloat16)
     *qkv, out_grad = arrays
-    call = functools.partial(flash_attention, is_causal=True, deterministic=True, implementation="sm90")
+    config = fused_config(128) if is_fused else default_config(128)
+    options = {"is_causal": is_causal, "deterministic": True, "config": config}
+    call = functools.partial(flash_attention, implementation="sm90", **options)
     step = jax.jit(lambda qkv, out_grad: (call(*qkv), jax.vjp(call, *qkv)[1](out_grad)))
     first = jax.tree.map(np.asarray, step(qkv, out_grad))
     for _ in range(100):

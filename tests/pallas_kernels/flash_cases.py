@@ -49,7 +49,17 @@ def check_forward(
 
 
 def check_backward(
-    batch=1, t=100, s=100, n=1, k=1, h=64, hv=None, dtype=jnp.bfloat16, poison=False, **arguments
+    batch=1,
+    t=100,
+    s=100,
+    n=1,
+    k=1,
+    h=64,
+    hv=None,
+    dtype=jnp.bfloat16,
+    poison=False,
+    num_cores=2,
+    **arguments,
 ):
     """Gradients through output and log-sum-exp, also of a bias and sinks: the interpreted kernels against the
     reference.
@@ -70,7 +80,7 @@ def check_backward(
         return jax.tree.leaves(jax.block_until_ready(vjp((out_grad, lse_grad))))
 
     expected = gradients("reference")
-    with interpreted():
+    with interpreted(num_cores):
         actual = gradients("sm90")
     for one, other in zip(actual, expected, strict=True):
         # Sums of whole rows, in which most cancels, carry the rounding of the outputs.
