@@ -56,9 +56,9 @@ def serves(plan: AttentionPlan, inputs: AttentionInputs) -> bool:
     """Whether the config asks for this kernel, and its tiles and registers suit the call."""
     fused = plan.config.fused
     head_dims = (32, 64) if fused and fused.tile_q == 128 else (96, 128, 192, 256)
-    if plan.is_deterministic and not (is_persistent(plan, inputs) and orders_adds(plan)):
-        return False
     if fused is None or plan.head_dim != plan.value_dim or plan.head_dim not in head_dims:
+        return False
+    if plan.is_deterministic and not (is_persistent(plan, inputs) and orders_adds(plan)):
         return False
     if inputs.block_mask is not None:
         tile_q, tile_kv = inputs.block_mask.tile

@@ -11,6 +11,7 @@ TILES = (64, 128, 192, 256)
 KV_TILES = (*TILES, 80)
 STREAMED_TILES = (64, 128)
 SHORT = 1024  # queries
+IN_ORDER = 4096  # keys from which the fused backward is the faster deterministic one, where nothing is masked
 
 
 def _check(config, **tiles: tuple[int, ...]) -> None:
@@ -80,7 +81,7 @@ class FlashConfig:
     dq: GradientConfig = GradientConfig()
     dkv: GradientConfig = GradientConfig()
     dkv_passes: int = 1  # 2: one kernel for dK, one for dV
-    fused: FusedConfig | None = None  # None: always the kernels that a deterministic backward takes
+    fused: FusedConfig | None = None  # None: always the two kernels
 
     @property
     def splits_rows(self) -> bool:
@@ -101,7 +102,12 @@ class FlashConfig:
 
 
 def default_fused(
-    head_dim: int, num_keys: int, is_causal: bool, group: int, features: Collection[str]
+    head_dim: int,
+    num_keys: int,
+    is_causal: bool,
+    group: int,
+    features: Collection[str],
+    is_deterministic: bool = False,
 ) -> FusedConfig | None:
     """The fused backward kernel where it was measured to be the faster one, else None.
 
@@ -131,6 +137,8 @@ def default_fused(
     1.05 at 256.
     Taken to be like these without a measurement: fp16, several features at a time.
     """
+    if is_deterministic and (is_causal or num_keys < IN_ORDER):
+        return None
     shortest = 512 if head_dim > 128 or (head_dim <= 64 and not is_causal) else 1024
     if num_keys < shortest or "bias" in features:
         return None

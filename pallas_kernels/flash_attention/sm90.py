@@ -173,7 +173,7 @@ def _config(inputs: AttentionInputs, spec: AttentionSpec, head_dim: int, value_d
         starts_light=left is None and right is not None and not masks - {"window"},
     )
     widest, group = max(head_dim, value_dim), num_heads // num_kv_heads
-    fused = default_fused(widest, num_keys, spec.is_causal, group, features)
+    fused = default_fused(widest, num_keys, spec.is_causal, group, features, spec.deterministic)
     config = dataclasses.replace(default_config(widest, call), fused=fused)
     if head_dim != value_dim:  # the output cannot take the queries' place, but takes that of the next queries
         tile_kv = 64 if config.splits_rows else config.tile_kv
