@@ -42,12 +42,12 @@ class Adds(NamedTuple):
         numbers[place + Add.COUNTER] = head * order.num_query_tiles + tile
         numbers[place + Add.TURN] = order.num_before(own, tile)
 
-    def begin(self, number, first, passes: bool = True) -> "Adding":
-        """Begins to add dQ of a tile, if number >= first, the first of its item: looks whose turn it is.
-        passes: passes the tile before on, as its add is long complete now.
+    def begin(self, number, first) -> "Adding":
+        """Begins to add dQ of a tile, if number >= first, the first of its item: passes the tile before on,
+        whose add is long complete, and looks whose turn it is. (Who waited with a tile in hand could keep all
+        waiting: under a causal mask those behind may be before us at the next.)
         """
-        if passes:
-            pl.when(number > first)(lambda: self.pass_on(number - 1, number))
+        pl.when(number > first)(lambda: self.pass_on(number - 1, number))
         is_one = number >= first
         (counter,) = self._at(lax.max(number, 0), Add.COUNTER)
         return Adding(self, number, is_one, peek_turn(self.turns, where(is_one, counter, 0)))

@@ -17,8 +17,6 @@ from pallas_kernels.mosaic import div, pl, plgpu, rem, swizzled_smem, traced, wh
 WARPGROUPS = 2  # that compute
 HALF = 64  # keys of each: the rows of a wgmma
 PART = 64  # queries that are in registers at a time
-
-
 ITEM = 3  # numbers of an item
 
 
@@ -321,7 +319,7 @@ def load_item(
     own_first = block.number(start)
     keys_and_values = (v, buffers.v, barriers.v_free, 2), (k, buffers.k, barriers.k_free, 1)
     for gmem, smem, free, age in keys_and_values:  # age: how many tiles ago that is whose dQ is there
-        adding = _begin_add(adds, own_first - age, first_number, passes=False)
+        adding = _begin_add(adds, own_first - age, first_number)
         if is_later is not False:
             pl.when(is_later)(functools.partial(plgpu.barrier_wait, free))
         adding.copy()
@@ -338,7 +336,7 @@ def load_item(
     buffers.item[0], buffers.item[1] = item
     plgpu.barrier_arrive(barriers.item_loaded)
     if adds is not None:
-        adds.pass_on(lax.max(own_first - 3, first_number), own_first)
+        adds.pass_on(lax.max(own_first - 1, first_number), own_first)
     lax.fori_loop(second, stop, functools.partial(load_tile, first_number=own_first), None)
 
 
@@ -350,8 +348,8 @@ class NothingToAdd:
     def end(self) -> None: ...
 
 
-def _begin_add(adds: Any, number, first_number, passes: bool = True) -> Any:
-    return NothingToAdd() if adds is None else adds.begin(number, first_number, passes)
+def _begin_add(adds: Any, number, first_number) -> Any:
+    return NothingToAdd() if adds is None else adds.begin(number, first_number)
 
 
 def end(

@@ -28,8 +28,8 @@ def turns(order: AddOrder, paths: list[list[int]]) -> dict[tuple[int, int], int]
 
 
 def lock_step(order: AddOrder, paths: list[list[int]], turn: dict[tuple[int, int], int]) -> tuple[int, int]:
-    """Steps until all have added, where a block adds once a step when it is its turn; and the most that one
-    block has to add."""
+    """Steps until all have added, where a block adds once a step when it is its turn, and passes on before
+    the next; and the most that one block has to add."""
     blocks = []
     for row in order.table():
         items = [divmod(int(item), order.num_heads) for item in row[1 : 1 + row[0]]]
