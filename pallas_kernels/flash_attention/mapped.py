@@ -148,8 +148,7 @@ def _divide(function: Callable, letters: _Arrays) -> Callable:
             axes = _Axes.of(mesh, *types[:2])
             specs = axes.specs(types, letters.operands)
             arrays = tuple(map(jax.reshard, arrays, map(functools.partial(NamedSharding, mesh), specs)))
-            # Kernels take no arrays whose sharding is part of the type.
-            with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+            with _no_mesh():  # kernels take no arrays whose sharding is part of the type
                 plain = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in types]
                 out_specs = axes.specs(jax.eval_shape(function, *plain), letters.results)
             local = functools.partial(_local, function, letters, axes, out_specs)
@@ -165,13 +164,23 @@ def _partitioned(function: Callable, letters: _Arrays) -> custom_partitioning:
     def partition(mesh, operands, results):
         axes = _Axes.of(mesh, *operands[:2])
         specs, out_specs = axes.specs(operands, letters.operands), axes.specs(results, letters.results)
-        local = functools.partial(_local, function, letters, axes, out_specs)
+
+        def local(*arrays):
+            with _no_mesh():
+                return _local(function, letters, axes, out_specs, *arrays)
+
         named = functools.partial(NamedSharding, mesh)
         return mesh, local, [*map(named, out_specs)], tuple(map(named, specs))
 
     partitioned = custom_partitioning(function)
     partitioned.def_partition(partition=partition, sharding_rule=functools.partial(_sharding_rule, letters))
     return partitioned
+
+
+def _no_mesh() -> Any:
+    """A context: what is traced in it is for one device, whatever mesh is set around the call."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
 
 
 class _Axes(NamedTuple):
@@ -182,8 +191,12 @@ class _Axes(NamedTuple):
 
     @classmethod
     def of(cls, mesh: Any, query: Any, key: Any) -> "_Axes":
-        """Those of the query, where rows and heads divide evenly and no KV head is needed in parts."""
-        rows, _, heads, _ = (*query.sharding.spec, *(None,) * 4)[:4]
+        """Those of the query, where rows and heads divide evenly and no KV head is needed in parts.
+
+        None where its sharding names no axes: arrays from outside a mesh, and inside a shard_map that is
+        manual along some axes, where XLA divides along the others.
+        """
+        rows, _, heads, _ = (*getattr(query.sharding, "spec", ()), *(None,) * 4)[:4]
         batch, head = _names(rows), _names(heads)
         parts = lambda names: math.prod(mesh.shape[name] for name in names)
         if query.shape[0] % parts(batch):

@@ -43,11 +43,13 @@ def with_gradients(attend):
     return run
 
 
-def on_ring(mesh, check_vma=True, **options):
+def on_ring(mesh, check_vma=True, spec=SPEC, axis_names=frozenset(), **options):
     """Whole arrays in order, in and out."""
     num_devices = mesh.shape["context"]
     attend = functools.partial(ring_attention, **options)
-    attend = jax.shard_map(attend, mesh=mesh, in_specs=(SPEC,) * 3, out_specs=SPEC, check_vma=check_vma)
+    attend = jax.shard_map(
+        attend, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=check_vma, axis_names=axis_names
+    )
     return lambda *qkv: from_zigzag(attend(*(to_zigzag(x, num_devices) for x in qkv)), num_devices)
 
 
@@ -66,6 +68,16 @@ def test_equals_one_device(devices, options):
     expected = with_gradients(functools.partial(dot_product_attention, **options))(*operands)
     actual = with_gradients(on_ring(mesh_of(*devices), **options))(*operands)
     for one, other in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=3e-6)
+
+
+def test_inside_a_shard_map_along_its_axis_alone():
+    operands = inputs(2)
+    expected = with_gradients(functools.partial(dot_product_attention, is_causal=True))(*operands)
+    mesh = mesh_of(2, 2, 2)
+    attend = on_ring(mesh, spec=P(None, "context"), axis_names={"context"}, is_causal=True)
+    sharded = [jax.device_put(x, NamedSharding(mesh, SPEC)) for x in operands]
+    for one, other in zip(with_gradients(attend)(*sharded), expected, strict=True):
         np.testing.assert_allclose(one, other, atol=3e-6)
 
 

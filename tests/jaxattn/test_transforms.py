@@ -161,6 +161,33 @@ def test_kernels_are_traced_under_an_explicit_mesh(deterministic, dtype):
     assert [(x.shape, x.sharding.spec[0]) for x in results] == [(shape, "data")] * 3
 
 
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_arrays_from_outside_the_mesh(axis_type):
+    operands = inputs()
+    expected = gradients(*operands)
+    expected_out = dot_product_attention(*operands, is_causal=True)
+    with jax.set_mesh(mesh_of(2, 4, axis_type)):
+        assert_close(gradients(*operands), expected)
+        assert_close([dot_product_attention(*operands, is_causal=True)], [expected_out])
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_shard_map_along_some_axes(axis_type):
+    operands, mesh = inputs(), mesh_of(2, 4, axis_type)
+    rows = (P("data"),) * 3
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=rows, out_specs=rows[0], axis_names={"data"})
+    def attend(q, k, v):
+        return jnp.sin(dot_product_attention(q, k, v, is_causal=True))
+
+    call = jax.jit(jax.value_and_grad(lambda *qkv: attend(*qkv).sum(), argnums=(0, 1, 2)))
+    with jax.set_mesh(mesh):
+        total, actual = call(*put(mesh, operands, SPECS))
+    assert_close(jax.device_get(actual), gradients(*operands))
+    expected = jnp.sin(dot_product_attention(*operands, is_causal=True)).sum()
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+
+
 def test_shard_map_sums_the_gradients_of_what_devices_share():
     operands = inputs(N, 1)
     mesh = mesh_of(1, 8)
