@@ -66,7 +66,8 @@ def backward(
     letters = _letters(inputs)
     results = _gradients(*letters[: len(AttentionGradients._fields)])
     operands = (letters, *OUTPUTS, *OUTPUTS)
-    return _map(function, operands, results, inputs, *outputs, *cotangents)
+    gradients = _map(function, operands, results, inputs, *outputs, *cotangents)
+    return jax.tree.map(_lie_like, gradients, _gradients(*inputs[: len(gradients)]))
 
 
 def _letters(inputs: AttentionInputs) -> AttentionInputs:
@@ -143,8 +144,9 @@ def _divide(function: Callable, letters: _Arrays) -> Callable:
 
     def call(*arrays: jax.Array):
         types = [jax.typeof(x) for x in arrays]
-        mesh = types[0].sharding.mesh
-        if AxisType.Explicit in mesh.axis_types:
+        meshes = [x.sharding.mesh for x in types if AxisType.Explicit in x.sharding.mesh.axis_types]
+        if meshes:
+            mesh = meshes[0]
             axes = _Axes.of(mesh, *types[:2])
             specs = axes.specs(types, letters.operands)
             arrays = tuple(map(jax.reshard, arrays, map(functools.partial(NamedSharding, mesh), specs)))
@@ -175,6 +177,14 @@ def _partitioned(function: Callable, letters: _Arrays) -> custom_partitioning:
     partitioned = custom_partitioning(function)
     partitioned.def_partition(partition=partition, sharding_rule=functools.partial(_sharding_rule, letters))
     return partitioned
+
+
+def _lie_like(gradient: jax.Array, operand: jax.Array) -> jax.Array:
+    """A gradient, on the devices as its operand lies: on axes of an explicit mesh that is its type."""
+    mesh = jax.typeof(gradient).sharding.mesh
+    if AxisType.Explicit not in mesh.axis_types:
+        return gradient
+    return jax.reshard(gradient, NamedSharding(mesh, jax.typeof(operand).sharding.spec))
 
 
 def _no_mesh() -> Any:

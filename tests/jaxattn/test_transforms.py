@@ -138,6 +138,36 @@ def test_gradient_of_a_bias_is_summed_over_devices(axis_type):
     assert "all-gather" not in collectives(call.lower(*sharded).compile().as_text())
 
 
+KV_ROWS = (ROWS_AND_HEADS, P("data"), P("data"))
+OTHERWISE = {
+    "bias for all rows": (SPECS, {"bias": (1, N, T, T)}),
+    "bias of keys": (SPECS, {"bias": (B, 1, 1, T)}),
+    "sinks": (SPECS, {"sinks": (N,)}),
+    "keys of rows": (KV_ROWS, {}),
+    "keys for all": ((ROWS_AND_HEADS, P(), P()), {}),
+    "queries for all": ((P(), ROWS_AND_HEADS, ROWS_AND_HEADS), {}),
+    "tokens": ((P(None, "data"), P(), P()), {}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_operands_of_an_explicit_mesh_that_lie_otherwise(name):
+    """Each gradient lies as its operand does."""
+    specs, shapes = OTHERWISE[name]
+    operands = *inputs(), *(random(9, *shape) for shape in shapes.values())
+
+    def total(q, k, v, *others):
+        options = dict(zip(shapes, others, strict=True))
+        return jnp.sin(dot_product_attention(q, k, v, is_causal=True, **options)).sum()
+
+    call = jax.jit(jax.grad(total, argnums=tuple(range(len(operands)))))
+    sharded = put(mesh_of(2, 4, AxisType.Explicit), operands, (*specs, *(P() for _ in shapes)))
+    actual = call(*sharded)
+    assert_close(jax.device_get(actual), call(*operands))
+    for one, operand in zip(actual, sharded, strict=True):
+        assert one.sharding.is_equivalent_to(operand.sharding, one.ndim)
+
+
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map(axis_type, check_vma):
