@@ -70,7 +70,9 @@ def dot_product_attention(
         scale: 1 / sqrt(H) by default.
         is_causal: query i sees keys 0..i ("top_left"), or keys 0..i + S - T ("bottom_right", the lengths in
             the place of S and T where they are given).
-        query_seq_lengths, key_value_seq_lengths: tokens in use of each batch row.
+        query_seq_lengths, key_value_seq_lengths: tokens in use of each batch row; query, key and value may
+            hold anything beyond. Keys and values that are hidden otherwise (by mask, bias, position, segment)
+            must be finite: their weights are 0, but 0 x NaN is NaN.
         local_window_size: keys visible left and right of a query; an int means both sides, None no limit.
         implementation: a name of IMPLEMENTATIONS ("sm90", "cudnn", "xla", "reference"); by default the first
             that the device has and that can do all that is asked.

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxattn.block_mask import BlockMask
 from pallas_kernels import flash_attention
 from pallas_kernels.flash_attention.block_tiles import visible_elements
+from pallas_kernels.flash_attention.reference import zero_beyond
 
 __all__ = ["IMPLEMENTATIONS", "AttentionCall"]
 
@@ -83,6 +84,7 @@ def _bias_with_mask(call: AttentionCall) -> jax.Array | None:
 def _cudnn(call: AttentionCall) -> tuple[jax.Array, None]:
     if reason := _cudnn_cannot(call):
         raise NotImplementedError(f"implementation='cudnn' cannot serve this call: {reason}")
+    call = _without_padding(call)
     left, right = call.window
     out = jax.nn.dot_product_attention(
         call.query,
@@ -133,13 +135,10 @@ def _cudnn_cannot(call: AttentionCall) -> str | None:
 def _xla(call: AttentionCall) -> tuple[jax.Array, None]:
     if reason := _xla_cannot(call):
         raise NotImplementedError(f"implementation='xla' cannot serve this call: {reason}")
+    call = _without_padding(call)
     visible = _visible(call)
-    value = call.value
-    if call.kv_lengths is not None:  # 0 x NaN is NaN: what lies beyond the length must not be multiplied
-        inside = jnp.arange(value.shape[1]) < call.kv_lengths[:, None]
-        value = jnp.where(inside[..., None, None], value, 0)
     out = jax.nn.dot_product_attention(
-        call.query, call.key, value, call.bias, visible, scale=call.scale, implementation="xla"
+        call.query, call.key, call.value, call.bias, visible, scale=call.scale, implementation="xla"
     )
     if visible is not None:
         sees_any = jnp.swapaxes(visible.any(axis=-1), 1, 2)  # [B|1, T|1, N|1]
@@ -158,6 +157,15 @@ def _xla_cannot(call: AttentionCall) -> str | None:
         "a float32 log-sum-exp": call.return_residual,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _without_padding(call: AttentionCall) -> AttentionCall:
+    """Zeros what lies beyond the lengths: weights there are 0, but 0 x NaN is NaN."""
+    return call._replace(
+        query=zero_beyond(call.query, call.q_lengths),
+        key=zero_beyond(call.key, call.kv_lengths),
+        value=zero_beyond(call.value, call.kv_lengths),
+    )
 
 
 def _visible(call: AttentionCall) -> jax.Array | None:

@@ -90,7 +90,8 @@ def flash_attention(
         sinks: a logit for each head, f32[N], that takes its share of every row's softmax and has no value. It
             counts in the log-sum-exp: that of a row that sees no key is the sink.
         q_segment_ids, kv_segment_ids: packed documents; both or neither.
-        q_lengths, kv_lengths: tokens in use of each batch row; what lies beyond is never read into a result.
+        q_lengths, kv_lengths: tokens in use of each batch row; query, key and value may hold anything beyond.
+            Keys and values that are hidden otherwise must be finite: their weights are 0, but 0 x NaN is NaN.
         block_mask: the tiles of keys that a tile of queries visits, and which elements of them are visible.
         local_window_size: keys visible left and right of a query: an int for both sides, or a pair in which
             None means no limit.

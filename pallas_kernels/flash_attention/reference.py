@@ -177,7 +177,7 @@ def _logits(inputs: AttentionInputs, spec: AttentionSpec, query, bias, start):
     if bias is not None:
         grouped = (num_kv_heads, -1) if bias.shape[1] > 1 else (1, 1)
         bias = _f32(bias).reshape(bias.shape[0], *grouped, *bias.shape[2:])
-        logits += jnp.where(bias < HIDDEN, -jnp.inf, bias)
+        logits = jnp.where(bias < HIDDEN, -jnp.inf, logits + bias)
     if inputs.alibi_slopes is not None:
         slopes = _f32(inputs.alibi_slopes).reshape(-1, num_kv_heads, logits.shape[2], 1, 1)
         position, kv_index = _positions(inputs, spec, start, query.shape[1])

@@ -172,12 +172,21 @@ def test_gradients_agree_with_jax_nn(implementation):
 
 
 @pytest.mark.parametrize("implementation", HERE)
-def test_what_lies_beyond_a_length_may_be_nan(implementation):
-    q, k, v = inputs()
-    poisoned = [x.at[1, 4:].set(jnp.nan) for x in (k, v)]
-    options = {**LENGTHS, "implementation": implementation}
-    expected = dot_product_attention(q, k, v, **options)
-    assert (dot_product_attention(q, *poisoned, **options) == expected).all()
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_lies_beyond_a_length_may_be_anything(implementation, value):
+    operands = inputs()
+    lengths = LENGTHS["query_seq_lengths"], *[LENGTHS["key_value_seq_lengths"]] * 2
+    beyond = [
+        (jnp.arange(x.shape[1]) >= length[:, None])[..., None, None]
+        for x, length in zip(operands, lengths, strict=True)
+    ]
+    poisoned = [jnp.where(there, value, x) for x, there in zip(operands, beyond, strict=True)]
+    call = functools.partial(dot_product_attention, **LENGTHS, implementation=implementation)
+    out, vjp = jax.vjp(call, *operands)
+    poisoned_out, poisoned_vjp = jax.vjp(call, *poisoned)
+    np.testing.assert_array_equal(poisoned_out, out)
+    for one, other in zip(poisoned_vjp(out), vjp(out), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,15 @@ def test_a_bias_far_below_zero_hides_keys_as_minus_infinity_does(tensors):
         np.testing.assert_array_equal(out, jnp.zeros_like(out))
 
 
+def test_a_bias_hides_the_logits_of_keys_that_are_not_finite(tensors):
+    query, key, value, *_ = tensors
+    bias = jnp.zeros(S).at[7].set(-jnp.inf).reshape(1, 1, 1, S)
+    out = flash_attention(query, key, value, bias=bias)
+    for hidden in (jnp.nan, jnp.inf):
+        poisoned = flash_attention(query, key.at[:, 7].set(hidden), value, bias=bias)
+        np.testing.assert_array_equal(poisoned, out)
+
+
 def test_nothing_beyond_the_lengths_leaks(tensors):
     query, key, value, out_grad, _ = tensors
     inside_q = (jnp.arange(T) < LENGTHS["q_lengths"][:, None])[..., None, None]
