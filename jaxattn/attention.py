@@ -7,7 +7,6 @@ Hopper GPU it runs the Pallas kernel, on other NVIDIA GPUs cuDNN or XLA, on a CP
 import dataclasses
 import functools
 import logging
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,8 @@ from jaxattn.implementations import IMPLEMENTATIONS, AttentionCall
 from pallas_kernels import checks
 from pallas_kernels.device import is_hopper
 from pallas_kernels.flash_attention import SAVED_NAMES
+from pallas_kernels.flash_attention.arguments import check_inputs, make_spec
+from pallas_kernels.flash_attention.spec import AttentionInputs
 
 __all__ = ["IMPLEMENTATIONS", "SAVE_ATTENTION", "FlashAttention", "dot_product_attention"]
 
@@ -27,7 +28,12 @@ logger = logging.getLogger("jaxattn")
 
 # A policy for jax.checkpoint: the output and the log-sum-exp are kept, the kernel is not run twice.
 SAVE_ATTENTION = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
-ALIGNMENTS = ("top_left", "bottom_right")
+OUR_NAMES = {
+    "q_segment_ids": "query_segment_ids",
+    "kv_segment_ids": "key_value_segment_ids",
+    "q_lengths": "query_seq_lengths",
+    "kv_lengths": "key_value_seq_lengths",
+}
 MOST_LOGITS_BYTES = 4 << 30  # that XLA may store, unless it is asked for by name; the reference stores none
 
 
@@ -70,9 +76,9 @@ def dot_product_attention(
         scale: 1 / sqrt(H) by default.
         is_causal: query i sees keys 0..i ("top_left"), or keys 0..i + S - T ("bottom_right", the lengths in
             the place of S and T where they are given).
-        query_seq_lengths, key_value_seq_lengths: tokens in use of each batch row; query, key and value may
-            hold anything beyond. Keys and values that are hidden otherwise (by mask, bias, position, segment)
-            must be finite: their weights are 0, but 0 x NaN is NaN.
+        query_seq_lengths, key_value_seq_lengths: tokens in use of each batch row, at most T and S (more count
+            as these). Query, key and value may hold anything beyond. What a mask, a bias, positions or
+            segment ids hide must be finite: its weights are 0, but 0 x NaN is NaN.
         local_window_size: keys visible left and right of a query; an int means both sides, None no limit.
         implementation: a name of IMPLEMENTATIONS ("sm90", "cudnn", "xla", "reference"); by default the first
             that the device has and that can do all that is asked.
@@ -93,12 +99,13 @@ def dot_product_attention(
     what is asked. From: Dao et al., FlashAttention (2022), FlashAttention-2 (2023).
     """
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+    if query.ndim not in (3, 4):
+        raise ValueError(f"query must have the dimensions [B T N H] or [T N H], got shape {query.shape}")
     is_batched = query.ndim == 4
-    checks.check_rank("query", query, "B T N H" if is_batched else "T N H")
     call = AttentionCall(
         *(_batched(x, is_batched) for x in (query, key, value)),
         bias=_rank_4("bias", bias),
-        alibi_slopes=None if alibi_slopes is None else jnp.asarray(alibi_slopes),
+        alibi_slopes=_slopes(alibi_slopes),
         sinks=None if sinks is None else jnp.asarray(sinks),
         mask=_rank_4("mask", mask),
         q_segment_ids=_batched(query_segment_ids, is_batched),
@@ -109,14 +116,14 @@ def dot_product_attention(
         block_mask=block_mask,
         is_causal=bool(is_causal),
         causal_alignment=causal_alignment,
-        window=checks.normalize_window(local_window_size),
-        scale=float(1 / math.sqrt(query.shape[-1]) if scale is None else scale),
+        window=local_window_size,
+        scale=scale,
         logits_soft_cap=logits_soft_cap,
-        dropout_rate=float(dropout_rate),
+        dropout_rate=dropout_rate,
         return_residual=return_residual,
         deterministic=deterministic,
     )
-    _check(call)
+    call = _checked(call)
     out, residual = _choose(call, implementation)(call)
     out = out if is_batched else out[0]
     if not return_residual:
@@ -134,41 +141,60 @@ def _rank_4(name: str, x: Any) -> jax.Array | None:
         return None
     x = jnp.asarray(x)
     if x.ndim > 4:
-        raise ValueError(f"{name}: shape {x.shape} must be broadcastable to [B, N, T, S]")
+        raise ValueError(f"{name} must be broadcastable to [B, N, T, S], got shape {x.shape}")
     return x.reshape((1,) * (4 - x.ndim) + x.shape)
+
+
+def _slopes(x: Any) -> jax.Array | None:
+    x = None if x is None else jnp.asarray(x)
+    return x[None] if x is not None and x.ndim == 1 else x
 
 
 def _lengths(x: Any) -> jax.Array | None:
     return None if x is None else jnp.atleast_1d(jnp.asarray(x))
 
 
-def _check(call: AttentionCall) -> None:
-    """What `flash_attention` does not see for itself in every implementation."""
-    checks.check_choice("causal_alignment", call.causal_alignment, ALIGNMENTS)
-    checks.check_soft_cap(call.logits_soft_cap)
-    checks.check_rank("key", call.key, "B S K H")
-    checks.check_rank("value", call.value, "B S K Hv")
-    batch, num_queries, num_heads, head_dim = call.query.shape
-    _, num_keys, num_kv_heads, _ = call.key.shape
-    checks.check_shape("key", call.key, (batch, num_keys, num_kv_heads, head_dim), "B S K H")
-    checks.check_head_groups(num_heads, num_kv_heads)
+def _checked(call: AttentionCall) -> AttentionCall:
+    """The call with its static arguments in canonical form, or what is wrong with it, whoever computes it."""
+    inputs = AttentionInputs(
+        call.query,
+        call.key,
+        call.value,
+        call.bias,
+        call.sinks,
+        call.alibi_slopes,
+        call.q_segment_ids,
+        call.kv_segment_ids,
+        call.q_lengths,
+        call.kv_lengths,
+    )
+    check_inputs(inputs, OUR_NAMES)
+    batch, num_queries, num_heads, _ = call.query.shape
+    num_keys = call.key.shape[1]
     if call.mask is not None:
         sizes = [(1, size) for size in (batch, num_heads, num_queries, num_keys)]
         checks.check_shape("mask", call.mask, sizes, "B|1 N|1 T|1 S|1")
         checks.check_dtype("mask", call.mask, (jnp.bool_,))
-    for name, lengths in (("query_seq_lengths", call.q_lengths), ("key_value_seq_lengths", call.kv_lengths)):
-        if lengths is not None:
-            checks.check_shape(name, lengths, (batch,), "B")
-            checks.check_integers(name, lengths)
     if call.block_mask is not None:
         if not isinstance(call.block_mask, BlockMask):
             raise ValueError(f"block_mask: must be a BlockMask, got {type(call.block_mask).__name__}")
         if (shape := call.block_mask.shape) != (num_queries, num_keys):
             raise ValueError(f"block_mask: must be [T, S] = {(num_queries, num_keys)}, got {shape}")
-    if (call.q_segment_ids is None) != (call.kv_segment_ids is None):
-        raise ValueError("query_segment_ids and key_value_segment_ids: give both or neither, got one of them")
-    if call.dropout_rate > 0 and call.dropout_key is None:
-        raise ValueError(f"dropout_key: must be given with dropout_rate={call.dropout_rate}, got None")
+    spec = make_spec(
+        call.query,
+        scale=call.scale,
+        causal_alignment=call.causal_alignment,
+        local_window_size=call.window,
+        logits_soft_cap=call.logits_soft_cap,
+        dropout_rate=call.dropout_rate,
+        dropout_key=call.dropout_key,
+    )
+    return call._replace(
+        window=spec.window,
+        scale=spec.scale,
+        logits_soft_cap=spec.logits_soft_cap,
+        dropout_rate=spec.dropout_rate,
+    )
 
 
 # --- the choice ---------------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 
 from jaxattn.block_mask import BlockMask
 from pallas_kernels import flash_attention
+from pallas_kernels.flash_attention.arguments import clip_lengths
 from pallas_kernels.flash_attention.block_tiles import visible_elements
-from pallas_kernels.flash_attention.reference import zero_beyond
+from pallas_kernels.flash_attention.reference import HIDDEN, zero_beyond
 
 __all__ = ["IMPLEMENTATIONS", "AttentionCall"]
 
@@ -28,7 +29,7 @@ class AttentionCall(NamedTuple):
     key: jax.Array  # [B, S, K, H]
     value: jax.Array  # [B, S, K, Hv]
     bias: jax.Array | None  # [B|1, N|1, T|1, S|1]
-    alibi_slopes: jax.Array | None  # [N] or [B, N]
+    alibi_slopes: jax.Array | None  # [B|1, N]
     sinks: jax.Array | None  # [N]
     mask: jax.Array | None  # bool [B|1, N|1, T|1, S|1]
     q_segment_ids: jax.Array | None  # i32[B, T]
@@ -136,9 +137,11 @@ def _xla(call: AttentionCall) -> tuple[jax.Array, None]:
     if reason := _xla_cannot(call):
         raise NotImplementedError(f"implementation='xla' cannot serve this call: {reason}")
     call = _without_padding(call)
-    visible = _visible(call)
+    visible, bias = _visible(call), call.bias
+    if bias is not None:  # -inf in all of a row would be NaN
+        bias = jnp.where(_hides(bias), 0, bias)
     out = jax.nn.dot_product_attention(
-        call.query, call.key, call.value, call.bias, visible, scale=call.scale, implementation="xla"
+        call.query, call.key, call.value, bias, visible, scale=call.scale, implementation="xla"
     )
     if visible is not None:
         sees_any = jnp.swapaxes(visible.any(axis=-1), 1, 2)  # [B|1, T|1, N|1]
@@ -161,10 +164,14 @@ def _xla_cannot(call: AttentionCall) -> str | None:
 
 def _without_padding(call: AttentionCall) -> AttentionCall:
     """Zeros what lies beyond the lengths: weights there are 0, but 0 x NaN is NaN."""
+    q_lengths = clip_lengths(call.q_lengths, call.query.shape[1])
+    kv_lengths = clip_lengths(call.kv_lengths, call.key.shape[1])
     return call._replace(
-        query=zero_beyond(call.query, call.q_lengths),
-        key=zero_beyond(call.key, call.kv_lengths),
-        value=zero_beyond(call.value, call.kv_lengths),
+        query=zero_beyond(call.query, q_lengths),
+        key=zero_beyond(call.key, kv_lengths),
+        value=zero_beyond(call.value, kv_lengths),
+        q_lengths=q_lengths,
+        kv_lengths=kv_lengths,
     )
 
 
@@ -177,7 +184,8 @@ def _visible(call: AttentionCall) -> jax.Array | None:
     position = q_index + (kv_lengths - q_lengths if call.causal_alignment == "bottom_right" else 0)
     left, right = call.window
     conditions = [
-        None if call.mask is None else call.mask,
+        call.mask,
+        None if call.bias is None else ~_hides(call.bias),
         kv_index <= position if call.is_causal else None,
         None if left is None else kv_index >= position - left,
         None if right is None else kv_index <= position + right,
@@ -190,6 +198,10 @@ def _visible(call: AttentionCall) -> jax.Array | None:
         conditions.append(call.q_segment_ids[:, :, None] == call.kv_segment_ids[:, None, :])
     given = [c if c.ndim == 4 else c[:, None] for c in conditions if c is not None]
     return functools.reduce(jnp.logical_and, given) if given else None
+
+
+def _hides(bias: jax.Array) -> jax.Array:
+    return bias.astype(jnp.float32) < HIDDEN
 
 
 IMPLEMENTATIONS: dict[str, Callable[[AttentionCall], tuple[jax.Array, jax.Array | None]]] = {

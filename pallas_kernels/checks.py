@@ -2,14 +2,18 @@
 is allowed.
 """
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
+FAR = 1 << 30  # beyond any sequence, and still an i32 where a position is added
+
 
 def check_rank(name: str, array: Any, letters: str) -> None:
     """Holds an array to the number of dimensions that `letters` ("B T N H") names."""
+    _check_array(name, array)
     if array.ndim != len(letters.split()):
         raise ValueError(f"{name} must have the dimensions [{letters}], got shape {tuple(array.shape)}")
     if 0 in array.shape:
@@ -18,6 +22,7 @@ def check_rank(name: str, array: Any, letters: str) -> None:
 
 def check_shape(name: str, array: Any, expected: Sequence[int | tuple[int, ...]], letters: str) -> None:
     """Holds an array to a shape; a tuple in `expected` lists the sizes allowed for that dimension."""
+    _check_array(name, array)
     allowed = [size if isinstance(size, tuple) else (size,) for size in expected]
     if array.ndim != len(allowed) or any(
         size not in sizes for size, sizes in zip(array.shape, allowed, strict=True)
@@ -53,10 +58,25 @@ def check_head_groups(num_heads: int, num_kv_heads: int) -> None:
         )
 
 
-def check_soft_cap(logits_soft_cap: float | None) -> None:
+def check_number(name: str, value: Any) -> float:
+    """A static argument as a float: a number that float32 holds."""
+    try:
+        number = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not abs(number) <= float(jnp.finfo(jnp.float32).max):
+        raise ValueError(f"{name} must be a finite number, known when it is traced, got {value!r}")
+    return number
+
+
+def check_soft_cap(logits_soft_cap: float | None) -> float | None:
     """Holds the soft cap to a positive number, or None for no cap."""
-    if logits_soft_cap is not None and not logits_soft_cap > 0:
+    if logits_soft_cap is None:
+        return None
+    number = check_number("logits_soft_cap", logits_soft_cap)
+    if number < float(jnp.finfo(jnp.float32).tiny):
         raise ValueError(f"logits_soft_cap must be positive (or None), got {logits_soft_cap!r}")
+    return number
 
 
 def normalize_window(
@@ -71,4 +91,16 @@ def normalize_window(
             "local_window_size must be an int >= 0 or a pair (left, right) of such ints or None, "
             f"got {local_window_size!r}"
         )
-    return sides
+    left, right = (None if side is None or side >= FAR else side for side in sides)
+    return left, right
+
+
+def describe(value: Any) -> str:
+    """An argument, for a message: of arrays the shape and dtype."""
+    is_array = hasattr(value, "shape") and hasattr(value, "dtype")
+    return f"{value.dtype}{list(value.shape)}" if is_array else repr(value)
+
+
+def _check_array(name: str, array: Any) -> None:
+    if not (hasattr(array, "shape") and hasattr(array, "dtype")):
+        raise ValueError(f"{name} must be an array, got {type(array).__name__}")

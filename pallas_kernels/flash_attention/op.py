@@ -1,7 +1,6 @@
 """flash_attention: validation, the table of variants, and the gradient rule."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,17 +11,15 @@ from jaxtyping import Array, Float, Int, Integer
 
 from pallas_kernels import checks, device
 from pallas_kernels.flash_attention import mapped, reference, sm90
-from pallas_kernels.flash_attention.block_tiles import BlockTiles, check_block_tiles
+from pallas_kernels.flash_attention.arguments import check_inputs, clip_lengths, make_spec
+from pallas_kernels.flash_attention.block_tiles import BlockTiles
 from pallas_kernels.flash_attention.config import FlashConfig
 from pallas_kernels.flash_attention.dropout import dropout_seed
 from pallas_kernels.flash_attention.spec import AttentionGradients, AttentionInputs, AttentionSpec
 from pallas_kernels.manual import vary
 from pallas_kernels.variants import choose
 
-ALIGNMENTS = ("top_left", "bottom_right")
-MAX_HEAD_DIM = 256
 SAVED_NAMES = ("attention_out", "attention_lse")  # what the backward pass takes from the forward pass
-FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 class Variant(NamedTuple):
@@ -90,8 +87,9 @@ def flash_attention(
         sinks: a logit for each head, f32[N], that takes its share of every row's softmax and has no value. It
             counts in the log-sum-exp: that of a row that sees no key is the sink.
         q_segment_ids, kv_segment_ids: packed documents; both or neither.
-        q_lengths, kv_lengths: tokens in use of each batch row; query, key and value may hold anything beyond.
-            Keys and values that are hidden otherwise must be finite: their weights are 0, but 0 x NaN is NaN.
+        q_lengths, kv_lengths: tokens in use of each batch row, at most T and S (more count as these). Query,
+            key and value may hold anything beyond. Keys and values that a bias, positions, segment ids or a
+            block mask hide must be finite: their weights are 0, but 0 x NaN is NaN.
         block_mask: the tiles of keys that a tile of queries visits, and which elements of them are visible.
         local_window_size: keys visible left and right of a query: an int for both sides, or a pair in which
             None means no limit.
@@ -106,7 +104,7 @@ def flash_attention(
     Raises ValueError for wrong arguments, NotImplementedError where the named variant cannot.
     From: Dao et al., FlashAttention (2022), algorithms 1 and 4; FlashAttention-2 (2023), algorithm 1.
     """
-    if alibi_slopes is not None and alibi_slopes.ndim == 1:
+    if alibi_slopes is not None and getattr(alibi_slopes, "ndim", None) == 1:
         alibi_slopes = alibi_slopes[None]
     inputs = AttentionInputs(
         query,
@@ -121,18 +119,21 @@ def flash_attention(
         kv_lengths,
         block_mask=block_mask,
     )
-    check_arrays(inputs)
-    checks.check_choice("causal_alignment", causal_alignment, ALIGNMENTS)
-    checks.check_soft_cap(logits_soft_cap)
-    spec = AttentionSpec(
-        scale=float(1 / math.sqrt(query.shape[-1]) if scale is None else scale),
-        is_causal=bool(is_causal),
-        bottom_right=causal_alignment == "bottom_right",
-        window=checks.normalize_window(local_window_size),
-        logits_soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
-        dropout_rate=_check_dropout(dropout_rate, dropout_key),
-        deterministic=bool(deterministic),
+    check_inputs(inputs)
+    spec = make_spec(
+        query,
+        scale=scale,
+        is_causal=is_causal,
+        causal_alignment=causal_alignment,
+        local_window_size=local_window_size,
+        logits_soft_cap=logits_soft_cap,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+        deterministic=deterministic,
         config=config,
+    )
+    inputs = inputs._replace(
+        q_lengths=clip_lengths(q_lengths, query.shape[1]), kv_lengths=clip_lengths(kv_lengths, key.shape[1])
     )
     if spec.dropout_rate > 0:
         assert dropout_key is not None
@@ -163,70 +164,20 @@ def flash_attention_gradients(
     complete. From: Dao et al., FlashAttention (2022), algorithm 4. Arguments as of flash_attention.
     """
     inputs = AttentionInputs(query, key, value)
-    check_arrays(inputs)
+    check_inputs(inputs)
     checks.check_shape("out", out, (*query.shape[:3], value.shape[3]), "B T N Hv")
     checks.check_shape("lse", lse, query.shape[:3], "B T N")
-    checks.check_soft_cap(logits_soft_cap)
-    spec = AttentionSpec(
-        scale=float(1 / math.sqrt(query.shape[-1]) if scale is None else scale),
-        is_causal=bool(is_causal),
-        logits_soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
-        deterministic=bool(deterministic),
+    spec = make_spec(
+        query,
+        scale=scale,
+        is_causal=is_causal,
+        logits_soft_cap=logits_soft_cap,
+        deterministic=deterministic,
     )
     implementation = choose(VARIANTS, implementation, inputs, spec)
     inputs, out, lse, out_grad = vary((inputs, out, lse.swapaxes(1, 2), out_grad))
     gradients = _backward(implementation, spec, inputs, out, lse, out_grad, jnp.zeros_like(lse))
     return gradients.query, gradients.key, gradients.value
-
-
-def check_arrays(inputs: AttentionInputs) -> None:
-    """Holds arrays, or anything with a shape and a dtype, to what flash_attention takes."""
-    query, key, value = inputs.query, inputs.key, inputs.value
-    checks.check_rank("query", query, "B T N H")
-    checks.check_rank("key", key, "B S K H")
-    checks.check_rank("value", value, "B S K Hv")
-    batch, num_queries, num_heads, head_dim = query.shape
-    _, num_keys, num_kv_heads, _ = key.shape
-    checks.check_shape("key", key, (batch, num_keys, num_kv_heads, head_dim), "B S K H")
-    checks.check_shape("value", value, (batch, num_keys, num_kv_heads, value.shape[-1]), "B S K Hv")
-    checks.check_head_groups(num_heads, num_kv_heads)
-    checks.check_dtype("query", query, FLOATS)
-    for name, array in (("key", key), ("value", value)):
-        checks.check_dtype(name, array, (query.dtype,))
-    for name, size in (("query", head_dim), ("value", value.shape[-1])):
-        if size > MAX_HEAD_DIM:
-            raise ValueError(f"the head dim of {name} must be at most {MAX_HEAD_DIM}, got {size}")
-    if inputs.bias is not None:
-        sizes = (batch, num_heads, num_queries, num_keys)
-        checks.check_shape("bias", inputs.bias, [(1, size) for size in sizes], "B|1 N|1 T|1 S|1")
-        checks.check_dtype("bias", inputs.bias, FLOATS)
-    if inputs.alibi_slopes is not None:
-        checks.check_shape("alibi_slopes", inputs.alibi_slopes, ((1, batch), num_heads), "N] or [B N")
-        checks.check_dtype("alibi_slopes", inputs.alibi_slopes, FLOATS)
-    if inputs.sinks is not None:
-        checks.check_shape("sinks", inputs.sinks, (num_heads,), "N")
-        checks.check_dtype("sinks", inputs.sinks, FLOATS)
-    if (inputs.q_segment_ids is None) != (inputs.kv_segment_ids is None):
-        raise ValueError("q_segment_ids and kv_segment_ids must be given together, got one of them")
-    for name, array, shape, letters in (
-        ("q_segment_ids", inputs.q_segment_ids, (batch, num_queries), "B T"),
-        ("kv_segment_ids", inputs.kv_segment_ids, (batch, num_keys), "B S"),
-        ("q_lengths", inputs.q_lengths, (batch,), "B"),
-        ("kv_lengths", inputs.kv_lengths, (batch,), "B"),
-    ):
-        if array is not None:
-            checks.check_shape(name, array, shape, letters)
-            checks.check_integers(name, array)
-    if inputs.block_mask is not None:
-        check_block_tiles(inputs.block_mask, batch, num_heads, num_queries, num_keys)
-
-
-def _check_dropout(rate: float, key: jax.Array | None) -> float:
-    if not 0 <= rate < 1:
-        raise ValueError(f"dropout_rate must lie in [0, 1), got {rate!r}")
-    if rate > 0 and key is None:
-        raise ValueError(f"dropout_key must be given when dropout_rate > 0, got None with rate {rate!r}")
-    return float(rate)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

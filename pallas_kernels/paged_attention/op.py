@@ -119,12 +119,11 @@ def paged_attention(
 
 def make_spec(query: jax.Array, scale, local_window_size, logits_soft_cap, config) -> PagedSpec:
     """The static part of a call, from arguments as a caller gives them."""
-    checks.check_soft_cap(logits_soft_cap)
     left, _ = checks.normalize_window(local_window_size)
     return PagedSpec(
-        scale=float(1 / math.sqrt(query.shape[-1]) if scale is None else scale),
+        scale=1 / math.sqrt(query.shape[-1]) if scale is None else checks.check_number("scale", scale),
         window_left=left,
-        logits_soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
+        logits_soft_cap=checks.check_soft_cap(logits_soft_cap),
         config=config,
     )
 

@@ -189,37 +189,28 @@ def test_what_lies_beyond_a_length_may_be_anything(implementation, value):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"causal_alignment": "left"}, "causal_alignment"),
-        ({"implementation": "triton"}, "implementation"),
-        ({"local_window_size": -1}, "local_window_size"),
-        ({"mask": jnp.ones((1, 1, T, S))}, "mask"),
-        ({"mask": jnp.ones((1, 3, T, S), bool)}, "mask"),
-        ({"bias": jnp.ones((1, 1, T, S + 1))}, "bias"),
-        ({"logits_soft_cap": 0.0}, "logits_soft_cap"),
-        ({"query_segment_ids": jnp.zeros((B, T), jnp.int32)}, "segment_ids"),
-        ({"query_seq_lengths": jnp.ones(B)}, "query_seq_lengths"),
-        ({"key_value_seq_lengths": jnp.ones(B + 1, jnp.int32)}, "key_value_seq_lengths"),
-        ({"sinks": jnp.ones(N + 1)}, "sinks"),
-        ({"alibi_slopes": jnp.ones((1, 1, N))}, "alibi_slopes"),
-        ({"dropout_rate": 1.5, "dropout_key": jax.random.key(0)}, "dropout_rate"),
-    ],
-)
-def test_wrong_arguments_are_named(options, named):
-    with pytest.raises(ValueError, match=named):
-        dot_product_attention(*inputs(), **options)
-
-
-def test_wrong_shapes_are_named():
+@pytest.mark.parametrize("implementation", HERE)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
+def test_a_bias_that_hides_all_keys_of_a_row(implementation, dtype):
     q, k, v = inputs()
-    with pytest.raises(ValueError, match="heads"):
-        dot_product_attention(q[:, :, :3], k, v)
-    with pytest.raises(ValueError, match="value"):
-        dot_product_attention(q, k, v[:, :-1])
-    with pytest.raises(ValueError, match="query"):
-        dot_product_attention(q[0, 0], k, v)
+    bias = jnp.zeros((1, 1, T, S), dtype).at[0, 0, 3].set(-jnp.inf)
+    call = lambda *x: dot_product_attention(*x, implementation=implementation)
+    out = call(q, k, v, bias)
+    assert (out[:, 3] == 0).all()
+    gradients = jax.grad(lambda *x: call(*x).sum(), argnums=(0, 1, 2, 3))(q, k, v, bias)
+    assert (gradients[0][:, 3] == 0).all()
+    assert all(jnp.isfinite(gradient).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("implementation", HERE)
+def test_lengths_are_taken_as_int32_and_end_where_the_arrays_do(implementation):
+    options = {"is_causal": True, "causal_alignment": "bottom_right", "implementation": implementation}
+    call = functools.partial(dot_product_attention, *inputs(), **options)
+    expected = call(query_seq_lengths=jnp.array([7, 5]), key_value_seq_lengths=jnp.array([11, 4]))
+    for dtype in (jnp.uint8, jnp.uint16, jnp.int32):
+        q_lengths, kv_lengths = jnp.array([9, 5], dtype), jnp.array([40, 4], dtype)
+        actual = call(query_seq_lengths=q_lengths, key_value_seq_lengths=kv_lengths)
+        np.testing.assert_array_equal(actual, expected)
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,34 @@ def test_nothing_beyond_the_lengths_leaks(tensors):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int16, jnp.uint32])
+def test_lengths_of_any_integer_dtype(tensors, dtype):
+    query, key, value, *_ = tensors
+    call = functools.partial(
+        flash_attention, query, key, value, is_causal=True, causal_alignment="bottom_right"
+    )
+    lengths = {name: x.astype(dtype) for name, x in LENGTHS.items()}
+    np.testing.assert_array_equal(call(**lengths), call(**LENGTHS))
+
+
+def test_lengths_end_where_the_arrays_do(tensors):
+    query, key, value, *_ = tensors
+    call = functools.partial(
+        flash_attention, query, key, value, is_causal=True, causal_alignment="bottom_right", return_lse=True
+    )
+    expected = call(q_lengths=jnp.array([T, 0]), kv_lengths=jnp.array([S, 0]))
+    actual = call(q_lengths=jnp.array([2 * T, -3]), kv_lengths=jnp.array([S + 9, -1]))
+    for one, other in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("side", [2**30, 2**31 - 1, 2**40])
+def test_a_window_beyond_any_sequence_is_none(tensors, side):
+    query, key, value, *_ = tensors
+    out = flash_attention(query, key, value, local_window_size=(side, side))
+    np.testing.assert_array_equal(out, flash_attention(query, key, value))
+
+
 def test_memory_does_not_grow_with_the_square_of_t():
     def temp_bytes(length):
         spec = jax.ShapeDtypeStruct((1, length, 4, 64), jnp.float32)
@@ -262,7 +290,22 @@ BAD_CALLS = {
     "causal_alignment must be one of": ({}, {"causal_alignment": "left"}),
     "local_window_size must be": ({}, {"local_window_size": -1}),
     "logits_soft_cap must be positive": ({}, {"logits_soft_cap": 0.0}),
+    "logits_soft_cap must be a finite number": ({}, {"logits_soft_cap": jnp.inf}),
+    "logits_soft_cap must be a finite .* got 'a'": ({}, {"logits_soft_cap": "a"}),
+    "logits_soft_cap must be a finite .* 1e.39": ({}, {"logits_soft_cap": 1e39}),
+    "scale must be a finite number": ({}, {"scale": float("nan")}),
+    "scale must be a finite number.* 'x'": ({}, {"scale": "x"}),
+    "dropout_rate must be a finite number": ({}, {"dropout_rate": "x"}),
     "dropout_rate must lie": ({}, {"dropout_rate": 1.0}),
+    "dropout_key must be one key": ({}, {"dropout_rate": 0.1, "dropout_key": 0}),
+    r"dropout_key must be one key.*\[2\]": (
+        {},
+        {"dropout_rate": 0.1, "dropout_key": jax.random.split(jax.random.key(0))},
+    ),
+    "kv_lengths must be an array": ({}, {"kv_lengths": 5}),
+    "q_lengths must be an array": ({}, {"q_lengths": [5, 5]}),
+    "alibi_slopes must be an array": ({}, {"alibi_slopes": [0.5] * N}),
+    "config must be a FlashConfig": ({}, {"config": "x"}),
     "dropout_key must be given": ({}, {"dropout_rate": 0.1}),
     "implementation must be one of": ({}, {"implementation": "cuda"}),
 }
