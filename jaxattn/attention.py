@@ -87,7 +87,7 @@ def dot_product_attention(
         block_mask: a block-sparse mask; the kernel skips the tiles in which it shows nothing.
         alibi_slopes: a slope for each head: -slope |position - key index| is added to the logits and never
             stored; no gradient flows to the slopes.
-        sinks: a logit for each head that takes its share of every row's softmax and has no value.
+        sinks: a logit for each head that takes its share of every row's softmax and has no value; -inf is none.
         dropout_rate, dropout_key: drops attention weights; a rate above 0 needs a key.
         deterministic: the same inputs give the same gradient bits (the forward always does).
 

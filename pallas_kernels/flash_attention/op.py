@@ -85,7 +85,8 @@ def flash_attention(
         alibi_slopes: a slope for each head, [N] or [B, N]: linear biases (Press et al., 2022) that are never
             stored. They are constants of a model: no gradient flows to them.
         sinks: a logit for each head, f32[N], that takes its share of every row's softmax and has no value. It
-            counts in the log-sum-exp: that of a row that sees no key is the sink.
+            counts in the log-sum-exp: that of a row that sees no key is the sink, but past a length -inf. A
+            sink of -inf is none.
         q_segment_ids, kv_segment_ids: packed documents; both or neither.
         q_lengths, kv_lengths: tokens in use of each batch row, at most T and S (more count as these). Query,
             key and value may hold anything beyond. Keys and values that a bias, positions, segment ids or a

@@ -36,7 +36,7 @@ def forward(inputs: AttentionInputs, spec: AttentionSpec) -> tuple[jax.Array, ja
         weights = _exp_minus(logits, row_max)
         row_sum = jnp.sum(weights, axis=-1)
         if sinks is not None:
-            row_sum += jnp.exp(sinks - row_max)
+            row_sum += _exp_minus(sinks[..., None], row_max)[..., 0]
         if inputs.dropout_seed is not None:
             weights *= _dropout(inputs, spec, query, start)
         out = _mix(weights, _f32(inputs.value))

@@ -143,6 +143,23 @@ def test_sinks_and_their_gradient(tensors, name):
     check(tensors, None, CASES[name], sinks=jnp.array([-1.0, 0.0, 1.0, 3.0]))
 
 
+def test_a_sink_of_minus_infinity_is_none(tensors):
+    query, key, value, *_ = tensors
+
+    def run(query, key, value, sinks):
+        out, lse = flash_attention(query, key, value, **LENGTHS, sinks=sinks, return_lse=True)
+        return out.sum() + jnp.where(jnp.isneginf(lse), 0.0, lse).sum(), (out, lse)
+
+    results = [
+        jax.grad(run, argnums=(0, 1, 2), has_aux=True)(query, key, value, sinks)
+        for sinks in (None, jnp.full(N, -jnp.inf))
+    ]
+    for expected, actual in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-6)
+    gradient = jax.grad(lambda sinks: run(query, key, value, sinks)[0])(jnp.full(N, -jnp.inf))
+    np.testing.assert_array_equal(gradient, jnp.zeros(N))
+
+
 def test_a_bias_far_below_zero_hides_keys_as_minus_infinity_does(tensors):
     query, key, value, *_ = tensors
     for hidden in (-jnp.inf, jnp.finfo(jnp.float32).min):
