@@ -17,10 +17,11 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxattn.block_mask import BlockMask
 from jaxattn.implementations import IMPLEMENTATIONS, AttentionCall
 from pallas_kernels import checks
-from pallas_kernels.device import is_hopper
+from pallas_kernels.device import device_name, is_hopper
 from pallas_kernels.flash_attention import SAVED_NAMES
-from pallas_kernels.flash_attention.arguments import check_inputs, make_spec
+from pallas_kernels.flash_attention.arguments import check_arrays, make_spec
 from pallas_kernels.flash_attention.spec import AttentionInputs
+from pallas_kernels.variants import Unsupported, announce
 
 __all__ = ["IMPLEMENTATIONS", "SAVE_ATTENTION", "FlashAttention", "dot_product_attention"]
 
@@ -87,13 +88,14 @@ def dot_product_attention(
         block_mask: a block-sparse mask; the kernel skips the tiles in which it shows nothing.
         alibi_slopes: a slope for each head: -slope |position - key index| is added to the logits and never
             stored; no gradient flows to the slopes.
-        sinks: a logit for each head that takes its share of every row's softmax and has no value; -inf is none.
+        sinks: a logit for each head that takes its share of every row's softmax and has no value; -inf: none.
         dropout_rate, dropout_key: drops attention weights; a rate above 0 needs a key.
         deterministic: the same inputs give the same gradient bits (the forward always does).
 
     Under vmap, and in a jit over arrays sharded by batch rows and heads, nothing is gathered and the same
     weights are dropped as on one device; inside shard_map each device needs a dropout_key of its own.
-    `jax.checkpoint(f, policy=jaxattn.SAVE_ATTENTION)` does not compute attention a second time.
+    `jax.checkpoint(f, policy=jaxattn.SAVE_ATTENTION)` does not compute attention a second time. Of gradients
+    only implementation="xla" has gradients.
 
     Raises ValueError for wrong arguments and NotImplementedError where the implementation named cannot do
     what is asked. From: Dao et al., FlashAttention (2022), FlashAttention-2 (2023).
@@ -168,7 +170,7 @@ def _checked(call: AttentionCall) -> AttentionCall:
         call.q_lengths,
         call.kv_lengths,
     )
-    check_inputs(inputs, OUR_NAMES)
+    check_arrays(inputs, OUR_NAMES)
     batch, num_queries, num_heads, _ = call.query.shape
     num_keys = call.key.shape[1]
     if call.mask is not None:
@@ -218,14 +220,12 @@ def _first_that_can(call: AttentionCall, *, names: tuple[str, ...]) -> tuple[jax
             continue
         try:
             result = IMPLEMENTATIONS[name](call)
-        except NotImplementedError as refusal:
+        except Unsupported as refusal:
             refusals.append(str(refusal))
             continue
-        _announce(name, _device_name(), "; ".join(refusals))
+        announce(logger, "attention", name, device_name(), "; ".join(refusals))
         return result
-    raise NotImplementedError(
-        f"no implementation on {_device_name()} serves this call: {'; '.join(refusals)}"
-    )
+    raise Unsupported(f"no implementation on {device_name()} serves this call: {'; '.join(refusals)}")
 
 
 @functools.cache
@@ -237,17 +237,6 @@ def _candidates() -> tuple[str, ...]:
     if device.platform == "gpu" and hasattr(device, "compute_capability"):
         return ("cudnn", "xla", "reference")
     return ("reference",) if device.platform == "cpu" else ("xla", "reference")
-
-
-def _device_name() -> str:
-    return jax.devices()[0].device_kind
-
-
-@functools.cache  # one sentence for each answer, not one for each layer
-def _announce(name: str, device: str, refusals: str) -> None:
-    level = logging.WARNING if refusals else logging.INFO
-    because = f"because {refusals}" if refusals else "the first choice there"
-    logger.log(level, "attention on %s is computed by %r: %s", device, name, because)
 
 
 # --- for models ---------------------------------------------------------------------------------------------

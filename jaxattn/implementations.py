@@ -1,6 +1,6 @@
 """Who can compute an attention call: our kernels and their reference, cuDNN and XLA as jax.nn reaches them.
 
-An implementation returns (out, log-sum-exp or None), or raises NotImplementedError for what it cannot do or
+An implementation returns (out, log-sum-exp or None), or raises Unsupported for what it cannot do or
 would do otherwise than we define it.
 """
 
@@ -16,6 +16,7 @@ from pallas_kernels import flash_attention
 from pallas_kernels.flash_attention.arguments import clip_lengths
 from pallas_kernels.flash_attention.block_tiles import visible_elements
 from pallas_kernels.flash_attention.reference import HIDDEN, zero_beyond
+from pallas_kernels.variants import Unsupported
 
 __all__ = ["IMPLEMENTATIONS", "AttentionCall"]
 
@@ -84,7 +85,7 @@ def _bias_with_mask(call: AttentionCall) -> jax.Array | None:
 
 def _cudnn(call: AttentionCall) -> tuple[jax.Array, None]:
     if reason := _cudnn_cannot(call):
-        raise NotImplementedError(f"implementation='cudnn' cannot serve this call: {reason}")
+        raise Unsupported(f"implementation='cudnn' cannot serve this call: {reason}")
     call = _without_padding(call)
     left, right = call.window
     out = jax.nn.dot_product_attention(
@@ -135,7 +136,7 @@ def _cudnn_cannot(call: AttentionCall) -> str | None:
 
 def _xla(call: AttentionCall) -> tuple[jax.Array, None]:
     if reason := _xla_cannot(call):
-        raise NotImplementedError(f"implementation='xla' cannot serve this call: {reason}")
+        raise Unsupported(f"implementation='xla' cannot serve this call: {reason}")
     call = _without_padding(call)
     visible, bias = _visible(call), call.bias
     if bias is not None:  # -inf in all of a row would be NaN

@@ -14,6 +14,17 @@ def is_hopper() -> bool:
     return device.platform == "gpu" and str(getattr(device, "compute_capability", "")).startswith("9.")
 
 
+def device_name() -> str:
+    """What the first device of the default backend is called."""
+    return jax.devices()[0].device_kind
+
+
+def is_abstract_gpu() -> bool:
+    """Says whether what is traced is for a GPU that need not be here: jax.sharding.AbstractDevice."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    return abstract is not None and abstract.platform == "gpu"
+
+
 def num_multiprocessors() -> int:
     """Counts the multiprocessors of the device that is compiled for: an abstract one where there is such."""
     abstract = jax.sharding.get_abstract_mesh().abstract_device

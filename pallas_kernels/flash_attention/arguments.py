@@ -18,7 +18,7 @@ MAX_HEAD_DIM = 256
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
-def check_inputs(inputs: AttentionInputs, names: Mapping[str, str] | None = None) -> None:
+def check_arrays(inputs: AttentionInputs, names: Mapping[str, str] | None = None) -> None:
     """Holds the arrays of a call to each other's shapes and dtypes; names: of fields that a caller knows by
     others.
     """

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Integer
 
 from pallas_kernels import checks, device
 from pallas_kernels.flash_attention import mapped, reference, sm90
-from pallas_kernels.flash_attention.arguments import check_inputs, clip_lengths, make_spec
+from pallas_kernels.flash_attention.arguments import check_arrays, clip_lengths, make_spec
 from pallas_kernels.flash_attention.block_tiles import BlockTiles
 from pallas_kernels.flash_attention.config import FlashConfig
 from pallas_kernels.flash_attention.dropout import dropout_seed
@@ -120,7 +120,7 @@ def flash_attention(
         kv_lengths,
         block_mask=block_mask,
     )
-    check_inputs(inputs)
+    check_arrays(inputs)
     spec = make_spec(
         query,
         scale=scale,
@@ -139,7 +139,8 @@ def flash_attention(
     if spec.dropout_rate > 0:
         assert dropout_key is not None
         inputs = inputs._replace(dropout_seed=dropout_seed(dropout_key))
-    results: Any = _attend(choose(VARIANTS, implementation, inputs, spec), spec, vary(inputs))
+    variant = choose("flash_attention", VARIANTS, implementation, inputs, spec)
+    results: Any = _attend(variant, spec, vary(inputs))
     out, lse = results
     return (out, lse.swapaxes(1, 2)) if return_lse else out
 
@@ -165,7 +166,7 @@ def flash_attention_gradients(
     complete. From: Dao et al., FlashAttention (2022), algorithm 4. Arguments as of flash_attention.
     """
     inputs = AttentionInputs(query, key, value)
-    check_inputs(inputs)
+    check_arrays(inputs)
     checks.check_shape("out", out, (*query.shape[:3], value.shape[3]), "B T N Hv")
     checks.check_shape("lse", lse, query.shape[:3], "B T N")
     spec = make_spec(
@@ -175,7 +176,7 @@ def flash_attention_gradients(
         logits_soft_cap=logits_soft_cap,
         deterministic=deterministic,
     )
-    implementation = choose(VARIANTS, implementation, inputs, spec)
+    implementation = choose("flash_attention_gradients", VARIANTS, implementation, inputs, spec)
     inputs, out, lse, out_grad = vary((inputs, out, lse.swapaxes(1, 2), out_grad))
     gradients = _backward(implementation, spec, inputs, out, lse, out_grad, jnp.zeros_like(lse))
     return gradients.query, gradients.key, gradients.value

@@ -93,7 +93,8 @@ def write_kv(
         checks.check_dtype(name, array, pool.FLOATS)
     pool.check_indices("slots", slots, shape[:1], "tokens")
     index = pool.check_layer(layer, num_layers)
-    return _write(choose(VARIANTS, implementation, k_pages), arrays, key, value, slots, index)
+    variant = choose("write_kv", VARIANTS, implementation, k_pages)
+    return _write(variant, arrays, key, value, slots, index)
 
 
 def copy_pages(
@@ -127,7 +128,8 @@ def copy_pages(
     checks.check_rank("src_pages", src_pages, "C")
     for name, pages in (("src_pages", src_pages), ("dst_pages", dst_pages)):
         pool.check_indices(name, pages, src_pages.shape, "C")
-    return _copy(choose(VARIANTS, implementation, k_pages), arrays, src_pages, dst_pages)
+    variant = choose("copy_pages", VARIANTS, implementation, k_pages)
+    return _copy(variant, arrays, src_pages, dst_pages)
 
 
 def gather_pages(
@@ -156,7 +158,8 @@ def gather_pages(
     arrays = pool.arrays_of(k_pages, v_pages, k_scale, v_scale)
     checks.check_rank("pages", pages, "C")
     checks.check_integers("pages", pages)
-    return _gather(choose(VARIANTS, implementation, k_pages), arrays, pages)
+    variant = choose("gather_pages", VARIANTS, implementation, k_pages)
+    return _gather(variant, arrays, pages)
 
 
 def scatter_pages(
@@ -189,7 +192,8 @@ def scatter_pages(
     checks.check_rank("pages", pages, "C")
     checks.check_integers("pages", pages)
     pool.check_buffers(buffers, arrays, pages.shape[0])
-    return _scatter(choose(VARIANTS, implementation, k_pages), arrays, tuple(buffers), pages)
+    variant = choose("scatter_pages", VARIANTS, implementation, k_pages)
+    return _scatter(variant, arrays, tuple(buffers), pages)
 
 
 @jit_kernels(1)

@@ -65,7 +65,7 @@ def cascade_attention(
     spec = make_spec(query, scale, None, logits_soft_cap, config)
     spec = dataclasses.replace(spec, prefill_config=prefill_config)
     ragged = inputs._replace(query_start=jnp.zeros(num_rows + 1, jnp.int32))
-    variant = choose(VARIANTS, implementation, ragged, spec)
+    variant = choose("cascade_attention", VARIANTS, implementation, ragged, spec)
     out, lse = _cascade(variant, spec, inputs, prefix_lengths, group_of_row)
     return (out, lse) if return_lse else out
 

@@ -70,7 +70,8 @@ def contiguous_attention(
     check_heads(inputs, num_kv_heads, head_dim, "R N H")
     checks.check_shape("query", query, (num_rows, *query.shape[1:]), "R N H")
     spec = make_spec(query, scale, local_window_size, logits_soft_cap, config)
-    out, lse = _forward(choose(VARIANTS, implementation, inputs, spec), spec, inputs)
+    variant = choose("contiguous_attention", VARIANTS, implementation, inputs, spec)
+    out, lse = _forward(variant, spec, inputs)
     return (out, lse) if return_lse else out
 
 

@@ -113,7 +113,8 @@ def paged_attention(
     if not is_causal and spec.window_left is not None:
         raise ValueError(f"local_window_size must be None if is_causal is False, got {local_window_size!r}")
     spec = dataclasses.replace(spec, is_causal=is_causal, prefill_config=prefill_config)
-    out, lse = _forward(choose(VARIANTS, implementation, inputs, spec), spec, inputs)
+    variant = choose("paged_attention", VARIANTS, implementation, inputs, spec)
+    out, lse = _forward(variant, spec, inputs)
     return (out, lse) if return_lse else out
 
 

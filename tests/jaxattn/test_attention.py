@@ -10,6 +10,7 @@ import pytest
 
 import jaxattn.attention
 from jaxattn.attention import IMPLEMENTATIONS, FlashAttention, dot_product_attention
+from pallas_kernels.variants import Unsupported
 
 B, T, S, N, K, H = 2, 7, 11, 4, 2, 16
 HERE = ("reference", "xla")  # what runs on a CPU
@@ -261,11 +262,11 @@ def test_cudnn_is_asked_only_for_what_it_computes_as_we_define_it(options, refus
 
 def test_falls_back_in_order_and_logs_the_choice_once(monkeypatch, caplog):
     def refuses(call):
-        raise NotImplementedError("no such unit")
+        raise Unsupported("no such unit")
 
     monkeypatch.setitem(IMPLEMENTATIONS, "sm90", refuses)
     monkeypatch.setattr(jaxattn.attention, "_candidates", lambda: ("sm90", "xla", "reference"))
-    monkeypatch.setattr(jaxattn.attention, "_device_name", lambda: "test device")
+    monkeypatch.setattr(jaxattn.attention, "device_name", lambda: "test device")
     q, k, v = inputs()
     with caplog.at_level(logging.INFO, logger="jaxattn"):
         dot_product_attention(q, k, v)
@@ -278,6 +279,16 @@ def test_falls_back_in_order_and_logs_the_choice_once(monkeypatch, caplog):
     # what xla cannot do goes to the next, never to a wrong answer
     capped = dot_product_attention(q, k, v, logits_soft_cap=1.0)
     assert (capped == dot_product_attention(q, k, v, logits_soft_cap=1.0, implementation="reference")).all()
+
+
+def test_what_jax_cannot_do_is_no_refusal():
+    """Kernels have no gradients of gradients, and JAX says so; XLA's attention has them."""
+    q, k, v = inputs()
+    slope = lambda q, **options: jax.grad(lambda q: dot_product_attention(q, k, v, **options).sum())(q).sum()
+    with pytest.raises(Exception, match="Differentiation rule") as raised:
+        jax.grad(slope)(q)
+    assert "no implementation" not in str(raised.value)
+    assert jnp.isfinite(jax.grad(functools.partial(slope, implementation="xla"))(q)).all()
 
 
 def test_long_sequences_do_not_go_where_all_logits_are_stored(monkeypatch):

@@ -22,6 +22,7 @@ from jaxattn.models import (
     model_params,
 )
 from jaxattn.page_pool import PagedAttention, PagedBatch, init_page_pool
+from pallas_kernels import device
 
 SIZES = {"vocab_size": 50, "num_layers": 3, "embed_dim": 16, "num_heads": 4, "max_positions": 32}
 CONFIGS = {
@@ -205,8 +206,9 @@ def test_wrong_params_are_named():
         model_from_params(config, params | {"extra": jnp.ones(3)})
 
 
-def test_training_lowers_each_hopper_kernel_once():
+def test_training_lowers_each_hopper_kernel_once(monkeypatch):
     """Models and kernels meet without a GPU: one forward, at most two backward kernels for eight layers."""
+    monkeypatch.setattr(device, "is_abstract_gpu", lambda: True)
     config = dataclasses.replace(CONFIGS["gpt2"], num_layers=8, embed_dim=256)
     graphdef, params = nnx.split(create_model(config, dtype=jnp.bfloat16))
 
@@ -217,8 +219,9 @@ def test_training_lowers_each_hopper_kernel_once():
     assert num_kernels(jax.grad(loss), params) <= 3
 
 
-def test_serving_lowers_each_hopper_kernel_once():
+def test_serving_lowers_each_hopper_kernel_once(monkeypatch):
     """Write, attend, and combine the splits."""
+    monkeypatch.setattr(device, "is_abstract_gpu", lambda: True)
     config = dataclasses.replace(CONFIGS["llama"], num_layers=8, embed_dim=256, head_dim=64)
     graphdef, params = nnx.split(create_model(config, dtype=jnp.bfloat16))
     pool, ids = init_page_pool(config, 9, 16, jnp.bfloat16), jnp.zeros(4, jnp.int32)

@@ -10,7 +10,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxattn import load_model
-from jaxattn.attention import FlashAttention, _announce, dot_product_attention
+from jaxattn.attention import FlashAttention, dot_product_attention
+from pallas_kernels.variants import announce
 
 pytestmark = pytest.mark.gpu
 TINY = sorted((Path(__file__).parents[1] / "golden" / "tiny").iterdir())
@@ -42,7 +43,7 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 def test_the_choice_agrees_with_the_reference(name, caplog):
     options, chosen = CALLS[name]
-    _announce.cache_clear()
+    announce.cache_clear()
     with caplog.at_level(logging.INFO, logger="jaxattn"):
         actual = dot_product_attention(*inputs(), **options)
     expected = dot_product_attention(*inputs(), **options, implementation="reference")
