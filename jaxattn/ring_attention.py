@@ -17,6 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import flash_attention
 from pallas_kernels.flash_attention import SAVED_NAMES, flash_attention_gradients
+from pallas_kernels.flash_attention.arguments import check_arrays, make_spec
+from pallas_kernels.flash_attention.spec import AttentionInputs
 from pallas_kernels.manual import vary
 
 __all__ = ["from_zigzag", "ring_attention", "to_zigzag", "zigzag_positions"]
@@ -96,6 +98,8 @@ def ring_attention(
         num_devices = lax.axis_size(axis_name)
     except NameError:
         raise ValueError(f"axis_name must be an axis of a surrounding shard_map, got {axis_name!r}") from None
+    check_arrays(AttentionInputs(query, key, value))
+    make_spec(query, scale=scale, logits_soft_cap=logits_soft_cap)
     num_tokens = query.shape[1]
     if key.shape[1] != num_tokens:
         raise ValueError(f"key must have as many tokens as query, {num_tokens}, got {key.shape[1]}")
@@ -112,6 +116,8 @@ def ring_attention(
 
 def zigzag_positions(num_tokens: int, num_devices: int) -> Int[np.ndarray, "T"]:
     """The positions of a sequence's tokens in zig-zag order: device d's are the d-th part of them."""
+    if num_devices < 1:
+        raise ValueError(f"num_devices must be at least 1, got {num_devices}")
     if num_tokens % (2 * num_devices):
         raise ValueError(f"num_tokens must be a multiple of 2 x {num_devices} devices, got {num_tokens}")
     chunks = np.arange(num_tokens).reshape(2 * num_devices, -1)

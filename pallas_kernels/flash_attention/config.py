@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection
+from types import UnionType
 from typing import NamedTuple
 
 MAX_STAGES = 8
@@ -10,18 +11,29 @@ TILES = (64, 128, 192, 256)
 # keys it reads 4 KB in the 32 clocks that it takes, of 80 4.5 KB in 40.
 KV_TILES = (*TILES, 80)
 STREAMED_TILES = (64, 128)
+WARPGROUPS = (1, 2, 3)
 SHORT = 1024  # queries
 IN_ORDER = 4096  # keys from which the fused backward is the faster deterministic one, where nothing is masked
 
 
-def _check(config, **tiles: tuple[int, ...]) -> None:
-    for name, allowed in tiles.items():
-        if (tile := getattr(config, name)) not in allowed:
-            raise ValueError(f"{name} must be one of {allowed}, got {tile}")
-    if not 1 <= config.stages <= MAX_STAGES:
-        raise ValueError(f"stages must lie in 1..{MAX_STAGES}, got {config.stages}")
-    if config.warpgroups not in (1, 2, 3):
-        raise ValueError(f"warpgroups must be 1, 2 or 3, got {config.warpgroups}")
+def _check(config, **choices: tuple[int, ...]) -> None:
+    """Holds fields to the numbers that each may be, and numbers of stages to 1..MAX_STAGES."""
+    for name, allowed in choices.items():
+        if not isinstance(number := getattr(config, name), int) or number not in allowed:
+            raise ValueError(f"{name} must be one of {allowed}, got {number!r}")
+    stages = {"stages": config.stages}
+    if getattr(config, "value_stages", None) is not None:
+        stages["value_stages"] = config.value_stages
+    for name, number in stages.items():
+        if not isinstance(number, int) or not 1 <= number <= MAX_STAGES:
+            raise ValueError(f"{name} must lie in 1..{MAX_STAGES}, got {number!r}")
+
+
+def _check_kinds(config, **kinds: type | UnionType) -> None:
+    for name, kind in kinds.items():
+        if not isinstance(value := getattr(config, name), kind):
+            names = [each.__name__.removesuffix("Type") for each in getattr(kind, "__args__", (kind,))]
+            raise ValueError(f"{name} must be a {' or '.join(names)}, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +50,7 @@ class GradientConfig:
     warpgroups: int = 2
 
     def __post_init__(self):
-        _check(self, own=TILES, other=STREAMED_TILES)
+        _check(self, own=TILES, other=STREAMED_TILES, warpgroups=WARPGROUPS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +67,7 @@ class FusedConfig:
     stages: int = 2
 
     def __post_init__(self):
-        if self.tile_q not in STREAMED_TILES:
-            raise ValueError(f"tile_q must be one of {STREAMED_TILES}, got {self.tile_q}")
-        if not 1 <= self.stages <= MAX_STAGES:
-            raise ValueError(f"stages must lie in 1..{MAX_STAGES}, got {self.stages}")
+        _check(self, tile_q=STREAMED_TILES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +98,10 @@ class FlashConfig:
         return self.tile_kv % 64 > 0
 
     def __post_init__(self):
-        _check(self, tile_q=TILES, tile_kv=KV_TILES)
-        if self.value_stages is not None and not 1 <= self.value_stages <= MAX_STAGES:
-            raise ValueError(f"value_stages must lie in 1..{MAX_STAGES}, got {self.value_stages}")
+        numbers = {"warpgroups": WARPGROUPS, "q_stages": (1, 2), "dkv_passes": (1, 2)}
+        _check(self, tile_q=TILES, tile_kv=KV_TILES, **numbers)
+        _check_kinds(self, folds=bool, overlap=bool, ping_pong=bool)
+        _check_kinds(self, dq=GradientConfig, dkv=GradientConfig, fused=FusedConfig | None)
         if self.overlap and (self.value_stages or self.stages) < 2:  # it waits for V of two tiles at a time
             raise ValueError(
                 f"overlap takes two tiles of V, got stages={self.stages}, value_stages={self.value_stages}"

@@ -141,8 +141,16 @@ def test_bad_calls_name_the_argument():
         ring_attention(q, k, v)
     with pytest.raises(ValueError, match="num_tokens"):
         zigzag_positions(26, 3)
+    with pytest.raises(ValueError, match="num_devices"):
+        zigzag_positions(32, 0)
     on_two = functools.partial(jax.shard_map, mesh=mesh_of(1, 2, 1), in_specs=(SPEC,) * 3, out_specs=SPEC)
     with pytest.raises(ValueError, match="query must have an even"):
         on_two(functools.partial(ring_attention, is_causal=True))(*(x[:, :-2] for x in (q, k, v)))
     with pytest.raises(ValueError, match="key must have as many"):
         on_two(ring_attention)(q, k[:, :-2], v[:, :-2])
+    with pytest.raises(ValueError, match="value must have shape"):
+        on_two(ring_attention)(q, k, v[:, :-2])
+    with pytest.raises(ValueError, match="query must have the dimensions"):
+        on_two(lambda q, k, v: ring_attention(q[0], k[0], v[0]))(q, k, v)
+    with pytest.raises(ValueError, match="logits_soft_cap"):
+        on_two(functools.partial(ring_attention, logits_soft_cap=-1.0))(q, k, v)

@@ -103,7 +103,15 @@ def test_configs_go_through_json_whole():
     [
         ({"tile_kv": 72}, "tile_kv must be one of .* got 72"),
         ({"stages": 9}, "stages must lie in 1..8, got 9"),
+        ({"stages": 1.5}, "stages must lie in 1..8, got 1.5"),
         ({"value_stages": 0}, "value_stages must lie in 1..8, got 0"),
+        ({"warpgroups": 4}, "warpgroups must be one of .* got 4"),
+        ({"q_stages": 0}, "q_stages must be one of .* got 0"),
+        ({"q_stages": 3}, "q_stages must be one of .* got 3"),
+        ({"dkv_passes": 5}, "dkv_passes must be one of .* got 5"),
+        ({"overlap": "x"}, "overlap must be a bool, got 'x'"),
+        ({"dq": "x"}, "dq must be a GradientConfig, got 'x'"),
+        ({"fused": "x"}, "fused must be a FusedConfig or None, got 'x'"),
         ({"warpgroups": 3}, "ping_pong takes two warpgroups, got warpgroups=3"),
         # It would come to no end: the second tile of V waits for the first, and the other way round.
         ({"overlap": True, "stages": 1}, "overlap takes two tiles of V, got stages=1, value_stages=None"),
