@@ -107,6 +107,18 @@ def dot_product_attention(
     if query.ndim not in (3, 4):
         raise ValueError(f"query must have the dimensions [B T N H] or [T N H], got shape {query.shape}")
     is_batched = query.ndim == 4
+    checks.check_rank("query", query, "B T N H" if is_batched else "T N H")
+    spec = make_spec(
+        query,
+        scale=scale,
+        is_causal=is_causal,
+        causal_alignment=causal_alignment,
+        local_window_size=local_window_size,
+        logits_soft_cap=logits_soft_cap,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+        deterministic=deterministic,
+    )
     call = AttentionCall(
         *(_batched(x, is_batched) for x in (query, key, value)),
         bias=_rank_4("bias", bias),
@@ -119,16 +131,16 @@ def dot_product_attention(
         kv_lengths=_lengths(key_value_seq_lengths),
         dropout_key=dropout_key,
         block_mask=block_mask,
-        is_causal=bool(is_causal),
+        is_causal=spec.is_causal,
         causal_alignment=causal_alignment,
-        window=local_window_size,
-        scale=scale,
-        logits_soft_cap=logits_soft_cap,
-        dropout_rate=dropout_rate,
+        window=spec.window,
+        scale=spec.scale,
+        logits_soft_cap=spec.logits_soft_cap,
+        dropout_rate=spec.dropout_rate,
         return_residual=return_residual,
-        deterministic=deterministic,
+        deterministic=spec.deterministic,
     )
-    call = _checked(call)
+    _check_arrays(call)
     out, residual = _choose(call, implementation)(call)
     out = out if is_batched else out[0]
     if not return_residual:
@@ -159,8 +171,8 @@ def _lengths(x: Any) -> jax.Array | None:
     return None if x is None else jnp.atleast_1d(jnp.asarray(x))
 
 
-def _checked(call: AttentionCall) -> AttentionCall:
-    """The call with its static arguments in canonical form, or what is wrong with it, whoever computes it."""
+def _check_arrays(call: AttentionCall) -> None:
+    """The same of every implementation: what `flash_attention` asks of its arrays, and of masks."""
     inputs = AttentionInputs(
         call.query,
         call.key,
@@ -185,21 +197,6 @@ def _checked(call: AttentionCall) -> AttentionCall:
             raise ValueError(f"block_mask: must be a BlockMask, got {type(call.block_mask).__name__}")
         if (shape := call.block_mask.shape) != (num_queries, num_keys):
             raise ValueError(f"block_mask: must be [T, S] = {(num_queries, num_keys)}, got {shape}")
-    spec = make_spec(
-        call.query,
-        scale=call.scale,
-        causal_alignment=call.causal_alignment,
-        local_window_size=call.window,
-        logits_soft_cap=call.logits_soft_cap,
-        dropout_rate=call.dropout_rate,
-        dropout_key=call.dropout_key,
-    )
-    return call._replace(
-        window=spec.window,
-        scale=spec.scale,
-        logits_soft_cap=spec.logits_soft_cap,
-        dropout_rate=spec.dropout_rate,
-    )
 
 
 # --- the choice ---------------------------------------------------------------------------------------------

@@ -23,7 +23,10 @@ def check_arrays(inputs: AttentionInputs, names: Mapping[str, str] | None = None
     others.
     """
     query, key, value = inputs.query, inputs.key, inputs.value
-    name_of = lambda field: (names or {}).get(field, field)
+
+    def name_of(field: str) -> str:
+        return field if names is None else names.get(field, field)
+
     checks.check_rank("query", query, "B T N H")
     checks.check_rank("key", key, "B S K H")
     checks.check_rank("value", value, "B S K Hv")

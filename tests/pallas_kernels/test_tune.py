@@ -111,7 +111,7 @@ def test_configs_go_through_json_whole():
         ({"dkv_passes": 5}, "dkv_passes must be one of .* got 5"),
         ({"overlap": "x"}, "overlap must be a bool, got 'x'"),
         ({"dq": "x"}, "dq must be a GradientConfig, got 'x'"),
-        ({"fused": "x"}, "fused must be a FusedConfig or None, got 'x'"),
+        ({"fused": "x"}, "fused must be a FusedConfig, got 'x'"),
         ({"warpgroups": 3}, "ping_pong takes two warpgroups, got warpgroups=3"),
         # It would come to no end: the second tile of V waits for the first, and the other way round.
         ({"overlap": True, "stages": 1}, "overlap takes two tiles of V, got stages=1, value_stages=None"),

@@ -54,7 +54,5 @@ def test_what_is_lowered_for_an_abstract_gpu_may_be_of_any_variant():
 
 def test_no_variant_at_all_is_refused_with_all_reasons():
     refusing = VARIANTS["reference"]._replace(unsupported=lambda: "it never does")
-    with pytest.raises(
-        Unsupported, match=r"no implementation on cpu serves this call: 'one' cannot .* never"
-    ):
+    with pytest.raises(Unsupported, match="on cpu serves this call: 'one' cannot serve this call: it never"):
         choose("nothing", {"one": refusing}, None)
