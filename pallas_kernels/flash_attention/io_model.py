@@ -16,10 +16,10 @@ import numpy as np
 
 from pallas_kernels import checks
 from pallas_kernels.flash_attention import backward_fused_sm90, sm90
+from pallas_kernels.flash_attention.arguments import ALIGNMENTS, check_arrays
 from pallas_kernels.flash_attention.backward_fused_block import block_keys
 from pallas_kernels.flash_attention.config import FlashConfig
 from pallas_kernels.flash_attention.forward_plan import FIRST, ForwardPlan
-from pallas_kernels.flash_attention.op import ALIGNMENTS, check_arrays
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.spec import AttentionInputs, AttentionSpec
 from pallas_kernels.flash_attention.tiles import kv_tiles

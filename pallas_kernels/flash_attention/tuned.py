@@ -12,8 +12,8 @@ from typing import Any
 import jax
 
 from pallas_kernels import checks
+from pallas_kernels.flash_attention.arguments import check_arrays
 from pallas_kernels.flash_attention.config import FlashConfig
-from pallas_kernels.flash_attention.op import check_arrays
 from pallas_kernels.flash_attention.spec import AttentionInputs
 
 logger = logging.getLogger("pallas_kernels")
