@@ -109,11 +109,13 @@ class PagedAttention:
     Decode: q [R, N, H], one token a row. Prefill: q [R, T, N, H], whole prompts from position 0 on, padded
     to T; K and V of padding have negative slots and are not written. A prompt attends to its own K and V as
     computed, decode to what the pool holds of them: rounded to its dtype, or quantized.
+    batch_invariant: paged_attention's, of decode.
     """
 
     pool: PagePool
     batch: PagedBatch
     implementation: str | None = dataclasses.field(default=None, metadata={"static": True})
+    batch_invariant: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def __call__(
         self,
@@ -153,6 +155,7 @@ class PagedAttention:
             self.batch.kv_lengths,
             layer=layer,
             implementation=self.implementation,
+            batch_invariant=self.batch_invariant,
             **pool.scales,
         )
 

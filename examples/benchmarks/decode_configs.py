@@ -36,7 +36,8 @@ SECTIONS = {
         row
         for rows in paged_attention.SECTIONS.values()
         for row in rows
-        if not row.is_quantized and (row.num_rows in (1, 16) or row.room != paged_attention.CONTEXT)
+        if not (row.is_quantized or row.names)
+        and (row.num_rows in (1, 16) or row.room != paged_attention.CONTEXT)
     ]
 }
 

@@ -34,6 +34,7 @@ class Row(NamedTuple):
     capacity: int = 0  # tokens a row has room for; by default the longest length
     prefix: int = 0  # leading tokens whose pages all rows share
     layers: int = 0  # of one step, whose time is divided by them: what follows from tables is computed once
+    names: tuple[str, ...] = ()  # of PEERS, if only these are to compute it
 
     @property
     def num_rows(self) -> int:
@@ -90,7 +91,11 @@ def config_of(row: Row, page_size: int, changes: Mapping[str, Any]) -> PagedConf
 
 
 def over_pages(
-    page_size: int, row: Row, is_cascade: bool = False, changes: Mapping[str, Any] | None = None
+    page_size: int,
+    row: Row,
+    is_cascade: bool = False,
+    changes: Mapping[str, Any] | None = None,
+    batch_invariant: bool = False,
 ) -> Program:
     """Our paged_attention, or cascade_attention, with changes to its config; the caches are layers of one
     pool."""
@@ -109,6 +114,7 @@ def over_pages(
         if is_cascade:
             group = jnp.array([row.prefix]), jnp.zeros(row.num_rows, jnp.int32)
             return cascade_attention(query, k_pages, v_pages, tables, lengths, *group, **options)
+        options["batch_invariant"] = batch_invariant
         return paged_attention(query, k_pages, v_pages, tables, lengths, **options)
 
     lengths = np.asarray(row.lengths, np.int32)
@@ -168,6 +174,7 @@ def triton(page_size: int, row: Row) -> Program:
 
 PEERS: dict[str, Callable[[Row], Program]] = {
     **{f"page {size}": functools.partial(over_pages, size) for size in (8, 16, 32, 64, 128, 256)},
+    "batch-invariant, page 16": functools.partial(over_pages, 16, batch_invariant=True),
     "cascade, page 16": functools.partial(over_pages, 16, is_cascade=True),
     "contiguous": contiguous,
     "cuDNN contiguous": cudnn,

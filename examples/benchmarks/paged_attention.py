@@ -6,12 +6,13 @@
 One query token a row. Without --heads: the decode comparison of the vAttention paper (Prabhu et al. 2024) at
 the level of kernels, batches of 1 to 32 rows of 16384 tokens in the shapes of Yi-6B, Llama-3-8B and Yi-34B;
 other shapes; rows of very uneven lengths against even ones; rows that share a prefix, alone and as a layer of
-a step, whose layers share the work list (and here the queries' order); quantized pages. Every row's pages lie
-scattered over the pool. Time is kernel time by CUPTI, the median of several runs, the merging of splits
-included; caches that would fit in the L2 cache are taken in turn. Rates count the K and V of each row once,
-and the scales of quantized pages. `contiguous` is our kernel without pages: what the first page size takes
-longer is the tax of paging. Peers: cuDNN through jax.nn.dot_product_attention, and JAX's own paged attention
-(Pallas Triton, deprecated) while it can be imported.
+a step, whose layers share the work list (and here the queries' order); quantized pages; batch_invariant=True
+against the default; every page size. Every row's pages lie scattered over the pool. Time is kernel time by
+CUPTI, the median of several runs, the merging of splits included; caches that would fit in the L2 cache are
+taken in turn. Rates count the K and V of each row once, and the scales of quantized pages. `contiguous` is
+our kernel without pages: what the first page size takes longer is the tax of paging. Peers: cuDNN through
+jax.nn.dot_product_attention, and JAX's own paged attention (Pallas Triton, deprecated) while it can be
+imported.
 """
 
 import argparse
@@ -26,6 +27,8 @@ CONTEXT = 16384
 MODELS = {"Yi-6B": (32, 4, 128), "Llama-3-8B": (32, 8, 128), "Yi-34B": (56, 8, 128)}
 BATCHES = (1, 2, 4, 8, 16, 32)
 LLAMA = ("Llama-3-8B", *MODELS["Llama-3-8B"])
+PAGE_SIZE_NAMES = tuple(f"page {size}" for size in (16, 8, 32, 64, 128, 256))
+INVARIANT = ("page 16", "batch-invariant, page 16")
 UNEVEN = tuple(int(x) for x in np.geomspace(32768, 1, 83).round())  # 275,161 tokens
 EVEN = (sum(UNEVEN) // len(UNEVEN),) * len(UNEVEN)
 
@@ -49,6 +52,20 @@ SECTIONS: dict[str, list[Row]] = {
         Row(*LLAMA, (length,) * batch, f"{batch} x {length}, {dtype}", dtype)
         for batch, length in ((16, CONTEXT), (128, 2048))
         for dtype in ("int8", "float8_e4m3fn")
+    ],
+    "Batch-invariant": [
+        Row(*shape, (length,) * batch, f"{batch} x {length}, batch-invariant or not", names=INVARIANT)
+        for shape, batch, length in (
+            (LLAMA, 1, CONTEXT),
+            (("Yi-6B", *MODELS["Yi-6B"]), 1, CONTEXT),
+            (LLAMA, 16, CONTEXT),
+            (("Yi-6B", *MODELS["Yi-6B"]), 16, CONTEXT),
+            (LLAMA, 128, 2048),
+            (LLAMA, 256, 512),
+        )
+    ],
+    "Page sizes": [
+        Row(*LLAMA, (CONTEXT,) * 16, f"16 x {CONTEXT}, every page size", names=PAGE_SIZE_NAMES),
     ],
 }
 NAMES = ("page 16", "page 128", "cascade, page 16", "contiguous", "cuDNN contiguous", "JAX Triton page 16")
@@ -74,7 +91,7 @@ def row_figures(row: Row, parts: dict[str, dict], facts: dict) -> dict:
 
 def tables(result: dict) -> str:
     """A table a section: us and TB/s of each name; tokens/s, share of the ceiling and paging's tax of the
-    first."""
+    first, or what it costs the second to be batch-invariant."""
     parts = [f"{result['device']}: read ceiling {result.get('read_ceiling_tb_per_s') or 0:.2f} TB/s"]
     for title, rows in result["sections"].items():
         names = [name for name in rows[0]["microseconds"] if any(row["microseconds"][name] for row in rows)]
@@ -85,8 +102,10 @@ def tables(result: dict) -> str:
         for row in rows:
             times, rates = row["microseconds"], row["tb_per_s"]
             cells = [f"{times[name]:7.1f} {rates[name]:5.2f}" if times[name] else "" for name in names]
-            paged, whole = times[first], times.get("contiguous")
-            tax = f"{100 * (paged / whole - 1):+.1f}%" if paged and whole else "-"
+            slower, faster = times[first], times.get("contiguous")
+            if len(names) > 1 and names[1] == INVARIANT[1]:
+                slower, faster = times[names[1]], times[first]
+            tax = f"{100 * (slower / faster - 1):+.1f}%" if slower and faster else "-"
             rest = (row["tokens_per_s"][first], row["share_of_ceiling"][first], tax)
             lines.append((row["row"], *cells, *rest))
         header = (f"{title} (us, TB/s)", *names, f"{first}: tokens/s", "of ceiling", "tax")
@@ -171,7 +190,8 @@ def main() -> int:
     report.begin_processes(f"{sum(map(len, options.sections.values()))} rows of paged decode")
     names = [f"page {size}" for size in options.page_size]
     names += [name for name in NAMES if not name.startswith("page")]
-    result = in_processes.measure("decode_peers", options.sections, lambda row: names, row_figures, options)
+    names_of = lambda row: row.names or names
+    result = in_processes.measure("decode_peers", options.sections, names_of, row_figures, options)
     return in_processes.finish(options.out, result, lambda result: show(result, options))
 
 

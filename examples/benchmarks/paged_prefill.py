@@ -10,8 +10,8 @@ pair of a query and a key it sees, whatever an implementation computes: t querie
 t s - t (t - 1) / 2 keys. `of dense` is flash_attention's time divided by ours.
 
 Mixed batches: rows of many queries and rows of one in one call, against one call of either kind alone, each
-with block tables as wide as its own rows need; page size 16. A row's result never depends on the rest of its
-batch, here or there: there is no switch for that, and so no cost to show.
+with block tables as wide as its own rows need; page size 16. These are calls by default; what it costs that a
+row has the same bits whatever else is in the batch, batch_invariant=True, paged_attention.py shows.
 
 us is the time in kernels by CUPTI, the median of several runs; `elapsed`, of the mixed batches, is the time
 from one call to the next on the clock, gaps between kernels included. Inputs that would fit in the L2 cache

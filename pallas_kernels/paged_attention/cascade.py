@@ -50,7 +50,8 @@ def cascade_attention(
         group_of_row: each row's group 0..C-1, in any order; any other number: none.
         others: as those of paged_attention.
 
-    All arrays may be traced: groups come and go without a new compilation. Raises what paged_attention does.
+    All arrays may be traced: groups come and go without a new compilation. A row's last bits depend on its
+    group. Raises what paged_attention does.
     From: Juravsky et al., Hydragen (2024), section 3; Ye et al., FlashInfer (2025), section 3.1.2.
     """
     pool.check_pool(k_pages, v_pages)

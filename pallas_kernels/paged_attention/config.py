@@ -8,16 +8,19 @@ NUM_PROGRAMS = 132  # multiprocessors of an H100 or H200; a constant, so that re
 TILES = (64, 128, 256)
 MAX_BOX = 256  # elements that one TMA copy takes along a dimension
 ROW_BLOCK = 8  # rows whose numbers are looked at together
+MAX_ROWS = 4096
 COUNTED_ROWS = 1024  # of more there is no room for the number of units of each
 SPLITS = (256, 512, 1024, 2048, 4096, 8192)  # tokens, of the default cuts
 MANY_UNITS_SPLIT = 4096  # where no split gives every multiprocessor one unit
+FEW_KV_HEADS = 4
+INVARIANT_SPLITS = (512, 1024)  # of so few, and of more: a row of 16384 has 128 units at K = 4 and at K = 8
 MAX_STAGES = 8
 IN_FLIGHT = 112 << 10  # bytes of K and V that a multiprocessor waits for at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class PagedConfig:
-    """Cuts of the decode kernel; results depend on them in their last bits, never on the batch.
+    """Cuts of the decode kernel; a row's result depends on them in its last bits, never on other rows.
 
     tile: tokens a compute step takes. split: tokens after which a row is cut, a multiple of the tile; one
     split a row where the block table is no longer. stages: tiles of K, and of V, that are on their way from
@@ -80,8 +83,11 @@ def default_config(
     itemsize: int = 2,
     page_size: int | None = 8,
     is_ragged: bool = False,
+    batch_invariant: bool = False,
 ) -> PagedConfig:
     """Chooses cuts for R rows of at most `capacity` tokens, K heads of H, `columns` queries a head (padded).
+
+    batch_invariant: tile, split and consumers, which order the sums, follow neither R nor capacity.
 
     tile: 128, because a step costs about 0.6 us however few its tokens; 64 where two stages of 128 do not
     fit; 256 of codes at H = 64 (GPT-2 medium 256 x 1024, int8: 158 us instead of 170).
@@ -99,21 +105,33 @@ def default_config(
     a program, 128 both).
     """
     is_quantized = itemsize == 1
-    tokens_a_program = num_rows * num_kv_heads * capacity / NUM_PROGRAMS
-    split = next((size for size in SPLITS if size >= tokens_a_program), MANY_UNITS_SPLIT)
+    split = choose_split(num_rows, num_kv_heads, capacity, batch_invariant)
+    most_rows = MAX_ROWS if batch_invariant else num_rows
+
+    def stages_that_fit(tile: int, consumers: int, num_rows: int, is_ragged: bool) -> int:
+        fixed = fixed_bytes(num_rows, head_dim, columns, tile, consumers, split, page_size, is_ragged)
+        return max(0, SMEM_BYTES - fixed) // (2 * tile * (head_dim * itemsize + 4 * is_quantized))
+
     for tile in (256, 128, 64):
         consumers = 2 if tile < 256 and (is_quantized or head_dim <= 64) else 1
-        if tile == 256 and not (is_quantized and head_dim <= 64 and capacity >= 256):
+        is_long = batch_invariant or capacity >= 256
+        if tile == 256 and not (is_quantized and head_dim <= 64 and is_long):
             continue
         if is_quantized and tile * head_dim > 128 * 128:
             continue  # values are in registers
-        fixed = fixed_bytes(num_rows, head_dim, columns, tile, consumers, split, page_size, is_ragged)
-        free = SMEM_BYTES - fixed
-        stages = max(0, free) // (2 * tile * (head_dim * itemsize + 4 * is_quantized))
-        if stages >= 2 * consumers:
+        if stages_that_fit(tile, consumers, most_rows, is_ragged or batch_invariant) >= 2 * consumers:
             break
+    stages = stages_that_fit(tile, consumers, num_rows, is_ragged)
     in_flight = MAX_STAGES if is_quantized else max(2, IN_FLIGHT // (2 * tile * head_dim * itemsize))
     stages = min(MAX_STAGES, *(x // consumers * consumers for x in (in_flight + consumers - 1, stages)))
     units = num_rows * num_kv_heads * -(-capacity // split)
     dynamic = units >= 3 * NUM_PROGRAMS and not is_quantized
     return PagedConfig(tile=tile, split=split, stages=stages, consumers=consumers, dynamic=dynamic)
+
+
+def choose_split(num_rows: int, num_kv_heads: int, capacity: int, batch_invariant: bool) -> int:
+    """Tokens after which default_config cuts a row."""
+    if batch_invariant:
+        return INVARIANT_SPLITS[num_kv_heads > FEW_KV_HEADS]
+    tokens_a_program = num_rows * num_kv_heads * capacity / NUM_PROGRAMS
+    return next((size for size in SPLITS if size >= tokens_a_program), MANY_UNITS_SPLIT)

@@ -40,6 +40,7 @@ def contiguous_attention(
     sinks: Float[Array, "N"] | None = None,
     alibi_slopes: Float[Array, "N"] | None = None,
     return_lse: bool = False,
+    batch_invariant: bool = False,
     config: PagedConfig | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "R N H"] | tuple[Float[Array, "R N H"], Float[Array, "R N"]]:
@@ -54,6 +55,7 @@ def contiguous_attention(
         query: [R, N, H]; bf16, fp16 or f32.
         k_cache, v_cache: [R, S, K, H], query's dtype. Beyond a row's length they may hold anything, NaN too.
         kv_lengths: tokens of each row, at most S; 0 for an empty row.
+        batch_invariant: as paged_attention's; caches of any room S then give a row the same bits.
         others: as those of paged_attention.
 
     Raises ValueError for wrong arguments, NotImplementedError where the implementation named cannot serve.
@@ -69,7 +71,7 @@ def contiguous_attention(
     )
     check_heads(inputs, num_kv_heads, head_dim, "R N H")
     checks.check_shape("query", query, (num_rows, *query.shape[1:]), "R N H")
-    spec = make_spec(query, scale, local_window_size, logits_soft_cap, config)
+    spec = make_spec(query, scale, local_window_size, logits_soft_cap, config, batch_invariant)
     variant = choose("contiguous_attention", VARIANTS, implementation, inputs, spec)
     out, lse = _forward(variant, spec, inputs)
     return (out, lse) if return_lse else out

@@ -13,6 +13,7 @@ from pallas_kernels.mosaic_inline import REDUCTION_SIZE
 from pallas_kernels.paged_attention.config import (
     COUNTED_ROWS,
     MAX_BOX,
+    MAX_ROWS,
     NUM_PROGRAMS,
     PagedConfig,
     default_config,
@@ -23,7 +24,6 @@ from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 
 BUFFERS = 2  # of queries and of page ids: this unit's and the next one's
 MAX_QUERIES = 16 * 256  # numbers in the queries of one KV head: beyond, accumulators spill
-MAX_ROWS = 4096
 RESERVED_BYTES = 1024  # of shared memory, for barriers
 NOT_OURS = -1  # the length of a row that another kernel attends
 
@@ -77,8 +77,9 @@ class Plan(LaunchPlan):
 
     @property
     def is_merged(self) -> bool:
-        """Whether a unit's result is one of several parts of a row's, merged in fp32."""
-        return self.num_splits > 1 or self.cut is not None
+        """Whether a unit's result is one of several parts of a row's, merged in fp32. Batch-invariant: also
+        where tables have room for one split, as the same row's are where there is room for more."""
+        return self.num_splits > 1 or self.cut is not None or self.spec.batch_invariant
 
     @property
     def shares_columns(self) -> bool:
@@ -190,6 +191,7 @@ def make_plan(inputs: PagedInputs, spec: PagedSpec, cut: Cut | None = None) -> P
         inputs.k_pages.dtype.itemsize,
         page_size,
         is_ragged,
+        spec.batch_invariant,
     )
     own = {"page_size": page_size, "capacity": capacity, "cut": cut, "is_ragged": is_ragged}
     plan = Plan(**facts, config=config, **own, skips_pages=inputs.skipped_pages is not None)

@@ -11,7 +11,8 @@ pad to 8 columns instead of 64 rows. Two consumers take a program's tiles in tur
 Quantized pages come as codes, and decode_codes multiplies them: the scale of a slot is a factor of a row of
 S^T, that of its value a factor of a row of P^T.
 
-Where a split starts depends on shapes alone: a row's result has the same bits whatever the other rows are.
+Where a split starts depends on shapes alone: a row's result has the same bits whatever the other rows hold,
+and with spec.batch_invariant however many they are.
 """
 
 import functools

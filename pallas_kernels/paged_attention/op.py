@@ -55,6 +55,7 @@ def paged_attention(
     sinks: Float[Array, "N"] | None = None,
     alibi_slopes: Float[Array, "N"] | None = None,
     return_lse: bool = False,
+    batch_invariant: bool = False,
     config: PagedConfig | None = None,
     prefill_config: PrefillConfig | None = None,
     implementation: str | None = None,
@@ -84,8 +85,18 @@ def paged_attention(
             log-sum-exp.
         alibi_slopes: a slope for each head: linear biases (Press et al., 2022), also where not causal.
         return_lse: also return the natural log-sum-exp of each query's logits, f32[tokens, N].
+        batch_invariant: a row's result has the same bits whatever else is in the batch; see below.
         config, prefill_config: cuts of the kernels for rows of one query, and of more.
         implementation: a name of VARIANTS; by default the first that can serve the call.
+
+    Bits. The same call gives the same bits. By default the numbers of rows and tokens and the width M of the
+    tables choose the cuts: in calls of equal shapes a row of one query has the same bits whatever other rows
+    hold; in calls of other shapes it may differ in the last ones. With batch_invariant the kernels cut by
+    page size, heads, head dim and dtypes alone: a row's result has the same bits alone and among any others,
+    in tables of any width. While is_causal, a row of one query has the same bits with query_start and
+    without; nothing is promised of the same query among several of its row. The cost: many rows are cut as
+    finely as one, with parts of up to 4 R N H M Z / 512 bytes, results of short tables are merged too, and
+    keys of few queries are not split. The reference leaves the order of sums to XLA.
 
     Inside shard_map over KV heads (query N, pools K) each device attends with its own heads: there is nothing
     to exchange.
@@ -109,7 +120,9 @@ def paged_attention(
         alibi_slopes,
     )
     check_arrays(inputs)
-    spec = make_spec(query, scale, local_window_size, logits_soft_cap, config)
+    spec = make_spec(query, scale, local_window_size, logits_soft_cap, config, batch_invariant)
+    if batch_invariant and prefill_config is not None and prefill_config.splits > 1:
+        raise ValueError(f"prefill_config.splits must be 1 if batch_invariant, got {prefill_config.splits}")
     if not is_causal and spec.window_left is not None:
         raise ValueError(f"local_window_size must be None if is_causal is False, got {local_window_size!r}")
     spec = dataclasses.replace(spec, is_causal=is_causal, prefill_config=prefill_config)
@@ -118,7 +131,9 @@ def paged_attention(
     return (out, lse) if return_lse else out
 
 
-def make_spec(query: jax.Array, scale, local_window_size, logits_soft_cap, config) -> PagedSpec:
+def make_spec(
+    query: jax.Array, scale, local_window_size, logits_soft_cap, config, batch_invariant: bool = False
+) -> PagedSpec:
     """The static part of a call, from arguments as a caller gives them."""
     left, _ = checks.normalize_window(local_window_size)
     return PagedSpec(
@@ -126,6 +141,7 @@ def make_spec(query: jax.Array, scale, local_window_size, logits_soft_cap, confi
         window_left=left,
         logits_soft_cap=checks.check_soft_cap(logits_soft_cap),
         config=config,
+        batch_invariant=bool(batch_invariant),
     )
 
 

@@ -57,6 +57,7 @@ def default_config(
     capacity: int,
     has_slopes: bool = False,
     is_quantized: bool = False,
+    batch_invariant: bool = False,
 ) -> PrefillConfig:
     """Chooses tiles for a call; crowded: a window's left side or a soft cap need registers too.
 
@@ -67,8 +68,9 @@ def default_config(
     (GPT-2 medium, an H100). Few tokens a row are taken for a batch of prompts and decodes, whose prompts are
     of any length. Quantized pages take a warpgroup that widens them,
     registers for scales, and shared memory for codes and for what becomes of them. splits: as many as give
-    every multiprocessor a unit if the tokens were one row's of `capacity` keys, and as SPLIT_BYTES hold; the
-    choice depends on shapes alone, so that a row's bits do not depend on the others.
+    every multiprocessor a unit if the tokens were one row's of `capacity` keys, and as SPLIT_BYTES hold.
+    Where a row's keys are then cut follows from which of its queries share a tile, and so from where it
+    begins among the tokens. batch_invariant: one split, and tiles that follow from heads alone.
     """
     tile_kv = 128 if head_dim <= 128 and not (has_slopes or is_quantized) else 64
     tile_rows = 2 * WARPGROUP_ROWS
@@ -80,13 +82,15 @@ def default_config(
         capacity // (MIN_SPLIT_TILES * tile_kv),
         SPLIT_BYTES // tile_bytes,
     )
+    if batch_invariant:
+        splits = 1
     if is_quantized:
         return PrefillConfig(2 if head_dim <= 128 else 1, tile_kv, 3, max(splits, 1))
     warpgroups = 1 if has_slopes and head_dim > 128 else 2
     if splits > 1:
         return PrefillConfig(warpgroups, tile_kv, 2, splits)
     if head_dim <= 64:
-        rows = num_tokens * group / num_rows
+        rows = 0 if batch_invariant else num_tokens * group / num_rows
         in_pairs, in_threes = (math.ceil(rows / size) * size for size in (tile_rows, 3 * WARPGROUP_ROWS))
         pairs = has_slopes or (rows >= WARPGROUP_ROWS and 1.2 * in_pairs < in_threes)
         return PrefillConfig(2 if pairs else 3, tile_kv, 3, overlap=not (crowded or has_slopes))

@@ -171,6 +171,7 @@ def make_plan(inputs: PagedInputs, spec: PagedSpec, keeps_parts: bool = False) -
         capacity=table_width * page_size,
         has_slopes=facts["has_slopes"],
         is_quantized=facts["page_dtype"] in QUANTIZED,
+        batch_invariant=spec.batch_invariant,
     )
     return PrefillPlan(
         **facts,

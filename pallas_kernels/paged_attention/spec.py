@@ -19,6 +19,7 @@ class PagedSpec:
     is_causal: bool = True  # False: every query sees all keys of its row
     config: PagedConfig | None = None
     prefill_config: PrefillConfig | None = None
+    batch_invariant: bool = False  # cuts follow neither the numbers of rows and tokens nor tables' width
 
 
 class PagedInputs(NamedTuple):

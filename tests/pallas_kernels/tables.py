@@ -27,6 +27,7 @@ MODULES = (
     "flash_float32_cases",
     "flash_fused_cases",
     "flash_random",
+    "invariance_cases",
     "kv_pages_cases",
     "paged_cases",
     "paged_random",
