@@ -1,5 +1,6 @@
 """The page pool's shape and the checks of arguments that describe it, shared by the ops that take a pool."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,15 +66,21 @@ def check_buffers(buffers: Sequence[Any], arrays: Arrays, num_pages: int) -> Non
 
 def check_layer(layer: Any, num_layers: int) -> jax.Array:
     """Holds a layer index to a scalar integer within the pool, if its value is known; returns i32[]."""
-    if isinstance(layer, int) and not 0 <= layer < num_layers:
-        raise ValueError(f"layer must lie in 0..{num_layers - 1}, got {layer}")
+    try:
+        known = operator.index(layer)
+    except TypeError:  # traced, or no integer
+        known = 0
+    if not 0 <= known < num_layers:
+        raise ValueError(f"layer must lie in 0..{num_layers - 1}, got {known}")
     index = jnp.asarray(layer)
     if index.ndim != 0 or not jnp.issubdtype(index.dtype, jnp.integer):
         raise ValueError(f"layer must be an integer scalar, got {index.dtype}{list(index.shape)}")
     return index.astype(jnp.int32)
 
 
-def check_indices(name: str, array: Any, shape: Sequence[int], letters: str) -> None:
-    """Holds an array of ids, slots or lengths to its shape and an integer dtype."""
+def check_indices(name: str, array: Any, shape: Sequence[int], letters: str) -> Any:
+    """Holds an array of ids, slots or lengths to its shape and an integer dtype; returns it as i32, in which
+    a sum of two of them does not overflow."""
     checks.check_shape(name, array, shape, letters)
     checks.check_integers(name, array)
+    return array.astype(jnp.int32)

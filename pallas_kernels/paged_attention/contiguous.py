@@ -54,18 +54,19 @@ def contiguous_attention(
     Arguments:
         query: [R, N, H]; bf16, fp16 or f32.
         k_cache, v_cache: [R, S, K, H], query's dtype. Beyond a row's length they may hold anything, NaN too.
-        kv_lengths: tokens of each row, at most S; 0 for an empty row.
+        kv_lengths: tokens of each row; 0 for an empty row. More than S count as S.
         batch_invariant: as paged_attention's; caches of any room S then give a row the same bits.
         others: as those of paged_attention.
 
     Raises ValueError for wrong arguments, NotImplementedError where the implementation named cannot serve.
     """
+    checks.check_rank("query", query, "R N H")
     checks.check_rank("k_cache", k_cache, "R S K H")
     checks.check_shape("v_cache", v_cache, k_cache.shape, "R S K H")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         checks.check_dtype(name, cache, (query.dtype,))
     num_rows, _, num_kv_heads, head_dim = k_cache.shape
-    pool.check_indices("kv_lengths", kv_lengths, (num_rows,), "R")
+    kv_lengths = pool.check_indices("kv_lengths", kv_lengths, (num_rows,), "R")
     inputs = PagedInputs(
         query, k_cache, v_cache, None, kv_lengths, jnp.int32(0), sinks=sinks, alibi_slopes=alibi_slopes
     )

@@ -74,9 +74,11 @@ def paged_attention(
         k_pages, v_pages: the page pool, every layer; query's dtype, or int8/fp8 with scales. Z: a power of
             two, 8 to 256. Free pages and slots beyond a length may hold anything, NaN too. Never copied.
         block_tables: page ids. Entries beyond a row's length are never read; others are clamped into 0..P-1.
-        kv_lengths: tokens of each row, those of this step included; 0 for an empty row. At most M * Z.
+        kv_lengths: tokens of each row, those of this step included; 0 for an empty row. More than M * Z count
+            as M * Z.
         query_start: row r's queries are query[query_start[r]:query_start[r + 1]], in order of rows.
-        layer: which layer of the pool; may be traced.
+        layer: which layer of the pool; may be traced, and is then taken to be one: of any other the result is
+            undefined.
         scale: multiplies Q K^T; 1 / sqrt(H) by default.
         is_causal: False: every query sees every key of its row; takes no window.
         local_window_size: keys visible to the left of a query, or (left, right): attention is causal anyway.
@@ -119,7 +121,7 @@ def paged_attention(
         sinks,
         alibi_slopes,
     )
-    check_arrays(inputs)
+    inputs = check_arrays(inputs)
     spec = make_spec(query, scale, local_window_size, logits_soft_cap, config, batch_invariant)
     if batch_invariant and prefill_config is not None and prefill_config.splits > 1:
         raise ValueError(f"prefill_config.splits must be 1 if batch_invariant, got {prefill_config.splits}")
@@ -161,17 +163,19 @@ def check_heads(inputs: PagedInputs, num_kv_heads: int, head_dim: int, letters: 
             checks.check_dtype(name, array, pool.FLOATS)
 
 
-def check_arrays(inputs: PagedInputs) -> None:
+def check_arrays(inputs: PagedInputs) -> PagedInputs:
+    """Holds arrays to each other; returns them with ids and lengths as i32."""
     query, k_pages = inputs.query, inputs.k_pages
     num_layers, num_pages, num_kv_heads, page_size, head_dim = k_pages.shape
     check_heads(inputs, num_kv_heads, head_dim, "tokens N H")
     num_tokens = query.shape[0]
     checks.check_rank("block_tables", inputs.block_tables, "R M")
-    num_rows = inputs.block_tables.shape[0]
-    checks.check_integers("block_tables", inputs.block_tables)
-    pool.check_indices("kv_lengths", inputs.kv_lengths, (num_rows,), "R")
-    if inputs.query_start is not None:
-        pool.check_indices("query_start", inputs.query_start, (num_rows + 1,), "R + 1")
+    num_rows, width = inputs.block_tables.shape
+    tables = pool.check_indices("block_tables", inputs.block_tables, (num_rows, width), "R M")
+    lengths = pool.check_indices("kv_lengths", inputs.kv_lengths, (num_rows,), "R")
+    start = inputs.query_start
+    if start is not None:
+        start = pool.check_indices("query_start", start, (num_rows + 1,), "R + 1")
     elif num_tokens != num_rows:
         raise ValueError(
             f"without query_start query must have one token a row, got {num_tokens} for {num_rows} rows"
@@ -188,6 +192,7 @@ def check_arrays(inputs: PagedInputs) -> None:
         if array is not None:
             checks.check_shape(name, array, (num_layers, num_pages, num_kv_heads, page_size), "L P K Z")
             checks.check_dtype(name, array, (jnp.float32,))
+    return inputs._replace(block_tables=tables, kv_lengths=lengths, query_start=start)
 
 
 @jit_kernels(2)

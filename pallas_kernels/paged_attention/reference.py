@@ -23,6 +23,7 @@ QUERY_BLOCK = 32  # ragged queries of one row that share a gather
 
 def forward(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]:
     """Attends every query token to its row's pages; returns out [tokens, N, H] and lse f32[tokens, N]."""
+    inputs = inputs._replace(kv_lengths=jnp.minimum(inputs.kv_lengths, _capacity(inputs)))
     return (_decode if inputs.query_start is None else _ragged)(inputs, spec)
 
 
@@ -155,6 +156,7 @@ def _gather_chunk(inputs: PagedInputs, table: jax.Array, kv_length: jax.Array, c
     token = chunk * length + jnp.arange(length)
     column = chunk * (length // page_size) + jnp.arange(length // page_size)
     page = jnp.where(column * page_size < kv_length, table.at[column].get(mode="clip"), NULL_PAGE)
+    page = jnp.clip(page, 0, inputs.k_pages.shape[1] - 1)  # an index below zero would count from the end
 
     def gather(pages: jax.Array, scale: jax.Array | None) -> jax.Array:
         tokens = pages.at[inputs.layer, page].get(mode="clip").astype(jnp.float32)  # C/Z K Z H
@@ -191,6 +193,11 @@ def _chunk_length(inputs: PagedInputs) -> int:
     """Tokens gathered at once: whole pages, so that the table is read once a page."""
     page_size = inputs.k_pages.shape[3]
     return _ceil_div(CHUNK, page_size) * page_size
+
+
+def _capacity(inputs: PagedInputs) -> int:
+    """Tokens that a row has room for."""
+    return inputs.block_tables.shape[1] * inputs.k_pages.shape[3]
 
 
 def _ceil_div(x: Any, divisor: int) -> Any:

@@ -1,0 +1,108 @@
+"""Paged ops at the edges of their arguments: page ids and lengths out of range, layers, small integers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import cascade_attention, contiguous_attention, paged_attention, write_kv
+from tests.pallas_kernels.paged_inputs import make_case, oracle
+
+FEW_BITS = [jnp.int8, jnp.uint8, jnp.int16, jnp.uint32]
+
+
+def pools(layers=2, pages=9):
+    keys = jax.random.split(jax.random.key(3))
+    return [jax.random.normal(key, (layers, pages, 2, 16, 32)) for key in keys]
+
+
+def attend(tables, lengths, **arguments):
+    query = jax.random.normal(jax.random.key(5), (3, 4, 32))
+    rows = jnp.asarray(tables), jnp.asarray(lengths)
+    return np.asarray(paged_attention(query, *pools(), *rows, **arguments))
+
+
+TABLES, LENGTHS = [[1, 2], [3, 4], [5, 6]], [20, 3, 32]
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_page_ids_are_clamped(ragged):
+    arguments = {"query_start": jnp.array([0, 1, 2, 3])} if ragged else {}
+    actual = attend([[-3, 2000], [3, 4], [-(2**31), 2**31 - 1]], LENGTHS, **arguments)
+    expected = attend([[0, 8], [3, 4], [0, 8]], LENGTHS, **arguments)
+    np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("options", [{}, {"local_window_size": 5}, {"is_causal": False}], ids=str)
+def test_lengths_beyond_the_table_count_as_its_room(ragged, options):
+    arguments = dict(options)
+    if ragged:
+        arguments["query_start"] = jnp.array([0, 1, 2, 3])
+    actual = attend(TABLES, [100, 3, 33], **arguments)
+    np.testing.assert_array_equal(actual, attend(TABLES, [32, 3, 32], **arguments))
+
+
+def test_lengths_beyond_a_cache_count_as_its_room():
+    query, cache = jax.random.normal(jax.random.key(5), (2, 4, 16)), jnp.arange(1280.0).reshape(2, 20, 2, 16)
+    outs = [contiguous_attention(query, cache / 1280, cache, jnp.array([x, 3])) for x in (20, 21, 500)]
+    np.testing.assert_array_equal(outs[1], outs[0])
+    np.testing.assert_array_equal(outs[2], outs[0])
+
+
+@pytest.mark.parametrize(
+    "layer", [-1, 2, np.int64(-1), np.int32(2), np.array(-1), jnp.int32(-1), np.uint8(7)]
+)
+def test_a_known_layer_is_held_to_the_pool(layer):
+    tokens = jnp.zeros((1, 2, 32))
+    with pytest.raises(ValueError, match=r"layer must lie in 0\.\.1, got"):
+        attend(TABLES, LENGTHS, layer=layer)
+    with pytest.raises(ValueError, match=r"layer must lie in 0\.\.1, got"):
+        write_kv(*pools(), tokens, tokens, jnp.array([16]), layer=layer)
+
+
+@pytest.mark.parametrize("layer", [True, 1.0, np.array([1]), jnp.array([1]), jnp.float32(1), None])
+def test_a_layer_is_one_integer(layer):
+    with pytest.raises((ValueError, TypeError), match=r"layer|None"):
+        attend(TABLES, LENGTHS, layer=layer)
+
+
+@pytest.mark.parametrize("layer", [1, np.int64(1), np.uint8(1), jnp.int32(1), jnp.array(1, jnp.uint8)])
+def test_any_integer_may_name_a_layer(layer):
+    np.testing.assert_array_equal(attend(TABLES, LENGTHS, layer=layer), attend(TABLES, LENGTHS, layer=1))
+
+
+@pytest.mark.parametrize("dtype", FEW_BITS)
+@pytest.mark.parametrize("queries", [None, [40, 1, 60]], ids=["decode", "ragged"])
+def test_small_integers_serve_as_any_others(dtype, queries):
+    """Lengths of up to 120, whose sums leave int8, and queries that begin before where their row would."""
+    case = make_case(rows=3, lengths=[50, 120, 100], query_lengths=queries, page_size=8, width=15)
+    slopes = np.linspace(0.1, 0.4, 4, dtype=np.float32)
+    tables = np.clip(case.block_tables, 0, 100)
+    start = None if queries is None else jnp.asarray(case.query_start, dtype)
+    arrays = [jnp.asarray(x) for x in case[:3]]
+    out = paged_attention(
+        *arrays,
+        jnp.asarray(tables, dtype),
+        jnp.asarray(case.kv_lengths, dtype),
+        query_start=start,
+        layer=case.layer,
+        local_window_size=60,
+        alibi_slopes=slopes,
+    )
+    np.testing.assert_allclose(out, oracle(case, 60, slopes=slopes)[0], atol=5e-6)
+
+
+@pytest.mark.parametrize("dtype", FEW_BITS)
+def test_small_integers_serve_caches_and_cascades(dtype):
+    tables, lengths = [[1, 2, 3], [1, 2, 4], [5, 6, 0]], [40, 35, 20]
+    query = jax.random.normal(jax.random.key(5), (3, 4, 32))
+    arrays = [jnp.asarray(x, dtype) for x in (tables, lengths, [32], [0, 0, 5])]
+    expected = paged_attention(query, *pools(), jnp.asarray(tables), jnp.asarray(lengths))
+    np.testing.assert_allclose(cascade_attention(query, *pools(), *arrays), expected, atol=2e-6)
+    cache = jax.random.normal(jax.random.key(6), (3, 48, 2, 32))
+    outs = [
+        contiguous_attention(query, cache, cache, jnp.asarray(lengths, x), local_window_size=8)
+        for x in (dtype, jnp.int32)
+    ]
+    np.testing.assert_array_equal(*outs)
