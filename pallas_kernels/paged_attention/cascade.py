@@ -1,8 +1,11 @@
 """cascade_attention: decode where rows share leading pages, each read once for all of them."""
 
 import dataclasses
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels import checks
@@ -46,8 +49,9 @@ def cascade_attention(
         query, k_pages, v_pages, block_tables, kv_lengths: as those of paged_attention without query_start;
             tables and lengths count the shared pages.
         prefix_lengths: tokens that the rows of each group share, multiples of Z: all rows of group c have the
-            same first prefix_lengths[c] / Z entries in block_tables, and longer kv_lengths. 0: nothing.
-        group_of_row: each row's group 0..C-1, in any order; any other number: none.
+            same first prefix_lengths[c] / Z entries in block_tables. 0, or what is no multiple: nothing.
+        group_of_row: each row's group 0..C-1, in any order; any other number: none. A row that is shorter
+            than its group's prefix, as an empty one is, is of none.
         others: as those of paged_attention.
 
     All arrays may be traced: groups come and go without a new compilation. A row's last bits depend on its
@@ -62,6 +66,7 @@ def cascade_attention(
     checks.check_rank("prefix_lengths", prefix_lengths, "C")
     num_rows, num_groups = query.shape[0], prefix_lengths.shape[0]
     prefix_lengths = pool.check_indices("prefix_lengths", prefix_lengths, (num_groups,), "C")
+    check_prefixes(prefix_lengths, k_pages.shape[3])
     group_of_row = pool.check_indices("group_of_row", group_of_row, (num_rows,), "R")
     spec = make_spec(query, scale, None, logits_soft_cap, config)
     spec = dataclasses.replace(spec, prefill_config=prefill_config)
@@ -69,6 +74,17 @@ def cascade_attention(
     variant = choose("cascade_attention", VARIANTS, implementation, ragged, spec)
     out, lse = _cascade(variant, spec, inputs, prefix_lengths, group_of_row)
     return (out, lse) if return_lse else out
+
+
+def check_prefixes(prefix_lengths: Any, page_size: int) -> None:
+    """Holds lengths of prefixes, if their values are known, to whole pages."""
+    if isinstance(prefix_lengths, jax.core.Tracer):
+        return
+    known = np.asarray(prefix_lengths)
+    if ((known < 0) | (known % page_size != 0)).any():
+        raise ValueError(
+            f"prefix_lengths must be multiples of the page size {page_size}, >= 0, got {known.tolist()}"
+        )
 
 
 @jit_kernels(2)

@@ -16,6 +16,7 @@ from jax import lax
 from pallas_kernels.mosaic import div, pl, plgpu, rem, where
 from pallas_kernels.mosaic_inline import BY_THREAD, THREADS, gather, load_numbers, meet
 from pallas_kernels.paged_attention import prefill_list_sm90
+from pallas_kernels.paged_attention.cascade_rows import shares_prefix
 from pallas_kernels.paged_attention.config import MAX_BOX, numbers_size
 from pallas_kernels.paged_attention.plan import Counters
 from pallas_kernels.paged_attention.prefill_list_sm90 import (
@@ -156,7 +157,7 @@ def _kernel(plan: PrefillPlan, sizes: Sizes, num_lists: int, query, groups, leng
 
 def _load(plan: PrefillPlan, sizes: Sizes, sources, scratch: Scratch):
     """Copies the rows' numbers and the lengths of prefixes to shared memory; says C where a row has no
-    group."""
+    group, or not all of its prefix."""
     targets = (
         (scratch.groups, 0, sizes.rows),
         (scratch.lengths, 0, sizes.rows),
@@ -171,8 +172,14 @@ def _load(plan: PrefillPlan, sizes: Sizes, sources, scratch: Scratch):
     plgpu.barrier_wait(scratch.lists.loaded)
     num_groups = plan.num_rows
     for row, part in _by_thread(sizes.rows):
-        group = plgpu.load(scratch.groups.at[part], layout=BY_THREAD, optimized=False)
-        group = where((group < 0) | (group > num_groups), num_groups, group)
+        group, length = (
+            plgpu.load(ref.at[part], layout=BY_THREAD, optimized=False)
+            for ref in (scratch.groups, scratch.lengths)
+        )
+        exists = (group >= 0) & (group < num_groups)
+        prefix = gather(scratch.lists.lengths, where(exists, group, 0) + THREADS)
+        shares = shares_prefix(prefix, length, plan.page_size, plan.capacity)
+        group = where(exists & shares, group, num_groups)
         scratch.groups[part] = where(row < sizes.num_rows, group, num_groups + 1)
     meet()
 
@@ -241,7 +248,7 @@ def _store_rows(plan: PrefillPlan, sizes: Sizes, scratch: Scratch, rows: Rows):
         prefix = where(is_grouped, gather(scratch.lists.lengths, group + THREADS), 0)
         length = plgpu.load(scratch.lengths.at[part], layout=BY_THREAD, optimized=False)
         rows.skipped[part] = div(prefix, plan.page_size)
-        rows.lengths[part] = lax.max(length - prefix, 0)
+        rows.lengths[part] = lax.max(lax.min(length, plan.capacity) - prefix, 0)
         rows.first_item[part] = where(is_grouped, first_item, 0)
         rows.num_splits[part] = where(is_grouped & (cuts.num_tiles > 0), cuts.num_splits, 0)
         rows.place[part] = where(is_grouped, rem(distance, plan.tile_q), 0)

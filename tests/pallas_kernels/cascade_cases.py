@@ -96,13 +96,18 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def check_rows(num_rows, num_groups):
-    """What the kernel says of rows and groups, some of which do not exist, against what XLA does."""
+    """What the kernel says of rows and groups, some of which do not exist, and of rows that are shorter than
+    their prefix or longer than their table, against what XLA does."""
     rng = np.random.default_rng(num_rows)
     groups = rng.integers(-2, num_groups + 2, num_rows).astype(np.int32)
     prefixes = 16 * rng.integers(0, 20, num_groups).astype(np.int32)
-    lengths = rng.integers(320, 500, num_rows)
+    prefixes[::5] += rng.integers(-40, 9, len(prefixes[::5]), np.int32)  # no whole pages
+    lengths = rng.integers(250, 500, num_rows)
     case = cast(make_case(rows=num_rows, width=32, page_size=16, lengths=lengths), jnp.bfloat16)
     inputs = PagedInputs(*(jnp.asarray(x) for x in case[:5]), layer=jnp.int32(0))
+    inputs = inputs._replace(
+        kv_lengths=jnp.asarray(np.where(lengths < 400, lengths, lengths + 200), jnp.int32)
+    )
     given = jnp.asarray(prefixes), jnp.asarray(groups)
     config = PrefillConfig(warpgroups=1, tile_kv=64, stages=2, splits=2)
     spec = PagedSpec(1.0, is_causal=False, prefill_config=config)
@@ -111,7 +116,7 @@ def check_rows(num_rows, num_groups):
     work = plan_work(plan, grouped.query_start, given[0])
     with interpreted():
         listed = jax.block_until_ready(list_rows(plan, inputs, *given))
-    is_grouped = (groups >= 0) & (groups < num_groups)
+    is_grouped = np.asarray(grouped.skipped) > 0
     rows = Rows(*(np.asarray(x)[:num_rows] for x in listed.rows))
     np.testing.assert_array_equal(rows.skipped, grouped.skipped)
     np.testing.assert_array_equal(rows.lengths, grouped.lengths)

@@ -16,6 +16,9 @@ GROUPS = {
     "no group": ([0], [-1] * 6),
     "groups that do not exist": ([16], [0, 1, 0, 7, -1, 0]),
     "a prefix of length 0": ([0, 24], [0, 0, 1, 1, 1, 0]),
+    "rows that are shorter than their prefix": ([40, 32], [0, 0, 0, 1, 1, 1]),
+    "a prefix of no whole pages, one below zero": ([20, -8], [0, 0, 0, 1, 1, 1]),
+    "a prefix beyond the tables": ([56], [0] * 6),
 }
 
 
@@ -33,10 +36,11 @@ def test_cascade_equals_paged_attention(name):
         np.testing.assert_allclose(mine, theirs, atol=2e-6)
 
 
-def test_an_empty_row_gives_zeros():
+@pytest.mark.parametrize("group", [-1, 0])
+def test_an_empty_row_gives_zeros(group):
     case = share(make_case(rows=3, lengths=[20, 0, 20], page_size=8, width=3), [16], [0, -1, 0])
     arrays = [jnp.asarray(x) for x in case[:5]]
-    groups = jnp.asarray([16]), jnp.asarray([0, -1, 0])
+    groups = jnp.asarray([16]), jnp.asarray([0, group, 0])
     out, lse = cascade_attention(*arrays, *groups, return_lse=True)
     assert (out[1] == 0).all()
     assert (lse[1] == -jnp.inf).all()
@@ -57,6 +61,9 @@ def test_merge_weighs_parts_by_their_log_sum_exp():
         ("prefix_lengths must have the dimensions", (jnp.int32(16), jnp.zeros(3, jnp.int32))),
         ("prefix_lengths must not be empty", (jnp.zeros(0, jnp.int32), jnp.zeros(3, jnp.int32))),
         ("prefix_lengths must hold integers", (jnp.zeros(1), jnp.zeros(3, jnp.int32))),
+        (r"multiples of the page size 8, >= 0, got \[8, 12\]", (jnp.array([8, 12]), jnp.zeros(3, jnp.int32))),
+        (r"multiples of the page size 8, >= 0, got \[-8\]", (np.array([-8]), jnp.zeros(3, jnp.int32))),
+        ("group_of_row must be an array, got list", (jnp.array([8]), [0, 0, 0])),
     ],
 )
 def test_wrong_groups_are_named(message, groups):
