@@ -12,7 +12,7 @@ from pallas_kernels import checks
 from pallas_kernels.kv_pages import pool
 from pallas_kernels.manual import jit_kernels
 from pallas_kernels.paged_attention.config import PagedConfig
-from pallas_kernels.paged_attention.op import VARIANTS, check_arrays, make_spec
+from pallas_kernels.paged_attention.op import VARIANTS, check_arrays, check_config, make_spec
 from pallas_kernels.paged_attention.prefill_config import PrefillConfig
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 from pallas_kernels.variants import choose
@@ -68,6 +68,7 @@ def cascade_attention(
     prefix_lengths = pool.check_indices("prefix_lengths", prefix_lengths, (num_groups,), "C")
     check_prefixes(prefix_lengths, k_pages.shape[3])
     group_of_row = pool.check_indices("group_of_row", group_of_row, (num_rows,), "R")
+    check_config("prefill_config", prefill_config, PrefillConfig)
     spec = make_spec(query, scale, None, logits_soft_cap, config)
     spec = dataclasses.replace(spec, prefill_config=prefill_config)
     ragged = inputs._replace(query_start=jnp.zeros(num_rows + 1, jnp.int32))

@@ -1,6 +1,7 @@
 """PagedConfig: how the decode kernel cuts its work."""
 
 import dataclasses
+from typing import Any
 
 from pallas_kernels.mosaic import SMEM_BYTES
 
@@ -35,16 +36,25 @@ class PagedConfig:
     dynamic: bool = False
 
     def __post_init__(self):
+        check_types(self)
         if self.tile not in TILES:
             raise ValueError(f"tile must be one of {TILES}, got {self.tile!r}")
         if self.split < self.tile or self.split % self.tile:
             raise ValueError(f"split must be a multiple of tile={self.tile}, got {self.split!r}")
-        if self.stages < 2:
-            raise ValueError(f"stages must be at least 2, got {self.stages!r}")
+        if not 2 <= self.stages <= MAX_STAGES:
+            raise ValueError(f"stages must be one of 2..{MAX_STAGES}, got {self.stages!r}")
         if self.consumers not in (1, 2):
             raise ValueError(f"consumers must be one of (1, 2), got {self.consumers!r}")
         if self.stages % self.consumers:
             raise ValueError(f"stages must be a multiple of consumers={self.consumers}, got {self.stages!r}")
+
+
+def check_types(config: Any) -> None:
+    """Holds the fields of a config to the types of their defaults."""
+    for field in dataclasses.fields(config):
+        value, kind = getattr(config, field.name), type(field.default)
+        if type(value) is not kind:
+            raise ValueError(f"{field.name} must be of type {kind.__name__}, got {value!r}")
 
 
 def numbers_size(num_rows: int) -> int:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -123,9 +123,10 @@ def paged_attention(
     )
     inputs = check_arrays(inputs)
     spec = make_spec(query, scale, local_window_size, logits_soft_cap, config, batch_invariant)
+    check_config("prefill_config", prefill_config, PrefillConfig)
     if batch_invariant and prefill_config is not None and prefill_config.splits > 1:
         raise ValueError(f"prefill_config.splits must be 1 if batch_invariant, got {prefill_config.splits}")
-    if not is_causal and spec.window_left is not None:
+    if not is_causal and checks.normalize_window(local_window_size) != (None, None):
         raise ValueError(f"local_window_size must be None if is_causal is False, got {local_window_size!r}")
     spec = dataclasses.replace(spec, is_causal=is_causal, prefill_config=prefill_config)
     variant = choose("paged_attention", VARIANTS, implementation, inputs, spec)
@@ -137,6 +138,7 @@ def make_spec(
     query: jax.Array, scale, local_window_size, logits_soft_cap, config, batch_invariant: bool = False
 ) -> PagedSpec:
     """The static part of a call, from arguments as a caller gives them."""
+    check_config("config", config, PagedConfig)
     left, _ = checks.normalize_window(local_window_size)
     return PagedSpec(
         scale=1 / math.sqrt(query.shape[-1]) if scale is None else checks.check_number("scale", scale),
@@ -145,6 +147,11 @@ def make_spec(
         config=config,
         batch_invariant=bool(batch_invariant),
     )
+
+
+def check_config(name: str, config: Any, kind: type) -> None:
+    if not isinstance(config, kind | None):
+        raise ValueError(f"{name} must be a {kind.__name__} or None, got {config!r}")
 
 
 def check_heads(inputs: PagedInputs, num_kv_heads: int, head_dim: int, letters: str) -> None:

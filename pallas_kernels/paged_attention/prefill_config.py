@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from pallas_kernels.paged_attention.config import NUM_PROGRAMS
+from pallas_kernels.paged_attention.config import MAX_STAGES, NUM_PROGRAMS, check_types
 
 OCTET = 8  # tokens: what TMA moves at least of a swizzled tile
 WARPGROUP_ROWS = 64  # of a wgmma
@@ -29,11 +29,12 @@ class PrefillConfig:
     overlap: bool = False
 
     def __post_init__(self):
+        check_types(self)
         for name, allowed in {"warpgroups": (1, 2, 3), "tile_kv": (64, 128)}.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        if self.stages < 2:
-            raise ValueError(f"stages must be at least 2, got {self.stages!r}")
+        if not 2 <= self.stages <= MAX_STAGES:
+            raise ValueError(f"stages must be one of 2..{MAX_STAGES}, got {self.stages!r}")
         if self.splits < 1:
             raise ValueError(f"splits must be at least 1, got {self.splits!r}")
 

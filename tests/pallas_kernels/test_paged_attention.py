@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import re
 
 import hypothesis
@@ -202,6 +203,7 @@ def test_a_row_does_not_depend_on_the_others():
         np.testing.assert_array_equal(alone[row], everything[row])
 
 
+ARRAYS = ("query", "k_pages", "v_pages", "block_tables", "kv_lengths")
 WRONG = {
     "query must have the dimensions": {"query": np.zeros((3, 4), np.float32)},
     r"query must have shape \[tokens N H\]": {"query": np.zeros((3, 4, 8), np.float32)},
@@ -218,11 +220,23 @@ WRONG = {
     "kv_lengths must have shape": {"kv_lengths": np.zeros(2, np.int32)},
 }
 WRONG_OPTIONS = {
+    "query_start must be an array, got list": {"query_start": [0, 1, 2, 3]},
     "layer must lie in 0..1, got 2": {"layer": 2},
     "layer must be an integer scalar": {"layer": 0.5},
     "local_window_size must be": {"local_window_size": -1},
     "logits_soft_cap must be positive": {"logits_soft_cap": 0.0},
-    "local_window_size must be None if is_causal is False": {"local_window_size": 3, "is_causal": False},
+    "local_window_size must be None if is_causal is False, got 3": {
+        "local_window_size": 3,
+        "is_causal": False,
+    },
+    r"local_window_size must be None if is_causal is False, got \(None, 0\)": {
+        "local_window_size": (None, 0),
+        "is_causal": False,
+    },
+    "logits_soft_cap must be a finite number": {"logits_soft_cap": math.inf},
+    "scale must be a finite number": {"scale": math.nan},
+    "config must be a PagedConfig or None, got 'x'": {"config": "x"},
+    "prefill_config must be a PrefillConfig or None": {"prefill_config": PagedConfig()},
     "query_start must have shape": {"query_start": jnp.zeros(3, jnp.int32)},
     "sinks must have shape": {"sinks": jnp.zeros(3)},
     "alibi_slopes must have one of the dtypes": {"alibi_slopes": jnp.zeros(4, jnp.int32)},
@@ -236,6 +250,14 @@ def test_wrong_arrays_are_named(message):
     case = make_case()._replace(**WRONG[message])
     with pytest.raises(ValueError, match=message):
         call(case)
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+@pytest.mark.parametrize("value", [5, [3, 4, 5], None])
+def test_what_is_no_array_is_named(name, value):
+    arrays = {name: jnp.asarray(x) for name, x in zip(ARRAYS, make_case(), strict=False)} | {name: value}
+    with pytest.raises(ValueError, match=f"{name} must be an array, got {type(value).__name__}"):
+        paged_attention(**arrays)
 
 
 @pytest.mark.parametrize("message", WRONG_OPTIONS)
@@ -273,6 +295,11 @@ def test_config_holds_itself_to_what_the_kernel_can():
         {"stages": 1},
         {"consumers": 3},
         {"stages": 3, "consumers": 2},
+        {"stages": 100},
+        {"stages": 2.0},
+        {"split": "x"},
+        {"dynamic": "x"},
+        {"consumers": True},
     ):
         with pytest.raises(ValueError, match="must be"):
             PagedConfig(**wrong)

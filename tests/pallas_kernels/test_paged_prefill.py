@@ -139,7 +139,14 @@ def check_range(plan, item, record, place, keys):
 
 
 def test_config_holds_itself_to_what_the_kernel_can():
-    for wrong in ({"warpgroups": 4}, {"tile_kv": 96}, {"stages": 1}, {"splits": 0}):
+    for wrong in (
+        {"warpgroups": 4},
+        {"tile_kv": 96},
+        {"stages": 1},
+        {"splits": 0},
+        {"stages": 9},
+        {"overlap": 1},
+    ):
         with pytest.raises(ValueError, match="must be"):
             PrefillConfig(**wrong)
 
