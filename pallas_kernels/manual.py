@@ -27,6 +27,16 @@ def vary_along(x: jax.Array, names: frozenset[str]) -> jax.Array:
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
+def unsupported_layout(tree: Any) -> str | None:
+    """Says why kernels cannot take the arrays of a tree outside shard_map, or None if they can."""
+    specs = [jax.typeof(x).sharding.spec for x in jax.tree.leaves(tree)]
+    if any(axis is not None for spec in specs for axis in spec):
+        return (
+            "arrays are divided along explicit mesh axes: call it inside shard_map, each device with its part"
+        )
+    return None
+
+
 def jit_kernels(num_static: int) -> Callable[[Callable], Callable]:
     """jax.jit, the first num_static arguments static, for functions that call kernels.
 

@@ -11,6 +11,7 @@ from jax import lax
 
 from pallas_kernels.kv_pages import write_quantized_sm90
 from pallas_kernels.kv_pages.pool import Arrays
+from pallas_kernels.manual import unsupported_layout
 from pallas_kernels.mosaic import TMA_ALIGNMENT, div, mutable, pl, plgpu, rem
 
 # Beyond so many, a program takes more tokens. Short programs keep more copies on their way: 8192 tokens of
@@ -27,7 +28,7 @@ def unsupported(pages: jax.Array) -> str | None:
         return f"the head dim must be at most {MAX_BOX} and 16 bytes or a multiple, got {head_dim}"
     if num_kv_heads > MAX_BOX:
         return f"there must be at most {MAX_BOX} KV heads, got {num_kv_heads}"
-    return None
+    return unsupported_layout(pages)
 
 
 def write_kv(arrays: Arrays, key, value, slots, layer) -> Arrays:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.kv_pages.pool import QUANTIZED
+from pallas_kernels.manual import unsupported_layout
 from pallas_kernels.mosaic import SMEM_BYTES, plgpu, swizzled_smem
 from pallas_kernels.mosaic_inline import REDUCTION_SIZE
 from pallas_kernels.paged_attention.config import (
@@ -168,7 +169,7 @@ def unsupported(inputs: PagedInputs, spec: PagedSpec) -> str | None:
     room = inputs.k_pages.shape[1]  # of a cache: TMA takes it in tiles, of 8 tokens as they lie in memory
     if inputs.block_tables is None and (room < MAX_BOX or room % 8):
         return f"caches must have room for {MAX_BOX} tokens or more, in multiples of 8, got {room}"
-    return None
+    return unsupported_layout(inputs)
 
 
 def padded_group(group: int) -> int:

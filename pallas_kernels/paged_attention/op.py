@@ -101,7 +101,7 @@ def paged_attention(
     keys of few queries are not split. The reference leaves the order of sums to XLA.
 
     Inside shard_map over KV heads (query N, pools K) each device attends with its own heads: there is nothing
-    to exchange.
+    to exchange. Outside, heads that lie along explicit mesh axes are left to the reference.
 
     Raises ValueError for wrong arguments, NotImplementedError where the implementation named cannot serve.
     From: Kwon et al., PagedAttention (2023), section 4.1; Dao et al., Flash-Decoding (2023).

@@ -71,8 +71,7 @@ def _decode(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]
 
 def _ragged(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]:
     """Blocks of one row's queries, one after the other; tokens outside every row give zeros."""
-    num_tokens, num_heads, head_dim = inputs.query.shape
-    num_rows = inputs.kv_lengths.shape[0]
+    num_tokens, num_rows = inputs.query.shape[0], inputs.kv_lengths.shape[0]
     assert inputs.query_start is not None
     start, stop = inputs.query_start[:-1], inputs.query_start[1:]
     block, length = min(QUERY_BLOCK, num_tokens), _chunk_length(inputs)
@@ -96,8 +95,8 @@ def _ragged(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]
             _put_block(old, x, offset, token < stop[row]) for old, x in zip(results, new, strict=True)
         )
 
-    out = jnp.zeros((num_tokens + block, num_heads, head_dim), query.dtype)
-    lse = jnp.full((num_tokens + block, num_heads), -jnp.inf)
+    # Like the query, also in how it lies on a mesh of explicit axes: a loop's carry must stay of one type.
+    out, lse = jnp.zeros_like(query), jnp.full_like(query[..., 0], -jnp.inf, jnp.float32)
     out, lse = lax.fori_loop(0, first_block[num_rows], step, (out, lse))
     return out[:num_tokens], lse[:num_tokens]
 
@@ -141,7 +140,7 @@ def _attend_row(inputs: PagedInputs, spec: PagedSpec, bounds, query, positions, 
         logits = jnp.where(visible[None, :, None], logits, -jnp.inf)
         return _softmax_update(state, logits, value)
 
-    start = _init_softmax(inputs.sinks, groups.shape)
+    start = _init_softmax(inputs.sinks, groups)
     state = lax.fori_loop(bounds[0], bounds[1], step, start)
     out = state.values / jnp.where(state.total == 0, 1, state.total)[..., None]
     lse = state.maximum + jnp.log(state.total)  # no visible key: -inf + -inf
@@ -169,14 +168,16 @@ def _gather_chunk(inputs: PagedInputs, table: jax.Array, kv_length: jax.Array, c
     return gather(inputs.k_pages, inputs.k_scale), gather(inputs.v_pages, inputs.v_scale), token
 
 
-def _init_softmax(sinks: jax.Array | None, shape) -> _Softmax:
-    """Before any key: nothing, or the sink alone, whose weight has no value."""
-    num_kv_heads, num_queries, group, _ = shape
+def _init_softmax(sinks: jax.Array | None, groups: jax.Array) -> _Softmax:
+    """Before any key of queries f32[K, T, G, H]: nothing, or the sink alone, whose weight has no value. Made
+    like the queries, for the loop that carries it."""
+    values = jnp.zeros_like(groups)
+    nothing = values[..., 0]
     if sinks is None:
-        return _Softmax(jnp.full(shape[:-1], -jnp.inf), jnp.zeros(shape[:-1]), jnp.zeros(shape))
+        return _Softmax(jnp.full_like(nothing, -jnp.inf), nothing, values)
+    num_kv_heads, _, group, _ = groups.shape
     logits = sinks.astype(jnp.float32).reshape(num_kv_heads, 1, group)
-    maximum = jnp.broadcast_to(logits, (num_kv_heads, num_queries, group))
-    return _Softmax(maximum, jnp.ones(shape[:-1]), jnp.zeros(shape))
+    return _Softmax(nothing + logits, jnp.ones_like(nothing), values)
 
 
 def _softmax_update(state: _Softmax, logits: jax.Array, value: jax.Array) -> _Softmax:

@@ -105,3 +105,27 @@ def test_kernels_lower_where_heads_are_divided(name, monkeypatch):
     text = call.trace(*specs).lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic_gpu" in text
     assert "all_gather" not in text
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_explicit_axes_are_the_references(name):
+    """A pool whose heads lie along an explicit axis: results lie there too, and are the same."""
+    op, names, result = OPS[name]
+    mesh = jax.make_mesh(
+        (2,), ("model",), axis_types=(jax.sharding.AxisType.Explicit,), devices=jax.devices()[:2]
+    )
+    given = [arrays()[name] for name in names]
+    whole = op(*given)
+    with jax.set_mesh(mesh):
+        laid = [
+            jax.device_put(x, jax.NamedSharding(mesh, SPECS.get(name, WHOLE)))
+            for name, x in zip(names, given, strict=True)
+        ]
+        parts = jax.jit(op)(*laid)
+        with pytest.raises(NotImplementedError, match="inside shard_map"):
+            jax.jit(functools.partial(op, implementation="sm90"))(*laid)
+    for actual, expected in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
+        assert actual.sharding.is_equivalent_to(jax.NamedSharding(mesh, result), actual.ndim)
+        np.testing.assert_allclose(
+            np.asarray(actual, np.float32), np.asarray(expected, np.float32), atol=2e-2, rtol=2e-2
+        )
