@@ -58,6 +58,9 @@ def contiguous_attention(
         batch_invariant: as paged_attention's; caches of any room S then give a row the same bits.
         others: as those of paged_attention.
 
+    Served by the kernel: what paged_attention's serve without query_start, in caches of S >= 256, a multiple
+    of 8. The reference serves the rest.
+
     Raises ValueError for wrong arguments, NotImplementedError where the implementation named cannot serve.
     """
     checks.check_rank("query", query, "R N H")

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import cascade_attention, contiguous_attention, paged_attention, write_kv
+from pallas_kernels.paged_attention import sm90
+from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 from tests.pallas_kernels.paged_inputs import make_case, oracle
 
 FEW_BITS = [jnp.int8, jnp.uint8, jnp.int16, jnp.uint32]
@@ -106,3 +108,38 @@ def test_small_integers_serve_caches_and_cascades(dtype):
         for x in (dtype, jnp.int32)
     ]
     np.testing.assert_array_equal(*outs)
+
+
+# Rows, heads, KV heads, head dim, dtype of pages, and whether queries are ragged.
+SERVED = [
+    (4096, 8, 8, 64, jnp.bfloat16, False),
+    (1, 8, 2, 80, jnp.float16, True),
+    (1, 16, 1, 256, jnp.bfloat16, True),
+    (1, 64, 1, 64, jnp.bfloat16, False),
+    (1, 8, 2, 224, jnp.int8, True),
+    (1, 8, 2, 256, jnp.int8, False),
+]
+LEFT = [
+    (1, 8, 2, 64, jnp.float32, False),
+    (4097, 8, 2, 64, jnp.bfloat16, False),
+    *((1, 8, 2, head_dim, jnp.bfloat16, False) for head_dim in (32, 48, 72, 88)),
+    *((1, 8, 2, head_dim, jnp.int8, False) for head_dim in (32, 80)),
+    (1, 65, 1, 64, jnp.bfloat16, False),
+    (1, 17, 1, 64, jnp.bfloat16, True),
+    (1, 8, 2, 256, jnp.int8, True),
+]
+
+
+@pytest.mark.parametrize(
+    ("call", "is_served"), [*((x, True) for x in SERVED), *((x, False) for x in LEFT)], ids=str
+)
+def test_kernels_serve_what_the_docstring_lists(call, is_served):
+    rows, heads, kv_heads, head_dim, dtype, is_ragged = call
+    spec = jax.ShapeDtypeStruct
+    query_dtype = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.bfloat16
+    pages = spec((1, 9, kv_heads, 16, head_dim), dtype)
+    rows_of = [spec((rows, 4), jnp.int32), spec((rows,), jnp.int32), spec((), jnp.int32)]
+    inputs = PagedInputs(spec((rows, heads, head_dim), query_dtype), pages, pages, *rows_of)
+    if is_ragged:
+        inputs = inputs._replace(query_start=spec((rows + 1,), jnp.int32))
+    assert (sm90.unsupported(inputs, PagedSpec(1.0)) is None) == is_served
