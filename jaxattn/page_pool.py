@@ -96,7 +96,7 @@ class PagedBatch(NamedTuple):
 
     block_tables: Int[Array, "R M"]  # page ids
     kv_lengths: Int[Array, "R"]  # tokens of each row, this step's included; 0 for an idle row
-    slots: Int[Array, "R *T"]  # where each token's K and V go, page * Z + offset; negative: nowhere
+    slots: Int[Array, "R *T"]  # where each token's K and V go, page * Z + offset; negative, page 0: nowhere
 
 
 @jax.tree_util.register_dataclass

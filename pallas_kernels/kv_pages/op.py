@@ -75,7 +75,8 @@ def write_kv(
     Arguments:
         k_pages, v_pages: [L, P, K, Z, H], the whole pool.
         key, value: [tokens, K, H], bf16, fp16 or f32; cast to the pool's dtype, or quantized.
-        slots: page_id * Z + offset of each token; negative or beyond the pool: not written. Others distinct.
+        slots: page_id * Z + offset of each token; in NULL_PAGE (0), negative or beyond the pool: not written.
+            Others distinct.
         layer: which layer of the pool; may be traced, and is then taken to be one: what any other writes is
             undefined.
         k_scale, v_scale: of a quantized pool.

@@ -14,7 +14,8 @@ from pallas_kernels.kv_pages.quantize import quantize
 def write_kv(arrays: Arrays, key, value, slots, layer) -> Arrays:
     """Writes one token's K and V [K, H], and the scales [K] of quantized pages, to each slot."""
     num_pages, page_size = arrays[0].shape[1], arrays[0].shape[3]
-    page = jnp.where(slots >= 0, slots // page_size, num_pages)
+    page = slots // page_size
+    page = jnp.where(_is_page(arrays, page), page, num_pages)
     offset = slots % page_size
 
     def write(pages: jax.Array, tokens: jax.Array) -> jax.Array:

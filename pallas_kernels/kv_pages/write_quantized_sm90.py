@@ -21,7 +21,7 @@ MAX_BLOCK = 16  # tokens of a program, whose slots are held in registers
 
 
 def write_kv(arrays: Arrays, key, value, slots, layer) -> Arrays:
-    """Writes one token's codes [K, H] and scales [K], of K and of V, to each slot >= 0."""
+    """Writes one token's codes [K, H] and scales [K], of K and of V, to each slot that lies in a page."""
     num_tokens, num_kv_heads, head_dim = key.shape
     pitch = padded_heads(num_kv_heads, head_dim)
     block = max(1, min(ROWS // pitch, MAX_BLOCK))
@@ -81,7 +81,7 @@ def _target(slot, pool_shape, is_token):
     """Page and offset of a slot, and whether to write there."""
     _, num_pages, _, page_size, _ = pool_shape
     page, offset = div(slot, page_size), rem(slot, page_size)
-    return page, offset, is_token & (slot >= 0) & (page < num_pages)
+    return page, offset, is_token & (slot >= page_size) & (page < num_pages)  # before it lies NULL_PAGE
 
 
 def _quantize_rows(rows, rows_smem, codes_smem, scale_smem, loaded):

@@ -32,7 +32,7 @@ def unsupported(pages: jax.Array) -> str | None:
 
 
 def write_kv(arrays: Arrays, key, value, slots, layer) -> Arrays:
-    """Writes one token's K and V [K, H] to each slot >= 0."""
+    """Writes one token's K and V [K, H] to each slot that lies in a page."""
     if len(arrays) == 4:
         return write_quantized_sm90.write_kv(arrays, key, value, slots, layer)
     num_tokens, num_kv_heads, head_dim = key.shape
@@ -64,7 +64,8 @@ def _kernel(block: int, num_tokens: int, k_pages, v_pages, key, value, slots, la
 
     def write(index, _):
         slot = slots[lax.min(first + index, num_tokens - 1)]
-        is_ours = (first + index < num_tokens) & (slot >= 0) & (div(slot, page_size) < num_pages)
+        is_page = (slot >= page_size) & (div(slot, page_size) < num_pages)  # before it lies NULL_PAGE
+        is_ours = (first + index < num_tokens) & is_page
 
         @pl.when(is_ours)
         def _():

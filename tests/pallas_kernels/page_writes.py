@@ -34,7 +34,7 @@ def write_oracle(pages, tokens, slots, layer):
     """Pages [L, P, K, Z, ...] after the write of tokens [tokens, K, ...]."""
     pages = pages.copy()
     for token, slot in zip(tokens, slots, strict=True):
-        if slot >= 0:
+        if slot >= pages.shape[3]:  # not in NULL_PAGE
             pages[layer, slot // pages.shape[3], :, slot % pages.shape[3]] = token
     return pages
 

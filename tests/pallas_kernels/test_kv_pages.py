@@ -86,9 +86,12 @@ def test_zeros_stay_zeros_and_what_is_not_finite_stays_in_its_vector(dtype):
     assert np.isnan(read[3:]).all()
 
 
-def test_slots_beyond_the_pool_and_negative_ones_are_not_written():
-    pools, (key, value, _) = random_pool(POOL), random_tokens(POOL, 3)
-    written = write_kv(*pools, key, value, np.asarray([-1, -(2**31), POOL[1] * POOL[3]]))
+@pytest.mark.parametrize("dtype", [np.float32, *QUANTIZED])
+def test_slots_of_no_page_are_not_written(dtype):
+    """Below zero, beyond the pool, and in NULL_PAGE."""
+    pools, (key, value, _) = random_pool(POOL, dtype), random_tokens(POOL, 5)
+    slots = np.asarray([-1, -(2**31), POOL[1] * POOL[3], 0, POOL[3] - 1])
+    written = write_kv(*pools[:2], key, value, slots, **scales_of(pools))
     for pages, actual in zip(pools, written, strict=True):
         np.testing.assert_array_equal(actual, pages)
 
