@@ -1,6 +1,7 @@
 """Paged decode on this GPU against contiguous caches and the rate at which memory can be read.
 
     python examples/benchmarks/paged_attention.py --out paged_attention.json --plot paged_attention.png
+    python examples/benchmarks/paged_attention.py --only Batch-invariant --out batch_invariant.json
     python examples/benchmarks/paged_attention.py --heads 32/8 --head-dim 128 --rows 1 64 --context 4096
 
 One query token a row. Without --heads: the decode comparison of the vAttention paper (Prabhu et al. 2024) at
@@ -167,6 +168,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--iterations", type=report.positive, default=8)
     parser.add_argument("--plot", help="write a chart here, as PNG")
     parser.add_argument("--plot-from", help="only plot: read this JSON instead of measuring")
+    parser.add_argument("--only", default="", metavar="TEXT", help="sections whose title holds this")
     options = parser.parse_args()
     try:
         options.sections = chosen_sections(options)
@@ -187,6 +189,9 @@ def main() -> int:
         of_rows = ("row", "microseconds", "tb_per_s", "tokens_per_s", "share_of_ceiling")
         print(show(report.read("--plot-from", options.plot_from, ("device",), of_rows, "sections"), options))
         return 0
+    options.sections = {title: rows for title, rows in options.sections.items() if options.only in title}
+    if not options.sections:
+        report.refuse(f"--only: no section's title holds {options.only!r}")
     report.begin_processes(f"{sum(map(len, options.sections.values()))} rows of paged decode")
     names = [f"page {size}" for size in options.page_size]
     names += [name for name in NAMES if not name.startswith("page")]

@@ -18,13 +18,17 @@ import report
 import row_worker
 from decode_peers import PEERS, Row
 
+from pallas_kernels import PAGE_SIZES
+
 ROW = Row("tiny", 4, 2, 64, (40, 1, 64))
 
 
 def test_rows_have_labels_of_their_own_and_count_their_bytes():
     labels = [row.label for rows in paged_attention.SECTIONS.values() for row in rows]
     assert len(set(labels)) == len(labels)
-    assert set(paged_attention.NAMES) <= set(PEERS)
+    rows = [row for rows in paged_attention.SECTIONS.values() for row in rows]
+    assert set(paged_attention.NAMES).union(*(row.names for row in rows)) <= set(PEERS)
+    assert {f"page {size}" for size in PAGE_SIZES} in [set(row.names) for row in rows]
     assert ROW.cache_bytes == 2 * 105 * 2 * 64 * 2
     assert ROW._replace(dtype="int8").cache_bytes == 2 * 105 * 2 * (64 + 4)
     large = Row("large", 8, 2, 64, (8192,))
@@ -38,6 +42,14 @@ def test_every_row_has_pages_of_its_own():
     assert sorted(used) == [*range(1, 9)]
     assert not tables[0, 3:].any()
     assert not tables[1, 1:].any()
+
+
+def test_what_batch_invariance_costs_is_in_its_table():
+    (row, *_) = paged_attention.SECTIONS["Batch-invariant"]
+    parts = {name: {"microseconds": time} for name, time in zip(row.names, (20.0, 21.0), strict=True)}
+    figures = paged_attention.row_figures(row, parts, {})
+    table = paged_attention.tables({"device": "toy", "sections": {"Batch-invariant": [figures]}})
+    assert "+5.0%" in table.splitlines()[-1]
 
 
 def test_arrays_are_filled_in_their_dtypes():
@@ -142,6 +154,7 @@ def test_a_process_that_hangs_costs_its_own_rows(monkeypatch, tmp_path, capsys):
         ["--max-seconds", "x"],
         ["--iterations", "0"],
         ["--rows", "0"],
+        ["--only", "x"],
         [],
     ],
 )
