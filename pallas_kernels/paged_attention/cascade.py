@@ -3,9 +3,9 @@
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels import checks
@@ -79,7 +79,7 @@ def cascade_attention(
 
 def check_prefixes(prefix_lengths: Any, page_size: int) -> None:
     """Holds lengths of prefixes, if their values are known, to whole pages."""
-    if isinstance(prefix_lengths, jax.core.Tracer):
+    if isinstance(prefix_lengths, Tracer):
         return
     known = np.asarray(prefix_lengths)
     if ((known < 0) | (known % page_size != 0)).any():

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxattn import page_pool
 from jaxattn.models import LlamaConfig
 from jaxattn.page_pool import (
     PagedAttention,
@@ -135,3 +136,13 @@ def test_copy_pages_copies_every_layer():
     expected = pages.at[:, 5].set(pages[:, 3]).at[:, 4].set(pages[:, 1])
     np.testing.assert_array_equal(copied.k_pages, expected)
     np.testing.assert_array_equal(copied.v_pages, 2 * expected)
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_decode_is_as_batch_invariant_as_asked_for(qkv, monkeypatch, batch_invariant):
+    asked, attend = [], page_pool.paged_attention
+    record = lambda *arrays, **options: asked.append(options["batch_invariant"]) or attend(*arrays, **options)
+    monkeypatch.setattr(page_pool, "paged_attention", record)
+    batch = PagedBatch(TABLES, jnp.ones(R, jnp.int32), slots_of(jnp.zeros(R, jnp.int32)))
+    PagedAttention(poisoned_pool(), batch, batch_invariant=batch_invariant)(1, *(x[:, 0] for x in qkv))
+    assert asked == [batch_invariant]
