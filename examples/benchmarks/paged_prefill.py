@@ -10,8 +10,10 @@ pair of a query and a key it sees, whatever an implementation computes: t querie
 t s - t (t - 1) / 2 keys. `of dense` is flash_attention's time divided by ours.
 
 Mixed batches: rows of many queries and rows of one in one call, against one call of either kind alone, each
-with block tables as wide as its own rows need; page size 16. These are calls by default; what it costs that a
-row has the same bits whatever else is in the batch, batch_invariant=True, paged_attention.py shows.
+with block tables as wide as its own rows need; page size 16.
+
+Batch-invariant: what batch_invariant=True costs, where a row has the same bits whatever else is in the batch,
+and keys of few queries are not split. What it costs decode paged_attention.py shows.
 
 us is the time in kernels by CUPTI, the median of several runs; `elapsed`, of the mixed batches, is the time
 from one call to the next on the clock, gaps between kernels included. Inputs that would fit in the L2 cache
@@ -24,11 +26,11 @@ import sys
 import in_processes
 import report
 from in_processes import percent
-from prefill_peers import CUDNN, DECODE, DENSE, ONE_CALL, PAGE_16, PAGE_128, PREFILL, Row
+from prefill_peers import CUDNN, DECODE, DENSE, INVARIANT, ONE_CALL, PAGE_16, PAGE_128, PREFILL, Row
 
 LLAMA, YI = ("Llama-3-8B", 32, 8, 128), ("Yi-6B", 32, 4, 128)
 GPT2 = ("GPT-2 medium", 16, 16, 64)
-MIXED = "Mixed batches"
+MIXED, BATCH_INVARIANT = "Mixed batches", "Batch-invariant"
 
 Model = tuple[str, int, int, int]
 
@@ -71,6 +73,15 @@ SECTIONS = {
         mixed(LLAMA, (2, 512, 3584), (126, 4096)),
         mixed(GPT2, (4, 1024, 0), (252, 1024)),
         mixed(LLAMA, (0, 0, 0), (128, 2048)),
+    ],
+    BATCH_INVARIANT: [
+        row._replace(note=f"{row.note}, batch-invariant or not", names=(PAGE_16, INVARIANT))
+        for row in (
+            prompts(LLAMA, 1, 16, 16368),
+            prompts(LLAMA, 1, 512, 15872),
+            prompts(LLAMA, 8, 512, 3584),
+            prompts(GPT2, 16, 256, 768),
+        )
     ],
 }
 
@@ -119,6 +130,14 @@ def prompt_table(title: str, rows: list[dict]) -> str:
     return report.table(tuple(header), lines)
 
 
+def invariant_table(title: str, rows: list[dict]) -> str:
+    lines = []
+    for row in rows:
+        before, after = (row["microseconds"][name] for name in (PAGE_16, INVARIANT))
+        lines.append((row["row"], before, after, after / before if before and after else None))
+    return report.table((f"{title} (us)", PAGE_16, INVARIANT, "ratio"), lines)
+
+
 def mixed_table(title: str, rows: list[dict]) -> str:
     header = (
         f"{title} (us)",
@@ -151,10 +170,8 @@ def summary(result: dict) -> str:
 
 
 def tables(result: dict) -> str:
-    sections = [
-        (mixed_table if title == MIXED else prompt_table)(title, rows)
-        for title, rows in result["sections"].items()
-    ]
+    table_of = {MIXED: mixed_table, BATCH_INVARIANT: invariant_table}
+    sections = [table_of.get(title, prompt_table)(title, rows) for title, rows in result["sections"].items()]
     return "\n\n".join([*sections, *in_processes.without_figures(result), summary(result)])
 
 

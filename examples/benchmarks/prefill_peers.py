@@ -19,6 +19,7 @@ from pallas_kernels import flash_attention, paged_attention
 KERNELS = "sm90"  # the implementation that is measured
 BYTES = 2  # of bf16
 PAGE_16, PAGE_128, DENSE, CUDNN = "page 16", "page 128", "flash_attention", "cuDNN"
+INVARIANT = "batch-invariant, page 16"
 ONE_CALL, PREFILL, DECODE = "one call", "prefill alone", "decode alone"
 
 
@@ -69,7 +70,7 @@ class Row(NamedTuple):
         return self._replace(queries=queries, lengths=lengths)
 
 
-def over_pages(page_size: int, batch: Row, is_ragged: bool = True) -> Program:
+def over_pages(page_size: int, batch: Row, is_ragged: bool = True, batch_invariant: bool = False) -> Program:
     """paged_attention; K and V of the sets are layers of one pool. Not ragged: a decode step."""
     tables = scattered_tables(batch.lengths, page_size)
     shape = (batch.num_sets, int(tables.max()) + 1, batch.num_kv_heads, page_size, batch.head_dim)
@@ -79,6 +80,7 @@ def over_pages(page_size: int, batch: Row, is_ragged: bool = True) -> Program:
 
     def attend(index, queries, k_pages, v_pages, tables, lengths, start):
         options = {"query_start": start, "layer": jnp.int32(index), "implementation": KERNELS}
+        options["batch_invariant"] = batch_invariant
         return paged_attention(queries[index], k_pages, v_pages, tables, lengths, **options)
 
     lengths = np.asarray(batch.lengths, np.int32)
@@ -121,6 +123,7 @@ def cudnn(batch: Row) -> Program:
 
 PEERS: dict[str, Callable[[Row], Program]] = {
     PAGE_16: functools.partial(over_pages, 16),
+    INVARIANT: functools.partial(over_pages, 16, batch_invariant=True),
     PAGE_128: functools.partial(over_pages, 128),
     DENSE: dense,
     CUDNN: cudnn,

@@ -13,7 +13,7 @@ import programs
 import pytest
 import report
 import row_worker
-from prefill_peers import CUDNN, DECODE, DENSE, ONE_CALL, PAGE_16, PREFILL
+from prefill_peers import CUDNN, DECODE, DENSE, INVARIANT, ONE_CALL, PAGE_16, PREFILL
 
 TINY = ("tiny", 4, 2, 16)
 WRITES = ("tiny", 2, 16)
@@ -58,6 +58,9 @@ def test_prefill(monkeypatch, tmp_path, capsys, on_cpu):
             paged_prefill.prompts(TINY, 1, 5, 30)._replace(names=(PAGE_16, CUDNN)),
         ],
         paged_prefill.MIXED: [paged_prefill.mixed(TINY, (1, 9, 8), (3, 20))],
+        paged_prefill.BATCH_INVARIANT: [
+            paged_prefill.prompts(TINY, 1, 3, 30)._replace(names=(PAGE_16, INVARIANT))
+        ],
     }
     result = run(monkeypatch, tmp_path, paged_prefill, prefill_peers, sections)
     whole, chunk = result["sections"]["Chunks"]
@@ -70,6 +73,8 @@ def test_prefill(monkeypatch, tmp_path, capsys, on_cpu):
     times = both["microseconds"]
     assert both["microseconds_apart"] == times[PREFILL] + times[DECODE]
     assert both["microseconds_ratio"] == pytest.approx(times[ONE_CALL] / (times[PREFILL] + times[DECODE]))
+    (invariant,) = result["sections"][paged_prefill.BATCH_INVARIANT]
+    assert set(invariant["microseconds"]) == {PAGE_16, INVARIANT}
     assert all(reason.startswith("cuDNN: ") for reason in result["no_figure"])
     assert chunk["share_of_dense"] == {PAGE_16: None}
     printed = capsys.readouterr().out.splitlines()
