@@ -143,8 +143,8 @@ def make_spec(
     query: jax.Array, scale, local_window_size, logits_soft_cap, config, batch_invariant: bool = False
 ) -> PagedSpec:
     """The static part of a call, from arguments as a caller gives them."""
-    check_config("config", config, PagedConfig)
     left, _ = checks.normalize_window(local_window_size)
+    check_config("config", config, PagedConfig)
     return PagedSpec(
         scale=1 / math.sqrt(query.shape[-1]) if scale is None else checks.check_number("scale", scale),
         window_left=left,

@@ -154,7 +154,6 @@ def test_a_process_that_hangs_costs_its_own_rows(monkeypatch, tmp_path, capsys):
         ["--max-seconds", "x"],
         ["--iterations", "0"],
         ["--rows", "0"],
-        ["--only", "x"],
         [],
     ],
 )
@@ -163,6 +162,13 @@ def test_a_wrong_command_line_or_no_gpu_is_exit_code_2(monkeypatch, arguments):
     monkeypatch.setattr("sys.argv", ["x", *arguments])
     with pytest.raises(SystemExit, match="2"):
         paged_attention.main()
+
+
+def test_only_sections_that_there_are(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["x", "--only", "no such"])
+    with pytest.raises(SystemExit, match="2"):
+        paged_attention.main()
+    assert "no section's title holds 'no such'" in capsys.readouterr().err
 
 
 def test_shapes_come_from_the_command_line():
