@@ -28,7 +28,7 @@ import numpy as np
 
 from pallas_kernels import device
 from pallas_kernels.flash_attention import FlashConfig, flash_attention, sm90, tuned
-from pallas_kernels.flash_attention.op import MAX_HEAD_DIM
+from pallas_kernels.flash_attention.arguments import MAX_HEAD_DIM
 from pallas_kernels.flash_attention.spec import AttentionInputs, AttentionSpec
 
 # What is tried of each field, wherever it stands. A field that is not here is tried at its default only.
