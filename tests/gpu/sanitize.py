@@ -1,6 +1,6 @@
 """Small rows of each family of kernels under compute-sanitizer; a table, and a record as rows end.
 
-    python -m tests.gpu.sanitize RESULT.json [-k PART OF A ROW'S NAME]
+    python -m tests.gpu.sanitize RESULT.json [-k REGEX of rows]
 
 memcheck looks for accesses out of bounds, racecheck for hazards in shared memory. racecheck does not follow
 every barrier that TMA copies arrive at: a hazard it names is a place to look at, no proof. Only kernels of
@@ -34,6 +34,8 @@ ROWS = {
     "flash: block mask": f"{FLASH}[small, block mask]",
     "flash: folded": f"{FLASH}[one wave, H=64 odd]",
     "flash: float32": f"{FLASH}[float32 fused, H=64 odd]",
+    "flash: adds in order": f"{FLASH}[fused, deterministic, H=128 odd]",
+    "flash: tiles of 80 keys": f"{FLASH}[H=256 full]",
     "pages: write, copy": "test_kv_pages.py::test_write_and_copy[shape0-77-bfloat16-bfloat16]",
     "pages: write, copy, int8": "test_kv_pages.py::test_write_and_copy[shape8-77-bfloat16-int8]",
     "paged: decode": "test_paged_attention.py::test_decode_of_every_group[1]",
@@ -121,10 +123,10 @@ def main(arguments: list[str]) -> int:
         return 0
     result, *rest = arguments
     part = rest[1] if rest[:1] == ["-k"] else ""
-    chosen = [row for row in ROWS if part in row]
+    chosen = [row for row in ROWS if re.search(part, row)]
     missing = [tool for tool in ("nvidia-smi", SANITIZER) if shutil.which(tool) is None]
     if missing or not chosen:
-        reason = f"{missing[0]} is not on the PATH" if missing else f"{part!r} is in none of {list(ROWS)}"
+        reason = f"{missing[0]} is not on the PATH" if missing else f"{part!r} matches none of {list(ROWS)}"
         print(f"sanitize: nothing was checked: {reason}", file=sys.stderr)
         return 2
     seconds, jobs = float(os.environ.get("ROW_SECONDS", 120)), int(os.environ.get("JOBS", 1))

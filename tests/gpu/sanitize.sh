@@ -1,6 +1,6 @@
 #!/bin/sh
 # Small rows of each family of kernels under compute-sanitizer, on the Hopper GPU of this machine (sanitize.py).
-#   tests/gpu/sanitize.sh [RESULT.json] [-k part of a row's name]
+#   tests/gpu/sanitize.sh [RESULT.json] [-k regex of rows]
 # PYTHON: the interpreter (python3 by default). ROW_SECONDS: what a row may take under one tool (120). JOBS: at a time.
 cd "$(dirname "$0")/../.." || exit 1
 export COMMAND="${JOBS:+JOBS=$JOBS }${ROW_SECONDS:+ROW_SECONDS=$ROW_SECONDS }tests/gpu/sanitize.sh $*"
