@@ -145,6 +145,8 @@ def default_fused(
     at 4,096; lengths 1.06, window 1.04. H = 64, T = 512: full 0.92, causal 1.05, lengths 1.01; groups of 4
     1.11 at T = 1,024; segments 1.07 at 1,024, 1.04 at 2,048. H = 96 at T = 512 1.20. H = 256: 1.00 at T = 512
     1.05 at 256.
+    Deterministic, an H200, in ms with the forward: full T = 1,024, 4,096, 8,192 1.06, 3.42, 6.83, the two
+    kernels 1.01, 3.47, 6.90; causal T = 4,096, 16,384 1.96, 7.38, the two kernels 1.79, 6.78.
     Taken to be like these without a measurement: fp16, several features at a time.
     """
     if is_deterministic and (is_causal or num_keys < IN_ORDER):
