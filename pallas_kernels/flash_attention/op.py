@@ -98,7 +98,8 @@ def flash_attention(
         dropout_rate, dropout_key: drops weights by a hash of (key, batch, head, query, key index), the same
             bits in any variant and tile size, forward and backward.
         return_lse: also return the natural log-sum-exp of each row's logits, f32[B, T, N], with its gradient.
-        deterministic: same inputs give the same gradient bits (the forward pass always is).
+        deterministic: the same call gives the same gradient bits on GPUs with as many multiprocessors (the
+            forward pass always does, on any).
         config: tile sizes, instead of default_config's.
         implementation: a name of VARIANTS. By default the first variant that can serve the call.
 
