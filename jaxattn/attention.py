@@ -97,8 +97,8 @@ def dot_product_attention(
     of keys, of which there are several, and all is in a shard_map that is manual along other axes alone.
     Inside shard_map each device needs a dropout_key of its own.
 
-    `jax.checkpoint(f, policy=jaxattn.SAVE_ATTENTION)` does not compute attention a second time. Of gradients
-    only implementation="xla" has gradients.
+    `jax.checkpoint(f, policy=jaxattn.SAVE_ATTENTION)` does not compute attention a second time. Gradients of
+    gradients take implementation="xla".
 
     Raises ValueError for wrong arguments and NotImplementedError where the implementation named cannot do
     what is asked. From: Dao et al., FlashAttention (2022), FlashAttention-2 (2023).
