@@ -44,8 +44,8 @@ class Adds(NamedTuple):
 
     def begin(self, number, first) -> "Adding":
         """Begins to add dQ of a tile, if number >= first, the first of its item: passes the tile before on,
-        whose add is long complete, and looks whose turn it is. (Who waited with a tile in hand could keep all
-        waiting: under a causal mask those behind may be before us at the next.)
+        whose add is long complete, and looks whose turn it is. (Who waited with a tile in hand would keep
+        those behind waiting for two.)
         """
         pl.when(number > first)(lambda: self.pass_on(number - 1, number))
         is_one = number >= first

@@ -263,7 +263,7 @@ def _tiles(plan: AttentionPlan, extras: Extras, batch, head, first_key, q_length
     (left, right), offset, tile_q = plan.reach, -plan.offset(q_length, kv_length), plan.fused.tile_q
     keys = block_keys(plan)
     if plan.is_deterministic:
-        tiles = add_order(plan).visits(div(first_key, keys))
+        tiles = add_order(plan).visits()
     else:
         tiles = kv_tiles(first_key, keys, offset, kv_length, q_length, (right, left), tile_q, mask_end=False)
         tiles = extras.visits(tiles, batch, head, first_key, HALF, tile_q, keys // HALF)

@@ -89,7 +89,7 @@ def _spills(plan: AttentionPlan, inputs: AttentionInputs) -> bool:
 
 def statistics_multiple(plan: AttentionPlan) -> int:
     """What T must be a multiple of in lse2 and delta."""
-    return block_keys(plan) if plan.is_deterministic else plan.fused.tile_q
+    return plan.fused.tile_q
 
 
 def launch(plan: AttentionPlan, inputs: AttentionInputs, query, key, value, out_grad, lse2, delta):

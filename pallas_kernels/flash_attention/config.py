@@ -12,7 +12,7 @@ KV_TILES = (*TILES, 80)
 STREAMED_TILES = (64, 128)
 WARPGROUPS = (1, 2, 3)
 SHORT = 1024  # queries
-IN_ORDER = 4096  # keys from which the fused backward is the faster deterministic one, where nothing is masked
+IN_ORDER = 4096  # keys from which the fused backward is the faster deterministic one
 
 
 def _check(config, **choices: tuple[int, ...]) -> None:
@@ -146,10 +146,10 @@ def default_fused(
     1.11 at T = 1,024; segments 1.07 at 1,024, 1.04 at 2,048. H = 96 at T = 512 1.20. H = 256: 1.00 at T = 512
     1.05 at 256.
     Deterministic, an H200, in ms with the forward: full T = 1,024, 4,096, 8,192 1.06, 3.42, 6.83, the two
-    kernels 1.01, 3.47, 6.90; causal T = 4,096, 16,384 1.96, 7.38, the two kernels 1.79, 6.78.
+    kernels 1.01, 3.47, 6.90.
     Taken to be like these without a measurement: fp16, several features at a time.
     """
-    if is_deterministic and (is_causal or num_keys < IN_ORDER):
+    if is_deterministic and num_keys < IN_ORDER:
         return None
     shortest = 512 if head_dim > 128 or (head_dim <= 64 and not is_causal) else 1024
     if num_keys < shortest or "bias" in features:
