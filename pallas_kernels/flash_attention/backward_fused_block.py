@@ -300,11 +300,11 @@ def load_item(
         adding = _begin_add(adds, number - plan.fused.stages - 1, first_number)
         if adds is not None:
             adds.announce(block, index)
+        by_row, by_head = block.queries_at(plan, index)  # of a list it is read, which takes time
         pl.when(number >= plan.fused.stages)(lambda: plgpu.barrier_wait(barriers.consumed.at[slot]))
         adding.copy()
         if adds is not None:
             plgpu.barrier_arrive(loaded)
-        by_row, by_head = block.queries_at(plan, index)
         q.rows(*by_row)(buffers.q.at[slot], loaded)
         plgpu.copy_gmem_to_smem(lse2.at[by_head], buffers.lse(slot), loaded)
         d_out.rows(*by_row)(buffers.d_out.at[slot], loaded)
