@@ -198,10 +198,12 @@ class _Axes(NamedTuple):
 
     batch: tuple[str, ...]
     head: tuple[str, ...]
+    kv_head: tuple[str, ...]  # as head; or none: each device has all of them, and takes the one of its heads
+    num_parts: int  # of heads
 
     @classmethod
     def of(cls, mesh: Any, query: Any, key: Any) -> "_Axes":
-        """Those of the query, where rows and heads divide evenly and no KV head is needed in parts.
+        """Those of the query, where rows and heads divide evenly, and KV heads or those who share one.
 
         None where its sharding names no axes: arrays from outside a mesh, and inside a shard_map that is
         manual along some axes, where XLA divides along the others.
@@ -212,13 +214,13 @@ class _Axes(NamedTuple):
         if query.shape[0] % parts(batch):
             batch = ()
         num_kv_heads = key.shape[2]
-        if query.shape[2] % parts(head) or (num_kv_heads > 1 and num_kv_heads % parts(head)):
+        if query.shape[2] % parts(head) or (num_kv_heads % parts(head) and parts(head) % num_kv_heads):
             head = ()
-        return cls(batch, head)
+        return cls(batch, head, () if num_kv_heads % parts(head) else head, parts(head))
 
     def specs(self, arrays: Sequence[Any], letters: Sequence[str]) -> list[PartitionSpec]:
         """How arrays lie on the devices; one with a single row or head for all lies on every one."""
-        axes = {"b": self.batch, "n": self.head, "k": self.head}
+        axes = {"b": self.batch, "n": self.head, "k": self.kv_head}
         of_dimension = lambda size, letter: (axes.get(letter.removeprefix("#")) or None) if size > 1 else None
         return [
             PartitionSpec(*map(of_dimension, array.shape, names.split()))
@@ -231,6 +233,20 @@ class _Axes(NamedTuple):
             name for names in spec if names for name in ((names,) if isinstance(names, str) else names)
         }
         return tuple(name for name in (*self.batch, *self.head) if name not in present)
+
+    def own_kv_head(self, x: jax.Array, letters: str) -> jax.Array:
+        """Of an array of all KV heads, the one that this device's heads read."""
+        axis = letters.split().index("k")
+        return lax.dynamic_index_in_dim(x, self._kv_head_of(x.shape[axis]), axis)
+
+    def among_kv_heads(self, x: jax.Array, letters: str, num_kv_heads: int) -> jax.Array:
+        """What this device has of its KV head, with zeros for the others."""
+        shape = [num_kv_heads if name == "k" else 1 for name in letters.split()]
+        is_own = jnp.arange(num_kv_heads) == self._kv_head_of(num_kv_heads)
+        return jnp.where(is_own.reshape(shape), x, 0)
+
+    def _kv_head_of(self, num_kv_heads: int) -> jax.Array:
+        return lax.axis_index(self.head) * num_kv_heads // self.num_parts
 
 
 def _names(axes: Any) -> tuple[str, ...]:
@@ -247,8 +263,21 @@ def _local(function: Callable, letters: _Arrays, axes: _Axes, out_specs: Sequenc
         first_row = lax.axis_index(axes.batch) * batch if axes.batch else 0
         first_head = lax.axis_index(axes.head) * num_heads if axes.head else 0
         arrays[place] = shift_seed(arrays[place], first_row, first_head)
+    num_kv_heads = arrays[1].shape[2]
+    is_shared = axes.head != axes.kv_head and num_kv_heads > 1
+    if is_shared:
+        arrays = [
+            axes.own_kv_head(vary_along(x, varying(arrays[0])), names) if "k" in names.split() else x
+            for x, names in zip(arrays, letters.operands, strict=True)
+        ]
+    results = function(*arrays)
+    if is_shared:
+        results = [
+            axes.among_kv_heads(x, names, num_kv_heads) if "k" in names.split() else x
+            for x, names in zip(results, letters.results, strict=True)
+        ]
     sums = map(axes.absent, out_specs)
-    return [lax.psum(x, names) if names else x for x, names in zip(function(*arrays), sums, strict=True)]
+    return [lax.psum(x, names) if names else x for x, names in zip(results, sums, strict=True)]
 
 
 def _sharding_rule(letters: _Arrays, mesh: Any, operand_types: Any, result_types: Any) -> str:

@@ -111,12 +111,8 @@ def test_sharded_jit_moves_nothing(name):
 @pytest.mark.parametrize(
     ("num_kv_heads", "kv_spec", "moved"),
     [
-        (
-            1,
-            P("data"),
-            {"all-reduce"},
-        ),  # each device holds the KV head; its gradients are summed
-        (2, P("data"), None),  # no device may hold a part of a KV head: the heads are gathered
+        (1, P("data"), {"all-reduce"}),  # each device holds the KV head; its gradients are summed
+        (2, P("data"), {"all-reduce"}),  # of two, each device takes the one of its heads
         (4, P("data"), {"all-gather"}),  # of the gradients only
     ],
 )
@@ -126,6 +122,19 @@ def test_query_heads_divided_further_than_kv_heads(num_kv_heads, kv_spec, moved)
     sharded = put(mesh_of(2, 4), operands, (ROWS_AND_HEADS, kv_spec, kv_spec))
     assert_close(call(*sharded), call(*operands))
     assert moved in (None, collectives(call.lower(*sharded).compile().as_text()))
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("name", ["dropout", "sinks"])
+def test_eight_devices_share_two_kv_heads(axis_type, name):
+    operands = inputs(8, 2)
+    options = {"sinks": jnp.arange(8.0)} if name == "sinks" else OPTIONS[name]
+    call = jax.jit(functools.partial(gradients, **options))
+    specs = (P(None, None, "tensor"), P(), P())
+    sharded = put(mesh_of(1, 8, axis_type), operands, specs)
+    actual = call(*sharded)
+    assert_close(jax.device_get(actual), call(*operands))
+    assert collectives(call.lower(*sharded).compile().as_text()) <= {"all-reduce"}
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
