@@ -65,10 +65,10 @@ def check_buffers(buffers: Sequence[Any], arrays: Arrays, num_pages: int) -> Non
 
 
 def check_layer(layer: Any, num_layers: int) -> jax.Array:
-    """Holds a layer index to a scalar integer within the pool, if its value is known; returns i32[]."""
+    """Holds a layer index to a scalar integer within the pool, if the host knows it; returns i32[]."""
     try:
-        known = operator.index(layer)
-    except TypeError:  # traced, or no integer
+        known = 0 if isinstance(layer, jax.Array) else operator.index(layer)  # a device is not waited for
+    except TypeError:  # no integer
         known = 0
     if not 0 <= known < num_layers:
         raise ValueError(f"layer must lie in 0..{num_layers - 1}, got {known}")

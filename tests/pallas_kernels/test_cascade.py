@@ -61,7 +61,7 @@ def test_merge_weighs_parts_by_their_log_sum_exp():
         ("prefix_lengths must have the dimensions", (jnp.int32(16), jnp.zeros(3, jnp.int32))),
         ("prefix_lengths must not be empty", (jnp.zeros(0, jnp.int32), jnp.zeros(3, jnp.int32))),
         ("prefix_lengths must hold integers", (jnp.zeros(1), jnp.zeros(3, jnp.int32))),
-        (r"multiples of the page size 8, >= 0, got \[8, 12\]", (jnp.array([8, 12]), jnp.zeros(3, jnp.int32))),
+        (r"multiples of the page size 8, >= 0, got \[8, 12\]", (np.array([8, 12]), jnp.zeros(3, jnp.int32))),
         (r"multiples of the page size 8, >= 0, got \[-8\]", (np.array([-8]), jnp.zeros(3, jnp.int32))),
         ("group_of_row must be an array, got list", (jnp.array([8]), [0, 0, 0])),
     ],
