@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.flash_attention.backward_fused_order import AddOrder
+from pallas_kernels.flash_attention.backward_fused_order import L2_BYTES, AddOrder
 
 
 def visited(order: AddOrder) -> list[list[int]]:
@@ -56,7 +56,8 @@ def lock_step(order: AddOrder, paths: list[list[int]], turn: dict[tuple[int, int
 def orders(draw):
     num_tiles, parts = draw(st.integers(1, 13)), draw(st.sampled_from([1, 2]))
     num_query_tiles = num_tiles * parts + draw(st.integers(1 - parts, 5))
-    order = AddOrder(num_tiles, num_query_tiles, parts, draw(st.integers(1, 5)), draw(st.integers(1, 12)))
+    num_heads, multiprocessors = draw(st.integers(1, 5)), draw(st.integers(1, 12))
+    order = AddOrder(num_tiles, num_query_tiles, parts, num_heads, multiprocessors, head_bytes=1)
     fewest = -(-num_tiles // order.num_multiprocessors)
     return dataclasses.replace(order, classes=draw(st.integers(fewest, fewest + 3)))
 
@@ -76,14 +77,19 @@ def test_each_has_its_turn_at_every_tile_and_no_one_waits_for_ever(order):
 
 @pytest.mark.parametrize("num_tiles", [8, 13])
 def test_blocks_that_start_together_do_not_wait(num_tiles):
-    order = AddOrder(num_tiles, 2 * num_tiles, 2, 6, 33).in_best_classes()
+    order = AddOrder(num_tiles, 2 * num_tiles, 2, 6, 33, head_bytes=1).in_best_classes()
     paths = visited(order)
     steps, most = lock_step(order, paths, turns(order, paths))
     assert steps == most
 
 
-def test_waves_fill_the_gpu():
-    for num_tiles, num_heads in ((32, 64), (128, 16), (50, 64), (200, 5)):
-        order = AddOrder(num_tiles, 2 * num_tiles, 2, num_heads, 132).in_best_classes()
-        assert order.num_waves < 1.12 * num_heads * num_tiles / 132
-        assert order.wave_heads * order.wave_tiles <= 132
+@pytest.mark.parametrize(
+    ("num_tiles", "num_heads", "classes"), [(32, 64, 2), (64, 32, 2), (128, 16, 2), (50, 64, 2), (67, 32, 3)]
+)
+def test_waves_fill_the_gpu_and_heads_fit_in_l2(num_tiles, num_heads, classes):
+    head_bytes = num_tiles * 128 * 128 * 8
+    order = AddOrder(num_tiles, 2 * num_tiles, 2, num_heads, 132, head_bytes).in_best_classes()
+    assert order.classes == classes
+    assert order.num_waves < 1.3 * num_heads * num_tiles / 132
+    assert order.wave_heads * order.wave_tiles <= 132
+    assert order.wave_heads * head_bytes <= L2_BYTES
