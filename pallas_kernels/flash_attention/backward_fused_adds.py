@@ -42,6 +42,10 @@ class Adds(NamedTuple):
         numbers[place + Add.COUNTER] = head * order.num_query_tiles + tile
         numbers[place + Add.TURN] = order.num_before(own, tile)
 
+    def show(self, loaded) -> None:
+        """Arrives for what was announced, at the barrier of what is loaded with it."""
+        plgpu.barrier_arrive(loaded)
+
     def begin(self, number, first) -> "Adding":
         """Begins to add dQ of a tile, if number >= first, the first of its item: passes the tile before on,
         whose add is long complete, and looks whose turn it is. (Who waited with a tile in hand would keep
@@ -92,3 +96,20 @@ class Adding(NamedTuple):
     def end(self) -> None:
         """Lets others use that memory."""
         pl.when(self.is_one)(self.adds._free)
+
+
+class NoAdds:
+    """In the place of Adds, and of Adding, where the computing warpgroups add: nothing is done."""
+
+    def announce(self, block: Block, index) -> None: ...
+
+    def show(self, loaded) -> None: ...
+
+    def begin(self, number, first) -> "NoAdds":
+        return self
+
+    def pass_on(self, first, stop) -> None: ...
+
+    def copy(self) -> None: ...
+
+    def end(self) -> None: ...

@@ -1,4 +1,4 @@
-"""What a thread block of the fused backward kernel holds in shared memory, where it stands, and its loads."""
+"""What a thread block of the fused backward kernel holds in shared memory, and where it stands."""
 
 import enum
 import functools
@@ -118,7 +118,7 @@ class Barriers(NamedTuple):
         consumed = plgpu.Barrier(num_barriers=stages, num_arrivals=WARPGROUPS)
         owned = plgpu.Barrier(num_arrivals=WARPGROUPS)
         written = plgpu.Barrier(num_barriers=2, num_arrivals=WARPGROUPS)
-        item_loaded = plgpu.Barrier(num_arrivals=_arrivals(plan))
+        item_loaded = plgpu.Barrier(num_arrivals=item_arrivals(plan))
         d_q_free = plgpu.Barrier() if plan.is_deterministic else None
         return cls(item_loaded, owned, owned, loaded, consumed, written, d_q_free)
 
@@ -128,7 +128,7 @@ def brings_ids(plan: AttentionPlan) -> bool:
     return plan.has_segments and plan.head_dim < 128
 
 
-def _arrivals(plan: AttentionPlan) -> int:
+def item_arrivals(plan: AttentionPlan) -> int:
     """Of an item: two halves of its keys, of its values, and of its segment ids, and what it is."""
     return 2 * WARPGROUPS + 1 + WARPGROUPS * brings_ids(plan)
 
@@ -272,115 +272,6 @@ def _tiles(plan: AttentionPlan, extras: Extras, batch, head, first_key, q_length
     # Keys past the end have weights too, which would reach dQ: a block that has some masks every tile.
     full_stop = where(first_key + keys > kv_length, tiles.full_start, tiles.full_stop)
     return tiles._replace(full_stop=full_stop)
-
-
-def load_item(
-    plan: AttentionPlan,
-    block: Block,
-    item,
-    is_later,
-    sources,
-    buffers: Buffers,
-    barriers: Barriers,
-    adds: Any = None,
-    first_number: Any = 0,
-) -> None:
-    """Loads an item's queries, keys and values, as soon as what has their place is no longer needed. adds:
-    Adds, where they are in order, and first_number: which tile of queries was the first of the item before.
-    """
-    q, k, v, d_out, lse2, delta = sources
-    start, _, _, stop = block.indices
-    second = lax.min(start + 1, stop)
-
-    def load_tile(index, _, first_number):
-        number = block.number(index)
-        slot = slot_of(plan, number)
-        loaded = barriers.loaded.at[slot]
-        # Of the tile before the one that is consumed dQ is multiplied.
-        adding = _begin_add(adds, number - plan.fused.stages - 1, first_number)
-        if adds is not None:
-            adds.announce(block, index)
-        by_row, by_head = block.queries_at(plan, index)  # of a list it is read, which takes time
-        pl.when(number >= plan.fused.stages)(lambda: plgpu.barrier_wait(barriers.consumed.at[slot]))
-        adding.copy()
-        if adds is not None:
-            plgpu.barrier_arrive(loaded)
-        q.rows(*by_row)(buffers.q.at[slot], loaded)
-        plgpu.copy_gmem_to_smem(lse2.at[by_head], buffers.lse(slot), loaded)
-        d_out.rows(*by_row)(buffers.d_out.at[slot], loaded)
-        plgpu.copy_gmem_to_smem(delta.at[by_head], buffers.delta(slot), loaded)
-        if brings_ids(plan):
-            ids = block.extras.q_segment_ids.at[block.batch, by_head[2]]
-            plgpu.copy_gmem_to_smem(ids, buffers.ids.at[slot], loaded)
-        adding.end()
-
-    # In the order in which the item before releases them.
-    lax.fori_loop(start, second, functools.partial(load_tile, first_number=first_number), None)
-    own_first = block.number(start)
-    keys_and_values = (v, buffers.v, barriers.v_free, 2), (k, buffers.k, barriers.k_free, 1)
-    for gmem, smem, free, age in keys_and_values:  # age: how many tiles ago that is whose dQ is there
-        adding = _begin_add(adds, own_first - age, first_number)
-        if is_later is not False:
-            pl.when(is_later)(functools.partial(plgpu.barrier_wait, free))
-        adding.copy()
-
-        def load_half(half, _, gmem=gmem, smem=smem):
-            gmem.rows(*block.keys_at(half))(smem.at[half], barriers.item_loaded)
-
-        lax.fori_loop(0, WARPGROUPS, load_half, None)
-        adding.end()
-    if brings_ids(plan):  # read as long as values are
-        for half in range(WARPGROUPS):
-            ids = block.extras.kv_segment_ids.at[block.batch, pl.ds(block.first_key + half * HALF, HALF)]
-            plgpu.copy_gmem_to_smem(ids, buffers.key_ids.at[half], barriers.item_loaded)
-    buffers.item[0], buffers.item[1] = item
-    plgpu.barrier_arrive(barriers.item_loaded)
-    if adds is not None:
-        adds.pass_on(lax.max(own_first - 1, first_number), own_first)
-    lax.fori_loop(second, stop, functools.partial(load_tile, first_number=own_first), None)
-
-
-class NothingToAdd:
-    """Where the computing warpgroups add."""
-
-    def copy(self) -> None: ...
-
-    def end(self) -> None: ...
-
-
-def _begin_add(adds: Any, number, first_number) -> Any:
-    return NothingToAdd() if adds is None else adds.begin(number, first_number)
-
-
-def end(
-    plan: AttentionPlan,
-    num_items: int | None,
-    num_tiles,
-    buffers: Buffers,
-    barriers: Barriers,
-    adds: Any = None,
-    first_number: Any = 0,
-) -> None:
-    """Sees every arrival before the thread block ends, and says that it does: num_items is no item."""
-
-    def wait_consumed(number, _):
-        adding = _begin_add(adds, number - 1, first_number)
-        plgpu.barrier_wait(barriers.consumed.at[slot_of(plan, number)])
-        adding.copy()
-        adding.end()
-
-    lax.fori_loop(lax.max(0, num_tiles - plan.fused.stages), num_tiles, wait_consumed, None)
-    plgpu.barrier_wait(barriers.v_free)
-    adding = _begin_add(adds, num_tiles - 1, first_number)
-    plgpu.barrier_wait(barriers.k_free)
-    adding.copy()
-    adding.end()
-    if adds is not None:
-        adds.pass_on(num_tiles - 1, num_tiles)
-    if num_items is None:
-        return
-    buffers.item[0] = jnp.int32(num_items)
-    lax.fori_loop(0, _arrivals(plan), lambda *_: plgpu.barrier_arrive(barriers.item_loaded), None)
 
 
 def slot_of(plan: AttentionPlan, number):

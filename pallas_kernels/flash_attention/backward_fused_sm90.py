@@ -20,7 +20,7 @@ from jax import lax
 
 from pallas_kernels.device import num_multiprocessors
 from pallas_kernels.flash_attention import backward_fused_wide, halves
-from pallas_kernels.flash_attention.backward_fused_adds import Adds
+from pallas_kernels.flash_attention.backward_fused_adds import Adds, NoAdds
 from pallas_kernels.flash_attention.backward_fused_block import (
     HALF,
     WARPGROUPS,
@@ -29,8 +29,6 @@ from pallas_kernels.flash_attention.backward_fused_block import (
     Buffers,
     add_order,
     block_keys,
-    end,
-    load_item,
     parts_of_dq,
     visit_last,
     visit_queries,
@@ -42,6 +40,7 @@ from pallas_kernels.flash_attention.backward_fused_items import (
     order_of,
     schedule_of,
 )
+from pallas_kernels.flash_attention.backward_fused_load import Loader
 from pallas_kernels.flash_attention.backward_fused_order import orders_adds
 from pallas_kernels.flash_attention.backward_fused_tile import Step, finish, store, take_tile
 from pallas_kernels.flash_attention.extras import Footprint, prepare
@@ -173,8 +172,8 @@ def _body(plan: AttentionPlan, order: TileOrder, num_blocks: int, *refs):
     *sources, extras, d_q, table, turns, d_k, d_v, buffers, barriers = refs
     warpgroup = lax.axis_index("warpgroup")
     queue = Queue(order, num_blocks, table, buffers.item.at[pl.ds(2, 1)] if draws_items(plan) else None)
-
-    adds = Adds(plan, d_q, turns, buffers, barriers) if plan.is_deterministic else None
+    adds = Adds(plan, d_q, turns, buffers, barriers) if plan.is_deterministic else NoAdds()
+    loader = Loader(plan, sources, buffers, barriers, adds)
 
     def begin(item, num_taken, role: int = 0) -> Step:
         block = Block.locate(plan, order, extras, item, num_taken, buffers.item)
@@ -184,22 +183,21 @@ def _body(plan: AttentionPlan, order: TileOrder, num_blocks: int, *refs):
         WARPGROUPS,
         warpgroup,
         compute=lambda: _compute(plan, begin, queue.last, warpgroup, d_k, d_v, buffers, barriers),
-        load=lambda: _load(plan, begin, queue, sources, buffers, barriers, adds),
+        load=lambda: _load(begin, queue, loader),
     )
 
 
-def _load(plan: AttentionPlan, begin, queue: Queue, sources, buffers: Buffers, barriers: Barriers, adds):
+def _load(begin, queue: Queue, loader: Loader):
     """What the loading warpgroup does."""
 
     def load(item, is_later, carry):
         num_taken, first_number = carry
         block = begin(item, num_taken).block
-        numbers = item, num_taken
-        load_item(plan, block, numbers, is_later, sources, buffers, barriers, adds, first_number)
+        loader.load_item(block, (item, num_taken), is_later, first_number)
         return block.number(block.indices.stop), num_taken
 
     num_tiles, first_number = queue.visit(load, (jnp.int32(0), jnp.int32(0)))
-    end(plan, queue.last, num_tiles, buffers, barriers, adds, first_number)
+    loader.end(queue.last, num_tiles, first_number)
 
 
 def _compute(
