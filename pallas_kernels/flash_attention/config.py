@@ -145,11 +145,11 @@ def default_fused(
     at 4,096; lengths 1.06, window 1.04. H = 64, T = 512: full 0.92, causal 1.05, lengths 1.01; groups of 4
     1.11 at T = 1,024; segments 1.07 at 1,024, 1.04 at 2,048. H = 96 at T = 512 1.20. H = 256: 1.00 at T = 512
     1.05 at 256.
-    Deterministic, an H200, in ms with the forward: full T = 1,024, 4,096, 8,192 1.06, 3.42, 6.83, the two
-    kernels 1.01, 3.47, 6.90.
+    Deterministic, H = 128, an H200, in ms with the forward: full T = 1,024, 4,096, 8,192 1.06, 3.42, 6.83,
+    the two kernels 1.01, 3.47, 6.90; other head dims and groups were not measured, and take the two.
     Taken to be like these without a measurement: fp16, several features at a time.
     """
-    if is_deterministic and num_keys < IN_ORDER:
+    if is_deterministic and (num_keys < IN_ORDER or head_dim <= 96 or group > 1):
         return None
     shortest = 512 if head_dim > 128 or (head_dim <= 64 and not is_causal) else 1024
     if num_keys < shortest or "bias" in features:
