@@ -262,7 +262,8 @@ def _medium_config(call: Call) -> FlashConfig:
 def _wide_config(head_dim: int, call: Call) -> FlashConfig:
     """H > 128. Tiles of 80 keys, H = 256, full T = 1,024, 2,048, 4,096, 16,384: 656, 728, 764, 790, of 64
     keys 634, 690, 721, 725 (cuDNN 642, 706, 735, 740); causal T = 1,024, 4,096, 16,384 485, 702, 774, of 64
-    493, 672, 736 (cuDNN 466, 607, 657); shorter ones would mostly be cut.
+    493, 672, 736 (cuDNN 466, 607, 657); shorter ones would mostly be cut. Taken to be like these without a
+    measurement: H = 224, float32, folded blocks.
 
     Of 64 keys: two warpgroups hold the accumulators, and overlap: 751, in turn 734, neither 703 (T = 4,096:
     684, 645, 652). Full T = 512, 1,024, 4,096, 16,384: 532, 626, 716, 694, with a third tile of V 558, 645,
