@@ -1,5 +1,7 @@
 """batch_invariant=True on a Hopper GPU: a row has the same bits alone and in any batch."""
 
+import os
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,7 +11,10 @@ from pallas_kernels.kv_pages.pool import QUANTIZED
 from tests.pallas_kernels.invariance_cases import assert_same_bits, attend, only
 from tests.pallas_kernels.paged_inputs import Case, cast, contiguous, make_case
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(os.environ.get("JAXATTN_TEST_GPU") != "1", reason="needs a Hopper GPU"),
+]
 
 ROWS = (2, 8, 16, 33)
 PER_HEAD = {"sinks": np.linspace(-0.5, 2.0, 8, dtype=np.float32)}
