@@ -1,7 +1,7 @@
 """What Pallas has no words for, in Mosaic GPU's own operations: registers one by one, and PTX.
 
-Beside mosaic.py and mosaic_wgmma.py the one place that imports them; each function stands in a kernel as a
-call of Pallas would.
+Beside mosaic.py, mosaic_wgmma.py and mosaic_copy.py the one place that imports them; each function stands in
+a kernel as a call of Pallas would.
 """
 
 from collections.abc import Sequence

@@ -63,6 +63,7 @@ def test_imports_go_one_way(package):
         ("pallas.mosaic_gpu", "mosaic.py"),
         ("mosaic.gpu.fragmented_array", "mosaic_inline.py"),
         ("mosaic.gpu.wgmma", "mosaic_wgmma.py"),
+        ("mosaic.gpu.launch_context", "mosaic_copy.py"),
     ],
 )
 def test_one_module_touches_each_api_of_mosaic(api, module):

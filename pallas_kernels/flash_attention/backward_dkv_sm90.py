@@ -78,7 +78,7 @@ def _sum_rows(
     config, tiles = plan.config.dkv, block.tiles
     all_owned, owned = owned, owned.at(warpgroup)
     first_key = block.first_row + warpgroup * config.own
-    by_row = (block.batch, pl.ds(first_key, config.own), block.head)
+    by_row = (block.batch, first_key, block.head)
     place = (block.batch, first_key, config.own, block.head, block.kv_length)
     ids = block.ids_of(block.extras.kv_segment_ids, first_key, config.own)
     owned.load(*(source.rows(*place) for source in sources), *ids)
@@ -116,7 +116,7 @@ def _sum_rows(
             smem[...] = next(rest)
         plgpu.commit_smem()
         for smem, output in zip(staging, outputs, strict=True):
-            plgpu.copy_smem_to_gmem(smem, halves.target(plan, output, half, by_row))
+            halves.store(plan, smem, output, half, by_row)
         plgpu.wait_smem_to_gmem(0)
 
 

@@ -65,7 +65,7 @@ def _sum_rows(plan: AttentionPlan, block: Block, warpgroup, sources, d_q, owned:
     known_row = lax.max(first_row, 0) if num_spare else first_row
     rows = pl.ds(known_row, config.own)
     q, d_out, lse2, delta = sources
-    by_row, by_head = (block.batch, rows, block.head), (block.batch, block.head, rows)
+    by_row, by_head = (block.batch, known_row, block.head), (block.batch, block.head, rows)
     place = (block.batch, known_row, config.own, block.head, block.q_length)
     ids = block.ids_of(block.extras.q_segment_ids, known_row, config.own)
     owned.load(q.rows(*place), d_out.rows(*place), lse2.at[by_head], delta.at[by_head], *ids)
@@ -86,8 +86,7 @@ def _sum_rows(plan: AttentionPlan, block: Block, warpgroup, sources, d_q, owned:
         owned.first[...] = part
         plgpu.commit_smem()
         is_ours = first_row >= 0 if num_spare else True
-        target = halves.target(plan, d_q, half, by_row)
-        pl.when(is_ours)(functools.partial(plgpu.copy_smem_to_gmem, owned.first, target))
+        pl.when(is_ours)(functools.partial(halves.store, plan, owned.first, d_q, half, by_row))
         plgpu.wait_smem_to_gmem(0)
 
 

@@ -48,7 +48,16 @@ from pallas_kernels.flash_attention.operands import backward_operands
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.spec import AttentionInputs
 from pallas_kernels.flash_attention.tiles import TileOrder
-from pallas_kernels.mosaic import call_in_place, make_kernel, pl, plgpu, register_zeros, specialize
+from pallas_kernels.mosaic import (
+    call_in_place,
+    ceil_div,
+    make_kernel,
+    pl,
+    plgpu,
+    register_zeros,
+    specialize,
+)
+from pallas_kernels.mosaic_copy import OCTET
 
 
 def serves(plan: AttentionPlan, inputs: AttentionInputs) -> bool:
@@ -101,7 +110,8 @@ def launch(plan: AttentionPlan, inputs: AttentionInputs, query, key, value, out_
     operands = backward_operands(inputs, query, key, value, out_grad, plan.fused.tile_q, HALF)
     arrays = *operands, lse2, delta, extras
     of_heads = tuple(halves.out_type(plan, (*x.shape[:2], plan.num_heads, x.shape[3])) for x in (key, value))
-    order, zeros = order_of(plan), jnp.zeros(query.shape, jnp.float32)
+    order, sums = order_of(plan), (*query.shape[:3], plan.head_dim)
+    zeros = jnp.zeros((sums[0], ceil_div(sums[1], OCTET) * OCTET, *sums[2:]), jnp.float32)
     if plan.head_dim > 128:
         body = functools.partial(backward_fused_wide.body, plan, order)
         kernel = _kernel(body, of_heads, backward_fused_wide.scratch(plan), order.num_blocks)
@@ -110,7 +120,7 @@ def launch(plan: AttentionPlan, inputs: AttentionInputs, query, key, value, out_
     else:
         is_one = not is_persistent(plan, inputs)
         d_query, d_key, d_value = _launch_items(plan, order, of_heads, arrays, zeros, is_one)
-    d_query = d_query * plan.scale
+    d_query = d_query[:, : query.shape[1], :, : query.shape[3]] * plan.scale
     d_key, d_value = (_of_groups(plan, halves.join(plan, x)) for x in (d_key, d_value))
     return d_query if plan.keeps_fp32 else d_query.astype(plan.dtype), d_key, d_value
 

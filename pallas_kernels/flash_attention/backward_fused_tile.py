@@ -200,6 +200,5 @@ def store(step: Step, acc, scale: float, output):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         staging[...] = total
         plgpu.commit_smem()
-        keys = pl.ds(block.first_key + step.warpgroup * HALF, HALF)
-        target = halves.target(plan, output, half, (block.batch, keys, block.head))
-        plgpu.copy_smem_to_gmem(staging, target)
+        first_key = block.first_key + step.warpgroup * HALF
+        halves.store(plan, staging, output, half, (block.batch, first_key, block.head))

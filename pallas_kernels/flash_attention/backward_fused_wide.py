@@ -97,10 +97,9 @@ def _store(step: Step, total, outputs):
     for half, part in enumerate(halves.split(plan, total * scale)):
         staging[...] = part
         plgpu.commit_smem()
-        rows = block.batch, pl.ds(block.first_key, HALF), block.head
+        place = block.batch, block.first_key, block.head
         for owner, output in enumerate(outputs):
-            target = halves.target(plan, output, half, rows)
-            pl.when(role == owner)(functools.partial(plgpu.copy_smem_to_gmem, staging, target))
+            pl.when(role == owner)(functools.partial(halves.store, plan, staging, output, half, place))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 

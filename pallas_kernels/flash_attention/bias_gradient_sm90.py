@@ -29,6 +29,7 @@ from pallas_kernels.mosaic import (
     rem,
     swizzled_smem,
 )
+from pallas_kernels.mosaic_copy import load_tile
 
 TILE = 64  # queries, and keys: small, so that thread blocks share an SM and hide each other's loads
 
@@ -122,15 +123,15 @@ def _gradients(plan: AttentionPlan, extras: Extras, place: TilePlace, sources, b
     """dS of one tile."""
     q, k, v, d_out, lse2, delta = sources
     kv_head = div(place.head, plan.group)
-    rows, keys = pl.ds(place.first_query, TILE), pl.ds(place.first_key, TILE)
-    by_row, by_key = (place.batch, rows, place.head), (place.batch, keys, kv_head)
-    by_head = (place.batch, place.head, rows)
-    for source, target in zip(
-        (q.at[by_row], k.at[by_key], v.at[by_key], d_out.at[by_row], lse2.at[by_head], delta.at[by_head]),
-        buffers,
-        strict=False,
-    ):
-        plgpu.copy_gmem_to_smem(source, target, loaded)
+    by_row = place.batch, place.first_query, place.head
+    by_key = place.batch, place.first_key, kv_head
+    by_head = place.batch, place.head, pl.ds(place.first_query, TILE)
+    for source, target in ((q, buffers.q), (d_out, buffers.d_out)):
+        load_tile(source, by_row, target, loaded)
+    for source, target in ((k, buffers.k), (v, buffers.v)):
+        load_tile(source, by_key, target, loaded)
+    for source, target in ((lse2, buffers.lse), (delta, buffers.delta)):
+        plgpu.copy_gmem_to_smem(source.at[by_head], target, loaded)
     plgpu.barrier_wait(loaded)
     lse2, delta = (
         broadcast_rows(plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1)), TILE)

@@ -12,6 +12,10 @@ KV_TILES = (*TILES, 80)
 STREAMED_TILES = (64, 128)
 WARPGROUPS = (1, 2, 3)
 SHORT = 1024  # queries
+# What a query costs in blocks of two warpgroups, over what it costs in blocks of three, where all blocks see
+# alike (full T = 4,096, 10 heads of 128, for which both take waves of 384 rows together: 151 and 143 us), and
+# where they do not: 1.12 to 1.25 (H = 64 and 128, causal, T = 768 to 4,096).
+PAIR_COST, UNEVEN_PAIR_COST = 1.05, 1.25
 IN_ORDER = 4096  # keys from which the fused backward is the faster deterministic one
 
 
@@ -118,11 +122,13 @@ def default_fused(
     group: int,
     features: Collection[str],
     is_deterministic: bool = False,
+    leaves_idle: bool = False,
 ) -> FusedConfig | None:
     """The fused backward kernel where it was measured to be the faster one, else None.
 
     group: query heads of a KV head. features: those of the call, of bias, block_mask, dropout, lengths,
-    segments, slopes, soft_cap, window.
+    segments, slopes, soft_cap, window. leaves_idle: blocks that own keys of KV heads, and go through all
+    queries of a group, would be fewer than 1.5 a multiprocessor.
 
     It pays for sums of dQ in fp32 in global memory, and for dK and dV of every query head, and has few
     registers left. Its time over that of the other kernels, forward included, on an H200 with 16,384 tokens,
@@ -145,6 +151,10 @@ def default_fused(
     at 4,096; lengths 1.06, window 1.04. H = 64, T = 512: full 0.92, causal 1.05, lengths 1.01; groups of 4
     1.11 at T = 1,024; segments 1.07 at 1,024, 1.04 at 2,048. H = 96 at T = 512 1.20. H = 256: 1.00 at T = 512
     1.05 at 256.
+    Where those blocks leave multiprocessors idle, causal, in us with the forward, an H200, and how many of
+    them there are: T = 1,024, one row of 32/8 heads of 128 99 instead of 153 (64); T = 2,048, 8 heads 109
+    instead of 126 (128), four rows of 32/1 heads 1,018 instead of 2,054 (64), of 32/4 1,070 instead of 970
+    (256). H = 64, T = 2,048: 32/8 178 instead of 227 (128), four rows of 9/3 196 instead of 207 (192).
     Deterministic, H = 128, an H200, in ms with the forward: full T = 1,024, 4,096, 8,192 1.06, 3.42, 6.83,
     the two kernels 1.01, 3.47, 6.90; other head dims and groups were not measured, and take the two.
     Taken to be like these without a measurement: fp16, several features at a time.
@@ -156,14 +166,16 @@ def default_fused(
         return None
     if head_dim > 128:
         return FusedConfig(tile_q=64)
-    if num_keys <= 2048 and (group > 1 or "segments" in features):
+    if num_keys <= 2048 and ((group > 1 and not leaves_idle) or "segments" in features):
         return None
     if head_dim <= 64:
         return FusedConfig(tile_q=128)
     if {"lengths", "segments", "window"} & set(features):
         return None
     is_rich = bool({"slopes", "soft_cap", "block_mask"} & set(features))
-    return FusedConfig(tile_q=64) if is_rich or not is_causal or num_keys > 2048 else None
+    is_worth_it = is_rich or not is_causal or num_keys > 2048
+    is_worth_it |= leaves_idle and (group > 1 or num_keys > 1024)
+    return FusedConfig(tile_q=64) if is_worth_it else None
 
 
 class Call(NamedTuple):
@@ -180,6 +192,7 @@ class Call(NamedTuple):
     starts_light: bool = False  # the first queries see the fewest keys (spare_rows of AttentionPlan)
     few: bool = False  # there is a multiprocessor for every 64 queries of a head
     one_wave: bool = False  # or for every 128
+    ends_first_in_pairs: bool = False  # blocks of 128 queries end sooner than those of 192
 
     def is_short(self, longest: int) -> bool:
         return self.num_queries is not None and self.num_queries <= longest
@@ -188,10 +201,11 @@ class Call(NamedTuple):
     def leaves_rows_empty(self) -> bool:
         """Whether blocks of three warpgroups, of 192 rows, would not be worth what they leave empty: of the
         last block, or of the GPU (H = 128, causal, T = 1,024, 16 heads: 96 of three 22.8 us, 128 of two
-        16.6).
+        16.6; full T = 4,096, 8 heads: two waves of three 143, of two 103; causal T = 2,048, 16 heads 38.7 and
+        32.8; H = 64, T = 768, 25 heads 13.8 and 11.4).
         """
         shortest = SHORT // 4 if self.starts_light else SHORT
-        return self.has_lengths or self.one_wave or self.is_short(shortest)
+        return self.has_lengths or self.one_wave or self.ends_first_in_pairs or self.is_short(shortest)
 
 
 PLAIN = Call()

@@ -51,6 +51,7 @@ from pallas_kernels.mosaic import (
     swizzled_smem,
     where,
 )
+from pallas_kernels.mosaic_copy import load_tile
 
 
 class Buffers(NamedTuple):
@@ -84,8 +85,8 @@ class Work(NamedTuple):
 
 
 def launch(plan: ForwardPlan, inputs: AttentionInputs, query, key, value):
-    """Launches the kernel: (out [B, T, N, Hv], lse f32[B, N, T]); T and S come padded to multiples of 8. The
-    output has the arrays' dtype; plan.keeps_fp32: it is fp32.
+    """Launches the kernel: (out [B, T, N, Hv], lse f32[B, N, T]). The output has the arrays' dtype;
+    plan.keeps_fp32: it is fp32.
 
     A vector is copied without bounds: the log-sum-exp has whole row tiles.
     """
@@ -106,7 +107,7 @@ def launch(plan: ForwardPlan, inputs: AttentionInputs, query, key, value):
     tickets = Tickets.types(config.warpgroups) if plan.draws_items else None
     extras = prepare(plan, inputs, Footprint(config.tile_q, config.tile_kv, config.warpgroups))
     out_type = (
-        halves.out_type(plan, (batch, rows, heads, plan.value_dim)),
+        halves.out_type(plan, (batch, rows, heads, value.shape[3])),
         jax.ShapeDtypeStruct((batch, heads, plan.num_row_tiles * plan.block_rows), jnp.float32),
     )
     kernel = make_kernel(
@@ -192,15 +193,14 @@ def load_items(
         for warpgroup in range(config.warpgroups):
             buffer = _buffer_of(plan, turn, warpgroup)
             first_row = plan.first_row(work.row_tile, warpgroup)
-            rows = pl.ds(lax.max(first_row, 0) if plan.num_spare_rows else first_row, config.tile_q)
+            first = lax.max(first_row, 0) if plan.num_spare_rows else first_row
             free = functools.partial(plgpu.barrier_wait, barriers.q_free.at[buffer])
             pl.when(turn >= config.q_stages)(free)
             loaded = barriers.q_loaded.at[buffer]
-            plgpu.copy_gmem_to_smem(q.at[work.batch, rows, work.head], buffers.q.at[buffer], loaded)
+            load_tile(q, (work.batch, first, work.head), buffers.q.at[buffer], loaded)
             if plan.has_segments:
-                plgpu.copy_gmem_to_smem(
-                    extras.q_segment_ids.at[work.batch, rows], buffers.ids.at[buffer], loaded
-                )
+                ids = extras.q_segment_ids.at[work.batch, pl.ds(first, config.tile_q)]
+                plgpu.copy_gmem_to_smem(ids, buffers.ids.at[buffer], loaded)
 
     def load_item(turn, item, position):
         work = _find_work(plan, item, extras)
@@ -288,19 +288,19 @@ def attend_items(
         first_row = plan.first_row(work.row_tile, warpgroup)
         plgpu.commit_smem()
         is_ours = first_row >= 0 if plan.num_spare_rows else True
-        to = pl.ds(first_row, plan.config.tile_q)
+        place = work.batch, first_row, work.head
 
         @pl.when(is_ours)
         def _():
-            plgpu.copy_smem_to_gmem(out_smem, halves.target(plan, out, 0, (work.batch, to, work.head)))
-            plgpu.copy_smem_to_gmem(lse_smem, lse.at[work.batch, work.head, to])
+            halves.store(plan, out_smem, out, 0, place)
+            to = lse.at[work.batch, work.head, pl.ds(first_row, plan.config.tile_q)]
+            plgpu.copy_smem_to_gmem(lse_smem, to)
 
         for half, part in enumerate(rest, 1):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             out_smem[...] = part
             plgpu.commit_smem()
-            target = halves.target(plan, out, half, (work.batch, to, work.head))
-            pl.when(is_ours)(functools.partial(plgpu.copy_smem_to_gmem, out_smem, target))
+            pl.when(is_ours)(functools.partial(halves.store, plan, out_smem, out, half, place))
 
         if plan.config.q_stages == 1:
             _release_buffer(plan, barriers, turn, warpgroup)

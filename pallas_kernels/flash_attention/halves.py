@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.flash_attention.plan import AttentionPlan
+from pallas_kernels.mosaic_copy import store_tile
 
 
 def out_type(plan: AttentionPlan, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
@@ -36,9 +37,9 @@ def split(plan: AttentionPlan, x: jax.Array) -> Iterator[jax.Array]:
         yield lax.bitcast_convert_type(bits, plan.dtype)
 
 
-def target(plan: AttentionPlan, output: Any, half: int, place: tuple) -> Any:
-    """Where the results of a place go."""
-    return output.at[(half, *place) if plan.keeps_fp32 else place]
+def store(plan: AttentionPlan, staging: Any, output: Any, half: int, place: tuple) -> None:
+    """Starts the copy of what `split` gave; place: (batch, first row, head) of an output [B, T, heads, H]."""
+    store_tile(staging, output, (half, *place) if plan.keeps_fp32 else place)
 
 
 def join(plan: AttentionPlan, x: jax.Array) -> jax.Array:

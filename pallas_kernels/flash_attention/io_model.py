@@ -7,6 +7,7 @@ leaves the L2 cache for the SMs; of device memory only the compulsory bytes are 
 V (backward: the Q and dO) of the heads that run at one time.
 """
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -65,14 +66,15 @@ def io_bytes(
         L2 -> SMs = sum over blocks of  |r| H  +  n(r) tile_kv (H + Hv),      in elements
 
     The backward kernels likewise (see the functions below). n(r) is what the kernels' own index arithmetic
-    gives, so causal and window ranges are exact to the tile. Rows past the end of an array are not loaded.
+    gives, so causal and window ranges are exact to the tile. Rows and columns past the end of an array are
+    not loaded.
 
     Arguments:
         query, key, value: anything with shape [B, T, N, H], [B, S, K, H], [B, S, K, Hv] and a dtype; value is
             like key by default. Only shapes and dtypes are read.
         is_causal ... config: as flash_attention; default tiles where config is None.
 
-    Not counted: what XLA does around the kernels (padding, row sums of dO * O, casts). Raises ValueError for
+    Not counted: what XLA does around the kernels (row sums of dO * O, casts). Raises ValueError for
     wrong arguments, NotImplementedError for float32 and what the Hopper kernels cannot serve.
     """
     value = key if value is None else value
@@ -94,8 +96,10 @@ def io_bytes(
     plan = sm90.plan_of(inputs, spec)
     if plan.keeps_fp32:
         raise NotImplementedError("float32 is not counted: most of what it adds is XLA's, around the kernels")
-    is_fused = backward_fused_sm90.serves(plan, inputs)
-    return IoBytes(_forward(forward), _fused_backward(plan) if is_fused else _backward(plan))
+    is_fused, sum_dim = backward_fused_sm90.serves(plan, inputs), plan.head_dim
+    real = {"head_dim": query.shape[3], "value_dim": value.shape[3]}  # copies end there, sums of dQ do not
+    forward, plan = dataclasses.replace(forward, **real), dataclasses.replace(plan, **real)
+    return IoBytes(_forward(forward), _fused_backward(plan, sum_dim) if is_fused else _backward(plan))
 
 
 def _forward(plan: ForwardPlan) -> Traffic:
@@ -126,12 +130,12 @@ def _backward(plan: AttentionPlan) -> Traffic:
     )
 
 
-def _fused_backward(plan: AttentionPlan) -> Traffic:
+def _fused_backward(plan: AttentionPlan, sum_dim: int) -> Traffic:
     """Owns rows of K and V for each query head, streams what _dkv streams; adds fp32 rows of dQ for each tile
     that passes by, to zeros that are read from memory once.
     """
     block, tile = block_keys(plan), plan.fused.tile_q
-    d_query = plan.batch * plan.num_heads * plan.head_dim * FP32_BYTES  # of one row of every head
+    d_query = plan.batch * plan.num_heads * sum_dim * FP32_BYTES  # of one row of every head
     return Traffic(
         l2_to_sm=plan.group * _kv_bytes(plan) + _streamed_queries(plan, block, tile),
         sm_to_l2=plan.group * _kv_bytes(plan) + d_query * _streamed_rows(plan, block, tile, own_keys=True),

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels.flash_attention.spec import AttentionInputs
-from pallas_kernels.mosaic import pl, plgpu, rem
+from pallas_kernels.mosaic import pl, rem
+from pallas_kernels.mosaic_copy import load_tile
 
 
 class Operand(NamedTuple):
@@ -37,7 +38,7 @@ class Operand(NamedTuple):
         """
 
         def copy_from(array, first, target, barrier):
-            plgpu.copy_gmem_to_smem(array.at[batch, pl.ds(first, num_rows), head], target, barrier)
+            load_tile(array, (batch, first, head), target, barrier)
 
         def copy(target, barrier):
             if self.tail is None:

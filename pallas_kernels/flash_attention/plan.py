@@ -18,7 +18,8 @@ LOGITS_EXPONENT, WEIGHTS_EXPONENT, NORM_EXPONENT = 6, 14, 14
 
 @dataclasses.dataclass(frozen=True)
 class AttentionPlan:
-    """Shapes, mask and tiles of a launch. T and S are the real lengths; the arrays may be padded."""
+    """Shapes, mask and tiles of a launch. T and S are the real lengths; head dims are those of shared memory,
+    where tiles have whole swizzled columns."""
 
     batch: int
     num_queries: int

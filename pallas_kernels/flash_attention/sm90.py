@@ -16,19 +16,26 @@ from pallas_kernels.flash_attention import (
     reference,
     scaling,
 )
-from pallas_kernels.flash_attention.config import Call, FlashConfig, default_config, default_fused
+from pallas_kernels.flash_attention.config import (
+    PAIR_COST,
+    UNEVEN_PAIR_COST,
+    Call,
+    FlashConfig,
+    default_config,
+    default_fused,
+)
 from pallas_kernels.flash_attention.forward_plan import ForwardPlan
 from pallas_kernels.flash_attention.plan import LOGITS_EXPONENT, WEIGHTS_EXPONENT, AttentionPlan
 from pallas_kernels.flash_attention.spec import AttentionGradients, AttentionInputs, AttentionSpec
+from pallas_kernels.flash_attention.tiles import span
 from pallas_kernels.mosaic import LOG2_E
+from pallas_kernels.mosaic_copy import OCTET
 
-ROW_MULTIPLE = (
-    8  # TMA moves 8-row tiles: it would read or write past a batch row whose length is not a multiple
-)
-HEAD_MULTIPLE = 32  # 64 bytes, the narrower of the swizzles that cost no speed
+HEAD_MULTIPLE = 32  # columns in shared memory: 64 bytes, the narrower of the swizzles that cost no speed
 # jax.default_matmul_precision of calls that may multiply float32 as TF32 does, or as bfloat16: None is JAX's
 # own default, which does on a GPU.
 TF32_PRECISIONS = (None, "default", "tensorfloat32", "bfloat16", "TF32_TF32_F32", "BF16_BF16_F32")
+WAVES_COUNTED = 6  # of thread blocks; of more, what the last one leaves idle counts little
 WIDE_MULTIPLE = 64  # of wide heads in the backward pass, whose dQ is multiplied 64 columns at a time
 
 
@@ -67,7 +74,9 @@ def forward(inputs: AttentionInputs, spec: AttentionSpec) -> tuple[jax.Array, ja
     plan = forward_plan_of(inputs, spec)
     num_queries, value_dim = inputs.query.shape[1], inputs.value.shape[-1]
     exponents, arrays = scaling.scale_operands(inputs) if plan.keeps_fp32 else (None, inputs[:3])
-    out, lse = forward_sm90.launch(plan, inputs, *(_pad(x, is_forward=True) for x in arrays))
+    if plan.keeps_fp32:
+        arrays = [_pad(x, is_forward=True) for x in arrays]
+    out, lse = forward_sm90.launch(plan, inputs, *arrays)
     out, lse = out[:, :num_queries, :, :value_dim], lse[:, :, :num_queries]
     return out if exponents is None else scaling.times_power(out, -exponents.value), lse
 
@@ -90,7 +99,8 @@ def backward(
     else:
         scaled, arrays = None, (*inputs[:3], out_grad)
         delta = kernel_delta = reference.row_terms(out, lse, out_grad, lse_grad)
-    arrays = [_pad(x, is_forward=False) for x in arrays]
+    if plan.keeps_fp32:
+        arrays = [_pad(x, is_forward=False) for x in arrays]
     kernels = backward_fused_sm90 if backward_fused_sm90.serves(plan, inputs) else backward_sm90
     tile = math.lcm(kernels.statistics_multiple(plan), backward_sm90.statistics_multiple(plan))
     if inputs.block_mask is not None:  # whole tiles of it are visited, beyond the end too
@@ -158,7 +168,8 @@ def _config(inputs: AttentionInputs, spec: AttentionSpec, head_dim: int, value_d
     masks = features & {"block_mask", "lengths", "segments", "window"}
     has_bias_rows = inputs.bias is not None and inputs.bias.shape[2] > 1
     left, right = spec.reach
-    fits_once = lambda rows: batch * num_heads * math.ceil(num_queries / rows) <= num_multiprocessors()
+    blocks = lambda rows: batch * num_heads * math.ceil(num_queries / rows)
+    workers = num_multiprocessors()
     call = Call(
         num_queries,
         num_keys,
@@ -167,13 +178,15 @@ def _config(inputs: AttentionInputs, spec: AttentionSpec, head_dim: int, value_d
         busy=busy,
         hashes="dropout" in features,
         has_lengths="lengths" in features,
-        few=fits_once(64),
-        one_wave=fits_once(128),
+        few=blocks(64) <= workers,
+        one_wave=blocks(128) <= workers,
+        ends_first_in_pairs=left is None and not masks and _ends_first_in_pairs(inputs, spec),
         all_visible=not (spec.is_causal or num_keys % 64 or masks),
         starts_light=left is None and right is not None and not masks - {"window"},
     )
     widest, group = max(head_dim, value_dim), num_heads // num_kv_heads
-    fused = default_fused(widest, num_keys, spec.is_causal, group, features, spec.deterministic)
+    leaves_idle = batch * num_kv_heads * math.ceil(num_keys / 128) < 1.5 * workers
+    fused = default_fused(widest, num_keys, spec.is_causal, group, features, spec.deterministic, leaves_idle)
     config = dataclasses.replace(default_config(widest, call), fused=fused)
     if head_dim != value_dim:  # the output cannot take the queries' place, but takes that of the next queries
         tile_kv = 64 if config.splits_rows else config.tile_kv
@@ -181,6 +194,21 @@ def _config(inputs: AttentionInputs, spec: AttentionSpec, head_dim: int, value_d
     if inputs.alibi_slopes is not None:
         config = dataclasses.replace(config, dkv_passes=2)
     return config
+
+
+def _ends_first_in_pairs(inputs: AttentionInputs, spec: AttentionSpec) -> bool:
+    """Whether few blocks of queries would end sooner in pairs of warpgroups than in threes."""
+    batch, num_queries, num_heads, _ = inputs.query.shape
+    num_keys, (_, right), workers = inputs.key.shape[1], spec.reach, num_multiprocessors()
+    if batch * num_heads * math.ceil(num_queries / 128) > WAVES_COUNTED * workers:
+        return False
+    cost = PAIR_COST if right is None else UNEVEN_PAIR_COST
+    if right is not None and spec.bottom_right:
+        right += num_keys - num_queries
+    pairs, threes = (
+        span(rows, num_queries, num_keys, batch * num_heads, right, workers) for rows in (128, 192)
+    )
+    return cost * pairs < threes
 
 
 def _features(inputs: AttentionInputs, spec: AttentionSpec) -> set[str]:
@@ -203,8 +231,8 @@ def _padded(head_dim: int, is_forward: bool) -> int:
 
 
 def _pad(x: jax.Array, is_forward: bool) -> jax.Array:
-    """[B, T, N, H] with T and H as the kernels want them."""
-    x, more = _pad_rows(x, 1, ROW_MULTIPLE), _padded(x.shape[3], is_forward) - x.shape[3]
+    """[B, T, N, H] with whole tiles of rows and columns, as which the halves of fp32 results are stored."""
+    x, more = _pad_rows(x, 1, OCTET), _padded(x.shape[3], is_forward) - x.shape[3]
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, more))) if more else x
 
 

@@ -164,6 +164,20 @@ class Schedule:
         return blocks
 
 
+def span(rows: int, num_queries: int, num_keys: int, num_heads: int, right: int | None, workers: int) -> int:
+    """When the last block of `rows` queries ends, heavy ones dealt first, in rows x tiles of 128 keys.
+
+    right: keys that the first query sees beyond its own place; None: all see all. An item costs a tile more.
+    """
+    stops = range(num_queries, 0, -rows)
+    seen = [num_keys if right is None else min(stop + right, num_keys) for stop in stops]
+    free = [0] * workers
+    for keys in seen:
+        for _ in range(num_heads):
+            heapq.heapreplace(free, free[0] + 1 + math.ceil(keys / 128))
+    return rows * max(free)
+
+
 def table_of(queues: Sequence[Sequence[int]]) -> np.ndarray:
     """i32[blocks, 1 + most items a block has]: how many items a block has, and which."""
     table = np.zeros((len(queues), 1 + max(map(len, queues))), np.int32)

@@ -6,7 +6,7 @@ import unittest.mock
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import mosaic
+from pallas_kernels import mosaic, mosaic_copy
 from pallas_kernels.flash_attention import (
     backward_dkv_sm90,
     backward_fused_adds,
@@ -54,6 +54,8 @@ def plain_terms():
         "peek_turn": (lambda counters, place: jnp.int32(0), backward_fused_adds),
         "wait_turn": (lambda counters, place, turn, seen: None, backward_fused_adds),
         "pass_turn": (lambda counters, place: None, backward_fused_adds),
+        "load_exactly": (_load_exactly, mosaic_copy),
+        "store_exactly": (_store_exactly, mosaic_copy),
         "store_rows": (_store_rows, prefill_consumer),
         "load_numbers": (
             _load_numbers,
@@ -109,6 +111,21 @@ def _queue_product(acc, a, ref):
 def _load_by_column(ref, place, shape):
     *row, first = place
     return broadcast_columns(ref[*row, pl.ds(first, shape[1])], shape[0])
+
+
+def _load_exactly(array, place, target, barrier):
+    *batch, row, head = place
+    rows, columns = target.shape
+    if missing := columns - array.shape[-1]:
+        target[:, pl.ds(array.shape[-1], missing)] = jnp.zeros((rows, missing), target.dtype)
+    own = target.at[:, pl.ds(0, array.shape[-1])]
+    plgpu.copy_gmem_to_smem(array.at[*batch, pl.ds(row, rows), head], own, barrier)
+
+
+def _store_exactly(source, array, place):
+    *batch, row, head = place
+    own = source.at[:, pl.ds(0, array.shape[-1])]
+    plgpu.copy_smem_to_gmem(own, array.at[*batch, pl.ds(row, source.shape[0]), head])
 
 
 def _load_numbers(ref, places):

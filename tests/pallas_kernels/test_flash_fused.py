@@ -10,13 +10,13 @@ from pallas_kernels.flash_attention.spec import AttentionInputs, AttentionSpec
 
 
 def test_the_fused_backward_is_taken_unasked_only_where_it_was_measured():
-    def takes(h=128, k=4, t=4096, config=None, ids=None, **options):
-        query, key = (jax.ShapeDtypeStruct((2, t, n, h), jnp.bfloat16) for n in (4, k))
+    def takes(h=128, k=4, t=4096, config=None, ids=None, batch=16, **options):
+        query, key = (jax.ShapeDtypeStruct((batch, t, n, h), jnp.bfloat16) for n in (4, k))
         inputs = AttentionInputs(query, key, key, q_segment_ids=ids, kv_segment_ids=ids)
         spec = AttentionSpec(scale=1.0, config=config, **options)
         return backward_fused_sm90.serves(sm90.plan_of(inputs, spec), inputs)
 
-    ids = jax.ShapeDtypeStruct((2, 4096), jnp.int32)
+    ids = jax.ShapeDtypeStruct((16, 4096), jnp.int32)
     asked = FlashConfig(fused=FusedConfig(tile_q=64))
     assert takes()
     assert takes(is_causal=True)
@@ -39,6 +39,12 @@ def test_the_fused_backward_is_taken_unasked_only_where_it_was_measured():
     assert not takes(k=1, t=2048)
     assert not takes(k=1, t=2048, is_causal=True)
     assert takes(k=1, t=2048, is_causal=True, config=asked)
+    few = {"batch": 2, "is_causal": True}  # tiles of keys: they would leave multiprocessors idle
+    assert takes(t=2048, **few)
+    assert takes(k=1, t=2048, **few)
+    assert takes(k=1, t=1024, **few)
+    assert takes(h=64, k=1, t=1024, **few)
+    assert not takes(t=1024, **few)
     assert not takes(ids=ids)
     assert takes(h=64, ids=ids)
     assert takes(ids=ids, config=asked)

@@ -1,5 +1,7 @@
 """io_bytes against counts by hand and against a mask spelled out."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from pallas_kernels import FlashConfig, io_bytes, tuned_config
 from pallas_kernels.flash_attention.config import FusedConfig
 
 CONFIG = FlashConfig(tile_q=64, tile_kv=128, stages=2, warpgroups=2)
+FUSED = dataclasses.replace(CONFIG, fused=FusedConfig(tile_q=64))
 
 
 def arrays(batch=1, t=1024, s=None, n=2, k=None, h=64):
@@ -67,13 +70,13 @@ def test_larger_tiles_move_fewer_bytes():
     assert moved[0] / moved[3] == pytest.approx(4, rel=0.05)
 
 
-def test_head_dims_are_padded_as_the_kernels_pad_them():
-    narrow, padded, wide = (io_bytes(*arrays(h=h), config=CONFIG) for h in (96, 72, 128))
-    assert narrow == padded  # to a multiple of 32
+def test_columns_past_the_head_dim_are_not_loaded():
+    narrow, wide = (io_bytes(*arrays(h=h), config=CONFIG) for h in (72, 96))  # both are multiplied as 96
     assert narrow.forward.l2_to_sm * 4 == wide.forward.l2_to_sm * 3
-    narrow, wide = (io_bytes(*arrays(h=h), config=CONFIG) for h in (160, 192))
-    assert narrow.forward.l2_to_sm * 6 == wide.forward.l2_to_sm * 5
-    assert narrow.backward == wide.backward  # to a multiple of 64
+    assert narrow.backward.sm_to_l2 * 4 == wide.backward.sm_to_l2 * 3
+    narrow, wide = (io_bytes(*arrays(h=h), config=FUSED).backward for h in (72, 96))
+    sums = wide.sm_to_l2 - narrow.sm_to_l2
+    assert sums * 4 == 2 * 2 * 1024 * 2 * 96  # of dK and dV; sums of dQ have all 96
 
 
 def test_fused_backward_by_hand():
