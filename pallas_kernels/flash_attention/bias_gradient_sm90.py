@@ -3,7 +3,8 @@ was broadcast.
 
 Each thread block owns one tile of the sums and recomputes the tiles of dS that fall on it, in a fixed order:
 nothing of size T x S is stored but the gradient of a bias of that size. Where the sums run over queries or
-keys, those of each batch row and head are left to XLA, so that there are blocks enough.
+keys, those of each batch row and head are left to XLA, so that there are blocks enough. Of a block mask it
+reads a map instead of lists: a block asks whether its own tiles are visited.
 """
 
 import functools
@@ -14,6 +15,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.flash_attention.block_tiles import (
+    NOT_VISITED,
+    BlockTiles,
+    elements_by_kind,
+    tile_kinds,
+)
 from pallas_kernels.flash_attention.extras import Extras, Footprint, prepare
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.scores import TilePlace, logit_gradients, weigh
@@ -45,6 +52,34 @@ class Buffers(NamedTuple):
     delta: Any
     sums: Any  # [64, 64], on their way out
 
+    @classmethod
+    def types(cls, plan: AttentionPlan, dtype) -> "Buffers":
+        """dtype: of the sums."""
+        by_query, by_value = (swizzled_smem((TILE, n), plan.dtype) for n in (plan.head_dim, plan.value_dim))
+        vector = plgpu.SMEM((TILE,), jnp.float32)
+        sums = swizzled_smem((TILE, TILE), dtype)
+        return cls(by_query, by_query, by_value, by_value, vector, vector, sums)
+
+
+class TileMap(NamedTuple):
+    """A block mask, tile by tile."""
+
+    kinds: Any  # i32[B|1, N|1, Tq, Ts], see tile_kinds
+    elements: Any  # i8[2 + U, tile_q, tile_kv], of each kind
+
+    @classmethod
+    def of(cls, tiles: BlockTiles) -> "TileMap":
+        return cls(tile_kinds(tiles, jnp.arange(tiles.num_kv.shape[2])), elements_by_kind(tiles))
+
+    def find(self, place: TilePlace):
+        """(whether a tile is visited, its elements)."""
+        (batches, heads, *_), (_, tile_q, tile_kv) = self.kinds.shape, self.elements.shape
+        row = place.batch if batches > 1 else 0, place.head if heads > 1 else 0
+        kind = self.kinds[*row, div(place.first_query, tile_q), div(place.first_key, tile_kv)]
+        first_row, first_column = rem(place.first_query, tile_q), rem(place.first_key, tile_kv)
+        elements = self.elements.at[kind, pl.ds(first_row, TILE), pl.ds(first_column, TILE)]
+        return kind != NOT_VISITED, elements
+
 
 def launch(plan: AttentionPlan, inputs: AttentionInputs, query, key, value, out_grad, lse2, delta):
     """The gradient in the bias's shape and dtype, or in fp32 where the others are; arguments as theirs."""
@@ -58,10 +93,8 @@ def launch(plan: AttentionPlan, inputs: AttentionInputs, query, key, value, out_
     dtype, out_dtype = (
         jnp.float32 if is_fp32 else bias.dtype for is_fp32 in (sums_tiles or plan.keeps_fp32, plan.keeps_fp32)
     )
-    matrix = lambda dim: swizzled_smem((TILE, dim), plan.dtype)
-    vector = plgpu.SMEM((TILE,), jnp.float32)
-    by_query, by_value = matrix(plan.head_dim), matrix(plan.value_dim)
-    sums = swizzled_smem((TILE, TILE), dtype)
+    tile_map = None if inputs.block_mask is None else TileMap.of(inputs.block_mask)
+    extras = prepare(plan, inputs._replace(block_mask=None), Footprint(TILE, TILE, 1))
     (out,) = make_kernel(
         functools.partial(_body, plan, sizes, kept),
         out_type=(jax.ShapeDtypeStruct((*grid[:2], grid[2] * TILE, grid[3] * TILE), dtype),),
@@ -69,13 +102,10 @@ def launch(plan: AttentionPlan, inputs: AttentionInputs, query, key, value, out_
         grid_names=("block",),
         num_threads=1,
         thread_name="warpgroup",
-        scratch_types=(
-            Buffers(by_query, by_query, by_value, by_value, vector, vector, sums),
-            plgpu.Barrier(num_arrivals=6),
-        ),
+        scratch_types=(Buffers.types(plan, dtype), plgpu.Barrier(num_arrivals=6)),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="flash_attention_dbias",
-    )(query, key, value, out_grad, lse2, delta, prepare(plan, inputs, Footprint(TILE, TILE, 1)))
+    )(query, key, value, out_grad, lse2, delta, extras, tile_map)
     rows, columns = (n if keep else TILE for n, keep in zip(bias.shape[2:], kept[2:], strict=True))
     out = out[:, :, :rows, :columns]
     broadcast = tuple(axis for axis in range(4) if bias.shape[axis] == 1 and out.shape[axis] > 1)
@@ -83,7 +113,7 @@ def launch(plan: AttentionPlan, inputs: AttentionInputs, query, key, value, out_
 
 
 def _body(plan: AttentionPlan, sizes, kept, *refs):
-    *sources, extras, out, buffers, loaded = refs
+    *sources, extras, tile_map, out, buffers, loaded = refs
     block = lax.axis_index("block")
     num_steps = math.prod(size for size, keep in zip(sizes, kept, strict=True) if not keep)
 
@@ -96,6 +126,9 @@ def _body(plan: AttentionPlan, sizes, kept, *refs):
         seen = kv_tiles(place.first_query, TILE, offset, *lengths, plan.reach, TILE)
         seen = extras.visits(seen, batch, head, place.first_query, TILE, TILE, 1)
         is_seen = (seen.start <= kv_tile) & (kv_tile < seen.stop)
+        if tile_map is not None:
+            is_visited, elements = tile_map.find(place)
+            is_seen, place = is_seen & is_visited, place._replace(elements=elements)
         add = lambda _, sums: sums + _gradients(plan, extras, place, sources, buffers, loaded)
         return lax.fori_loop(0, is_seen.astype(jnp.int32), add, sums)
 

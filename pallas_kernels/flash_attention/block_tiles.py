@@ -13,6 +13,7 @@ Array = jax.Array | np.ndarray
 
 TILE = 128  # queries, and keys, of a tile: what the kernels load at a time
 FULL = -1  # in TileList.mask: every element of the tile is visible
+NOT_VISITED = 0  # of tile_kinds
 
 
 class BlockTiles(NamedTuple):
@@ -96,20 +97,28 @@ def unpack_tiles(tiles: BlockTiles) -> TileList:
 
 def visible_elements(tiles: BlockTiles, rows: jax.Array, num_keys: int) -> jax.Array:
     """bool[B|1, N|1, len(rows), S]: the keys that these queries see."""
-    tile_q, tile_kv = tiles.tile
-    q_tile = jnp.minimum(rows // tile_q, tiles.num_kv.shape[2] - 1)
+    tile_q, _ = tiles.tile
+    kinds = tile_kinds(tiles, jnp.minimum(rows // tile_q, tiles.num_kv.shape[2] - 1))
+    elements = elements_by_kind(tiles)[kinds, (rows % tile_q)[:, None]]
+    return elements.reshape(*kinds.shape[:3], -1)[..., :num_keys] != 0
+
+
+def tile_kinds(tiles: BlockTiles, q_tile: jax.Array) -> Int32[jax.Array, "#B #N Q Ts"]:
+    """What each tile of some rows of tiles is: NOT_VISITED, 1 full, 2 + m the partial tile m."""
     num_kv, num_partial, kv_index, kv_mask = (jnp.take(x, q_tile, axis=2) for x in tiles[:4])
     place = jnp.arange(kv_index.shape[-1])
-    # What a tile is: 0 not visited, 1 full, 2 + m the partial tile m.
     partial_kind = 2 + jnp.take(kv_mask, jnp.minimum(place, kv_mask.shape[-1] - 1), axis=-1)
     kind = jnp.where(place < num_partial[..., None], partial_kind, 1)
     num_kv_tiles = tiles.num_q.shape[-1]
     target = jnp.where(place < num_kv[..., None], kv_index, num_kv_tiles)
-    kinds = jnp.zeros((*num_kv.shape, num_kv_tiles), jnp.int32)
-    kinds = jnp.put_along_axis(kinds, target, kind, axis=-1, inplace=False, mode="drop")
-    whole = jnp.arange(2, dtype=jnp.int8)[:, None, None] * jnp.ones((tile_q, tile_kv), jnp.int8)
-    elements = jnp.concatenate([whole, tiles.masks])[kinds, (rows % tile_q)[:, None]]
-    return elements.reshape(*num_kv.shape, -1)[..., :num_keys] != 0
+    kinds = jnp.full((*num_kv.shape, num_kv_tiles), NOT_VISITED, jnp.int32)
+    return jnp.put_along_axis(kinds, target, kind, axis=-1, inplace=False, mode="drop")
+
+
+def elements_by_kind(tiles: BlockTiles) -> Int8[jax.Array, "2+U tile_q tile_kv"]:
+    """The elements of each kind of tile, 1 where visible."""
+    whole = jnp.arange(2, dtype=jnp.int8)[:, None, None] * jnp.ones(tiles.tile, jnp.int8)
+    return jnp.concatenate([whole, tiles.masks])
 
 
 def check_block_tiles(tiles: BlockTiles, batch: int, num_heads: int, num_queries: int, num_keys: int) -> None:

@@ -295,6 +295,10 @@ def modify_logits(tile: Tile, step, logits, masked: bool | jax.Array):
     """(logits, scale): softmax sees logits * scale, in base 2; -inf where a row does not see a key."""
     place, extras = tile.place(step, masked), tile.rows.extras
     logits, scale, _ = bend(tile.plan, extras, place, logits)
+    if extras.bias is not None and place.elements is not None:
+        # The bias is added before the element mask is read: both would take registers.
+        logits, step = lax.optimization_barrier((logits, step))
+        place = tile.place(step, masked)
     if masked is True and tile.plan.config.splits_rows and tile.plan.sees_prefixes:
         return hide_end(tile.plan, place, logits, -jnp.inf), scale
     return hide(tile.plan, extras, place, logits, -jnp.inf, masked), scale

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import flash_attention
+from pallas_kernels.flash_attention.block_tiles import visible_elements
 from pallas_kernels.flash_attention.config import default_config
 from tests.pallas_kernels.flash_cases import (
     BACKWARD_CASES,
@@ -17,8 +18,9 @@ from tests.pallas_kernels.flash_cases import (
     poison_padding,
     random_inputs,
 )
-from tests.pallas_kernels.flash_features import DROPOUT, FEATURES
+from tests.pallas_kernels.flash_features import DROPOUT, FEATURES, bias_of, block_mask
 from tests.pallas_kernels.flash_fused_cases import fused_config
+from tests.pallas_kernels.flash_random import assert_near_reference, attention, random_arrays
 from tests.pallas_kernels.tolerance import LIMITS, assert_close
 
 pytestmark = [
@@ -222,18 +224,34 @@ def test_float32_of_any_size_and_only_at_the_default_precision():
 
 @pytest.mark.parametrize("shape", [(1, 1, 300, 400), (1, 4, 300, 400), (2, 4, 1, 400), (2, 1, 300, 1)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_float32_gradients_of_a_bias_and_sinks(shape, dtype):
+@pytest.mark.parametrize("options", [{}, block_mask(300, 400)], ids=["all visible", "block mask"])
+def test_float32_gradients_of_a_bias_and_sinks(shape, dtype, options):
     query, key, value = random_inputs([(2, length, 4, 64) for length in (300, 400, 400)], jnp.float32)
     named = {"bias": jax.random.normal(jax.random.key(6), shape, dtype), "sinks": jnp.full(4, 3.0)}
 
     def gradients(implementation):
-        call = lambda named: flash_attention(query, key, value * 1e4, implementation=implementation, **named)
+        call = lambda named: flash_attention(
+            query, key, value * 1e4, implementation=implementation, **named, **options
+        )
         return jax.jit(jax.grad(lambda named: jnp.sum(call(named) ** 2)))(named)
 
     for one, other in zip(*map(jax.tree.leaves, map(gradients, ("sm90", "reference"))), strict=True):
         # Sums of whole rows, in which most cancels, carry the rounding of their terms.
         one, other = np.float64(one), np.float64(other)
         assert np.sqrt(np.mean((one - other) ** 2) / np.mean(other**2)) < 10 * LIMITS["float32"]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 900, 1000), (2, 4, 900, 1000), (1, 4, 1, 1000), (2, 1, 900, 1)])
+@pytest.mark.parametrize("h", [64, 128, 256])
+def test_gradients_of_a_bias_under_a_block_mask(shape, h):
+    sizes = {"batch": 2, "t": 900, "s": 1000, "n": 4, "k": 4, "h": h, "hv": h, "dtype": jnp.bfloat16}
+    arrays, cotangents = random_arrays(sizes, seed=0)
+    arguments = bias_of(*shape) | block_mask(900, 1000, density=0.3)
+    results = attention("sm90", arguments)(arrays, cotangents)
+    assert_near_reference(results, attention("reference", arguments), arrays, cotangents)
+    if shape[2:] == (900, 1000):
+        visible = visible_elements(arguments["block_mask"], jnp.arange(900), 1000)
+        assert (jnp.where(visible, 0, results["bias"]) == 0).all()
 
 
 def test_float32_rows_are_independent():

@@ -39,12 +39,12 @@ def bias_of(*shape, dtype=jnp.bfloat16):
     return {"bias": jax.random.normal(jax.random.key(6), shape).astype(dtype)}
 
 
-def block_mask(t, s, density=0.5, seed=0):
-    """Tiles that are whole, absent or random."""
+def block_mask(t, s, density=0.5, seed=0, heads=1):
+    """Tiles that are whole, absent or random, for all heads or for each."""
     rng = np.random.default_rng(seed)
-    kinds = rng.choice([0, 1, 2], (t // 128 + 1, s // 128 + 1), p=[1 - density, density / 2, density / 2])
-    kinds = np.kron(kinds, np.ones((128, 128), np.int32))[:t, :s]
-    dense = (kinds == 1) | ((kinds == 2) & (rng.random((t, s)) < 0.3))
+    shape, odds = (1, heads, t // 128 + 1, s // 128 + 1), [1 - density, density / 2, density / 2]
+    kinds = np.kron(rng.choice([0, 1, 2], shape, p=odds), np.ones((128, 128), np.int32))[:, :, :t, :s]
+    dense = (kinds == 1) | ((kinds == 2) & (rng.random(kinds.shape) < 0.3))
     return {"block_mask": BlockMask.from_dense(dense).tiles()}
 
 
@@ -66,6 +66,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "bias of queries": {"t": 70, "s": 70, **bias_of(1, 1, 70, 1)},
     "block mask": {"t": 256, "s": 140, **block_mask(256, 140, seed=3)},
     "block mask, causal": {"t": 130, "s": 140, "is_causal": True, **block_mask(130, 140, seed=4), **DROPOUT},
+    "block mask, bias": {"t": 130, "s": 140, **block_mask(130, 140, seed=1), **bias_of(1, 1, 130, 140)},
+    "block mask, bias of keys": {"t": 140, "s": 70, **block_mask(140, 70, seed=14), **bias_of(1, 1, 1, 70)},
     # Its tiles of 128 hold two of the kernels', of which the second lies beyond all keys and queries.
     "block mask, segments": {
         **{"t": 40, "s": 40, **block_mask(40, 40, seed=5), "is_causal": True},
