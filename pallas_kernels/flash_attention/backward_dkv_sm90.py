@@ -3,6 +3,7 @@ matrices are transposed, keys first.
 """
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -30,27 +31,52 @@ def body(plan: AttentionPlan, order: TileOrder, which: str, *refs):
     )
 
 
-def _queries_of(plan: AttentionPlan, block: Block, first_key, count: int) -> KvTiles:
-    """The mirror image of _keys_of. Queries past the end are zeros and need no mask."""
+def _queries_of(plan: AttentionPlan, block: Block, first_key, count: int, group: Any = 0) -> KvTiles:
+    """The mirror image of _keys_of, for a head of the group. Queries past the end, zeros, need no mask."""
     config, q_length, kv_length = plan.config.dkv, block.q_length, block.kv_length
     (left, right), offset, keys = plan.reach, -plan.offset(q_length, kv_length), config.own * count
     tiles = kv_tiles(
         first_key, keys, offset, kv_length, q_length, (right, left), config.other, mask_end=False
     )
-    head = block.head * plan.group  # a block mask for each query head comes without groups
+    head = block.head * plan.group + group
     return block.extras.visits(tiles, block.batch, head, first_key, config.own, config.other, count)
 
 
-def _load(plan: AttentionPlan, block: Block, sources, stream: Stream):
-    config, tiles = plan.config.dkv, block.tiles
-    q, d_out, lse2, delta = sources
-    per_head = tiles.stop - tiles.start
+def _lists_differ(plan: AttentionPlan, block: Block) -> bool:
+    """Whether the heads of a group have lists of their own."""
+    lists = block.extras.lists
+    return plan.group > 1 and lists is not None and lists.count.shape[1] > 1
 
-    def load_head(group, _):
+
+def _visit_heads(plan: AttentionPlan, block: Block, visit, carry):
+    """carry = visit(group, tiles, first, carry) for each head of the group, first: how many tiles the heads
+    before have taken; returns (how many all take, the last carry).
+    """
+    tiles = block.tiles
+    per_head = tiles.stop - tiles.start
+    if plan.group == 1:
+        return per_head, visit(0, tiles, 0, carry)
+    if not _lists_differ(plan, block):
+        step = lambda group, carry: visit(group, tiles, group * per_head, carry)
+        return plan.group * per_head, lax.fori_loop(0, plan.group, step, carry)
+
+    def visit_list(group, state):
+        first, carry = state
+        places = _queries_of(plan, block, block.first_row, plan.config.dkv.warpgroups, group)
+        return first + places.stop, visit(group, places, first, carry)
+
+    return lax.fori_loop(0, plan.group, visit_list, (jnp.int32(0), carry))
+
+
+def _load(plan: AttentionPlan, block: Block, sources, stream: Stream):
+    config = plan.config.dkv
+    q, d_out, lse2, delta = sources
+
+    def load_head(group, tiles, first, _):
         head = block.head * plan.group + group
 
         def load(tile, _):
-            index = group * per_head + tile - tiles.start
+            index = first + tile - tiles.start
             slot = rem(index, config.stages)
             pl.when(index >= config.stages)(lambda: stream.wait_consumed(slot))
             place = block.extras.tile_at(tile, block.batch, head, block.first_row, config.other)
@@ -63,11 +89,7 @@ def _load(plan: AttentionPlan, block: Block, sources, stream: Stream):
 
         lax.fori_loop(tiles.start, tiles.stop, load, None)
 
-    if plan.group > 1:
-        lax.fori_loop(0, plan.group, load_head, None)
-    else:
-        load_head(0, None)
-    total = plan.group * per_head
+    total, _ = _visit_heads(plan, block, load_head, None)
     drain = lambda index, _: stream.wait_consumed(rem(index, config.stages))
     lax.fori_loop(lax.max(0, total - config.stages), total, drain, None)
 
@@ -75,7 +97,7 @@ def _load(plan: AttentionPlan, block: Block, sources, stream: Stream):
 def _sum_rows(
     plan: AttentionPlan, which: str, block: Block, warpgroup, sources, outputs, owned: Owned, stream
 ):
-    config, tiles = plan.config.dkv, block.tiles
+    config = plan.config.dkv
     all_owned, owned = owned, owned.at(warpgroup)
     first_key = block.first_row + warpgroup * config.own
     by_row = (block.batch, first_key, block.head)
@@ -85,19 +107,19 @@ def _sum_rows(
     own = _queries_of(plan, block, first_key, 1)
     idle = plan.has_kv_lengths or plan.num_keys % (config.own * config.warpgroups) > 0
     ends = Ends(plan.has_masked_tail or plan.has_block_mask, plan.has_masked_start, idle)
-    per_head = tiles.stop - tiles.start
 
-    def attend_head(group, carry):
-        first_index = group * per_head - tiles.start
+    def attend_head(group, tiles, first, carry):
+        first_index = first - tiles.start
         slot_of = lambda tile: rem(first_index + tile, config.stages)
         head = block.head * plan.group + group
         step = functools.partial(_add_tile, plan, which, block, head, warpgroup, slot_of, all_owned, stream)
         skip = lambda tile, _: stream.skip(slot_of(tile))
-        return run_tiles(tiles, own, step, skip, carry, ends)
+        seen = tiles if _lists_differ(plan, block) else own  # a list is that of all warpgroups
+        return run_tiles(tiles, seen, step, skip, carry, ends)
 
     dims = {"dkv": (plan.head_dim, plan.value_dim), "dk": (plan.head_dim,), "dv": (plan.value_dim,)}[which]
     carry = tuple(register_zeros((config.own, dim)) for dim in dims)
-    carry = lax.fori_loop(0, plan.group, attend_head, carry) if plan.group > 1 else attend_head(0, carry)
+    _, carry = _visit_heads(plan, block, attend_head, carry)
     live = None
     if plan.has_kv_lengths:
         live = first_key + row_iota(config.own) < block.kv_length

@@ -91,7 +91,8 @@ def flash_attention(
         q_lengths, kv_lengths: tokens in use of each batch row, at most T and S (more count as these). Query,
             key and value may hold anything beyond. Keys and values that a bias, positions, segment ids or a
             block mask hide must be finite: their weights are 0, but 0 x NaN is NaN.
-        block_mask: the tiles of keys that a tile of queries visits, and which elements of them are visible.
+        block_mask: the tiles of keys that a tile of queries visits, and which elements of them are visible;
+            the same for all batch rows and query heads, or for each.
         local_window_size: keys visible left and right of a query: an int for both sides, or a pair in which
             None means no limit.
         scale: multiplies Q K^T; 1 / sqrt(H) by default.

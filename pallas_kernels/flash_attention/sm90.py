@@ -56,8 +56,6 @@ def unsupported(inputs: AttentionInputs, spec: AttentionSpec) -> str | None:
 def _why_not_block_mask(inputs: AttentionInputs, config: FlashConfig) -> str | None:
     """Why the kernels cannot follow a block mask; its tiles must be made of whole ones of theirs."""
     assert inputs.block_mask is not None
-    if inputs.block_mask.num_kv.shape[1] > 1 and inputs.key.shape[2] < inputs.query.shape[2]:
-        return "it does not take a block_mask for each query head where heads share keys"
     tile_q, tile_kv = inputs.block_mask.tile
     dq, dkv = config.dq, config.dkv
     rows = math.lcm(config.tile_q * config.warpgroups, dq.own * dq.warpgroups, dkv.other)

@@ -390,6 +390,12 @@ COMPILE = (
             )
         )
     }
+    | {
+        f"flash_attention:backward H={h} block mask of each head, grouped heads": unbounded(
+            backward_case(shapes(k=1, h=h), (jax.eval_shape(lambda: block_mask(1024, 1024, heads=4)),))
+        )
+        for h in (64, 128)
+    }
     | feature_cases(64, ("segments", "dropout", "bias"))
     | feature_cases(128)
     | feature_cases(256, ("dropout", "block mask", "block mask, bias"))

@@ -68,6 +68,13 @@ FEATURES: dict[str, dict[str, Any]] = {
     "block mask, causal": {"t": 130, "s": 140, "is_causal": True, **block_mask(130, 140, seed=4), **DROPOUT},
     "block mask, bias": {"t": 130, "s": 140, **block_mask(130, 140, seed=1), **bias_of(1, 1, 130, 140)},
     "block mask, bias of keys": {"t": 140, "s": 70, **block_mask(140, 70, seed=14), **bias_of(1, 1, 1, 70)},
+    "block mask of each head, grouped heads, bias": {
+        **{"t": 140, "s": 130, "n": 2, "k": 1, **block_mask(140, 130, seed=7, heads=2)},
+        **bias_of(1, 1, 140, 130),
+    },
+    "block mask of each head, slopes": {
+        **{"t": 140, "s": 130, "n": 2, "k": 1, **block_mask(140, 130, seed=1, heads=2), **SLOPES},
+    },
     # Its tiles of 128 hold two of the kernels', of which the second lies beyond all keys and queries.
     "block mask, segments": {
         **{"t": 40, "s": 40, **block_mask(40, 40, seed=5), "is_causal": True},

@@ -71,7 +71,7 @@ def draw(seed, longest=800, max_batch=3):
         slopes = 2.0 ** -rng.uniform(1, 8, (batch, n) if has() else n)
         arguments["alibi_slopes"] = jnp.asarray(slopes, jnp.float32)
     if has(0.2):
-        arguments["block_mask"] = random_tiles(rng, t, s, batch, n if group == 1 else 1)
+        arguments["block_mask"] = random_tiles(rng, t, s, batch, n)
     if has():
         arguments["sinks"] = jnp.asarray(rng.normal(size=n), jnp.float32)
     if has(0.4) and h == shape["hv"]:

@@ -67,6 +67,13 @@ _SLOW = {
         f"flash_attention:backward {rest}"
         for rest in ("plain", "causal", "lengths", "segments", "block mask")
     ),
+    *(
+        f"flash_attention:{direction} block mask{rest}"
+        for direction in ("forward", "backward")
+        for rest in (", bias", " of each head, slopes")
+    ),
+    "flash_attention:backward H=128 block mask of each head, grouped heads",
+    "flash_attention:backward H=256 block mask, bias",
     "cascade_attention:head dim 96, group 5, no splits",
     "cascade_attention:int8 pages, soft cap",
     "cascade_attention:many rows",
