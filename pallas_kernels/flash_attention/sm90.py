@@ -164,12 +164,15 @@ def _config(inputs: AttentionInputs, spec: AttentionSpec, head_dim: int, value_d
     masks = features & {"block_mask", "lengths", "segments", "window"}
     has_bias_rows = inputs.bias is not None and inputs.bias.shape[2] > 1
     left, right = spec.reach
+    group = num_heads // num_kv_heads
+    # The loop over a group's heads, with an element mask and a diagonal in every tile: dK and dV spill.
+    masks_groups = "block_mask" in features and right is not None and group > 1
     blocks = lambda rows: batch * num_heads * math.ceil(num_queries / rows)
     workers = num_multiprocessors()
     call = Call(
         num_queries,
         num_keys,
-        crowded=bool(busy or features & {"slopes", "soft_cap"} or left is not None),
+        crowded=bool(busy or features & {"slopes", "soft_cap"} or left is not None or masks_groups),
         in_blocks="block_mask" in features or has_bias_rows,
         busy=busy,
         hashes="dropout" in features,
@@ -180,7 +183,7 @@ def _config(inputs: AttentionInputs, spec: AttentionSpec, head_dim: int, value_d
         all_visible=not (spec.is_causal or num_keys % 64 or masks),
         starts_light=left is None and right is not None and not masks - {"window"},
     )
-    widest, group = max(head_dim, value_dim), num_heads // num_kv_heads
+    widest = max(head_dim, value_dim)
     leaves_idle = batch * num_kv_heads * math.ceil(num_keys / 128) < 1.5 * workers
     fused = default_fused(widest, num_keys, spec.is_causal, group, features, spec.deterministic, leaves_idle)
     config = dataclasses.replace(default_config(widest, call), fused=fused)

@@ -392,9 +392,13 @@ COMPILE = (
     }
     | {
         f"flash_attention:backward H={h} block mask of each head, grouped heads": unbounded(
-            backward_case(shapes(k=1, h=h), (jax.eval_shape(lambda: block_mask(1024, 1024, heads=4)),))
+            backward_case(
+                shapes(k=1, h=h),
+                (jax.eval_shape(lambda: block_mask(1024, 1024, heads=4)),),
+                is_causal=is_causal,
+            )
         )
-        for h in (64, 128)
+        for h, is_causal in ((64, True), (128, False))
     }
     | feature_cases(64, ("segments", "dropout", "bias"))
     | feature_cases(128)
