@@ -39,6 +39,26 @@ class PrefillConfig:
             raise ValueError(f"splits must be at least 1, got {self.splits!r}")
 
 
+def tile_tokens(warpgroups: int, group: int) -> int:
+    """Tokens of a query tile: whole octets, each of which is there once for every query head of the group."""
+    return warpgroups * (WARPGROUP_ROWS // OCTET) // group * OCTET
+
+
+def pairs_pay(group: int, slower: float, tokens: float = 0) -> bool:
+    """Whether tiles of two warpgroups take less time than tiles of three, if a row of one takes `slower`.
+
+    What counts is how many rows are computed for a token, or for a row of so many: tiles leave rows empty
+    where a group's heads fill no whole number of octets (groups of 16 a third of three warpgroups, of 5 a
+    sixth, and a sixteenth of two), and behind the last token.
+    """
+
+    def computed(warpgroups: int) -> float:
+        size = tile_tokens(warpgroups, group)
+        return warpgroups * (math.ceil(tokens / size) if tokens else 1 / size)
+
+    return slower * computed(2) < computed(3)
+
+
 def max_tiles(num_tokens: int, num_rows: int, tile_q: int) -> int:
     """Query tiles that any division of the tokens into rows can need, tiles that start at octets.
 
@@ -62,9 +82,10 @@ def default_config(
 ) -> PrefillConfig:
     """Chooses tiles for a call; crowded: a window's left side or a soft cap need registers too.
 
-    Three warpgroups leave a thread 160 registers: enough for accumulators of 64 x 128, not for a crowded
-    kernel's, for slopes (252 bytes of spills at H = 64) or for H = 256. With slopes two spill 8 to 32
-    bytes where tiles have 128 keys, and 44 at H = 256. At H = 64 two take a fifth longer for a row of a tile,
+    Three warpgroups leave a thread 160 registers: enough for accumulators of 64 x 128, not for overlap beside
+    them, for a crowded kernel's, for slopes (252 bytes of spills at H = 64) or for H = 256. Two that overlap
+    reach 0.97 of three at H = 128 (of the dense kernel). With slopes two spill 8 to 32 bytes where tiles have
+    128 keys, and 44 at H = 256. At H = 64 two take a fifth longer for a row of a tile,
     but leave less of a last tile empty: chunks of 256 tokens 62 us instead of 69, of 1,024 136 instead of 127
     (GPT-2 medium, an H100). Few tokens a row are taken for a batch of prompts and decodes, whose prompts are
     of any length. Quantized pages take a warpgroup that widens them,
@@ -90,11 +111,14 @@ def default_config(
     warpgroups = 1 if has_slopes and head_dim > 128 else 2
     if splits > 1:
         return PrefillConfig(warpgroups, tile_kv, 2, splits)
+    overlap = not (crowded or has_slopes)
     if head_dim <= 64:
-        rows = 0 if batch_invariant else num_tokens * group / num_rows
-        in_pairs, in_threes = (math.ceil(rows / size) * size for size in (tile_rows, 3 * WARPGROUP_ROWS))
-        pairs = has_slopes or (rows >= WARPGROUP_ROWS and 1.2 * in_pairs < in_threes)
-        return PrefillConfig(2 if pairs else 3, tile_kv, 3, overlap=not (crowded or has_slopes))
+        tokens = num_tokens / num_rows
+        if batch_invariant or tokens * group < WARPGROUP_ROWS:
+            tokens = 0
+        pairs = has_slopes or pairs_pay(group, 1.2, tokens)
+        return PrefillConfig(2 if pairs else 3, tile_kv, 3, overlap=overlap)
     if head_dim <= 128:
-        return PrefillConfig(2 if crowded or has_slopes else 3, tile_kv, 256 // tile_kv)
+        pairs = not overlap or pairs_pay(group, 1.03)
+        return PrefillConfig(2 if pairs else 3, tile_kv, 256 // tile_kv, overlap=pairs and overlap)
     return PrefillConfig(warpgroups, 64, 2)

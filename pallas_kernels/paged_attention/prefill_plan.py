@@ -18,6 +18,7 @@ from pallas_kernels.paged_attention.prefill_config import (
     PrefillConfig,
     default_config,
     max_tiles,
+    tile_tokens,
 )
 from pallas_kernels.paged_attention.prefill_units import Records, record_size
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
@@ -73,14 +74,14 @@ class PrefillPlan(LaunchPlan):
         return record_size(self.num_ranges)
 
     @property
-    def head_octets(self) -> int:
-        """Octets of a tile's tokens: each is there once for every query head of the group."""
-        return OCTET * self.config.warpgroups // self.group
-
-    @property
     def tile_q(self) -> int:
         """Tokens of a query tile."""
-        return self.head_octets * OCTET
+        return tile_tokens(self.config.warpgroups, self.group)
+
+    @property
+    def head_octets(self) -> int:
+        """Octets of a tile's tokens."""
+        return self.tile_q // OCTET
 
     @property
     def run(self) -> int:

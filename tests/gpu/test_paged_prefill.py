@@ -104,12 +104,13 @@ def test_few_tokens_of_few_rows_split_their_keys(is_causal, pages):
     check_on_gpu(case, jnp.bfloat16, pages=pages, per_head=everything, is_causal=is_causal)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("group", range(1, 17))
-def test_every_group(group):
+def test_every_group(group, head_dim):
     case = make_case(
         group,
         heads=2 * group,
-        head_dim=64,
+        head_dim=head_dim,
         rows=4,
         page_size=16,
         width=25,

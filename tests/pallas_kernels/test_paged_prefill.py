@@ -151,6 +151,17 @@ def test_config_holds_itself_to_what_the_kernel_can():
             PrefillConfig(**wrong)
 
 
+@pytest.mark.parametrize(("head_dim", "in_pairs"), [(64, {13, 14, 15, 16}), (128, {5, 13, 14, 15, 16})])
+def test_default_tiles_leave_few_rows_of_no_head(head_dim, in_pairs):
+    for group in range(1, 17):
+        configs = {
+            default_config(tokens, 4, group, 8, head_dim, False, 8192, batch_invariant=is_invariant)
+            for tokens, is_invariant in ((4 * 2048, False), (4 * 2048, True), (1, True))
+        }
+        assert {config.warpgroups for config in configs} == {2 if group in in_pairs else 3}
+        assert {config.overlap for config in configs} == {head_dim == 64 or group in in_pairs}
+
+
 def test_default_config_fits_shared_memory_and_splits_few_tokens():
     features = itertools.product((64, 80, 128, 224, 256), (8, 64, 2048), *[(False, True)] * 3)
     for head_dim, tokens, crowded, has_slopes, is_quantized in features:
