@@ -84,13 +84,14 @@ def default_config(
 
     Three warpgroups leave a thread 160 registers: enough for accumulators of 64 x 128, not for overlap beside
     them, for a crowded kernel's, for slopes (252 bytes of spills at H = 64) or for H = 256. Two that overlap
-    reach 0.97 of three at H = 128 (of the dense kernel). With slopes two spill 8 to 32 bytes where tiles have
-    128 keys, and 44 at H = 256. At H = 64 two take a fifth longer for a row of a tile,
-    but leave less of a last tile empty: chunks of 256 tokens 62 us instead of 69, of 1,024 136 instead of 127
-    (GPT-2 medium, an H100). Few tokens a row are taken for a batch of prompts and decodes, whose prompts are
-    of any length. Quantized pages take a warpgroup that widens them,
-    registers for scales, and shared memory for codes and for what becomes of them. splits: as many as give
-    every multiprocessor a unit if the tokens were one row's of `capacity` keys, and as SPLIT_BYTES hold.
+    reach 0.97 of three at H = 128 (of the dense kernel). At H = 256 two overlap too, with spills no larger
+    than in order, none in the loop over full tiles. With slopes two spill 8 to 32 bytes where tiles have 128
+    keys, and 44 at H = 256. At H = 64 two take a fifth longer for a row of a tile, but leave less of a last
+    tile empty: chunks of 256 tokens 62 us instead of 69, of 1,024 136 instead of 127 (GPT-2 medium, an H100).
+    Few tokens a row are taken for a batch of prompts and decodes, whose prompts are of any length. Quantized
+    pages take a warpgroup that widens them, registers for scales, and shared memory for codes and for what
+    becomes of them. splits: as many as give every multiprocessor a unit if the tokens were one row's of
+    `capacity` keys, and as SPLIT_BYTES hold.
     Where a row's keys are then cut follows from which of its queries share a tile, and so from where it
     begins among the tokens. batch_invariant: one split, and tiles that follow from heads alone.
     """
@@ -121,4 +122,4 @@ def default_config(
     if head_dim <= 128:
         pairs = not overlap or pairs_pay(group, 1.03)
         return PrefillConfig(2 if pairs else 3, tile_kv, 256 // tile_kv, overlap=pairs and overlap)
-    return PrefillConfig(warpgroups, 64, 2)
+    return PrefillConfig(warpgroups, 64, 2, overlap=overlap)
