@@ -44,6 +44,11 @@ def tile_tokens(warpgroups: int, group: int) -> int:
     return warpgroups * (WARPGROUP_ROWS // OCTET) // group * OCTET
 
 
+def fewest_warpgroups(head_dim: int, has_slopes: bool, is_quantized: bool) -> int:
+    """Of a default tile."""
+    return 1 if head_dim > 128 and (has_slopes or is_quantized) else 2
+
+
 def pairs_pay(group: int, slower: float, tokens: float = 0) -> bool:
     """Whether tiles of two warpgroups take less time than tiles of three, if a row of one takes `slower`.
 
@@ -107,9 +112,9 @@ def default_config(
     )
     if batch_invariant:
         splits = 1
+    warpgroups = fewest_warpgroups(head_dim, has_slopes, is_quantized)
     if is_quantized:
-        return PrefillConfig(2 if head_dim <= 128 else 1, tile_kv, 3, max(splits, 1))
-    warpgroups = 1 if has_slopes and head_dim > 128 else 2
+        return PrefillConfig(warpgroups, tile_kv, 3, max(splits, 1))
     if splits > 1:
         return PrefillConfig(warpgroups, tile_kv, 2, splits)
     overlap = not (crowded or has_slopes)

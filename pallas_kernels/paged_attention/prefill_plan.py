@@ -17,6 +17,7 @@ from pallas_kernels.paged_attention.prefill_config import (
     WARPGROUP_ROWS,
     PrefillConfig,
     default_config,
+    fewest_warpgroups,
     max_tiles,
     tile_tokens,
 )
@@ -147,13 +148,16 @@ def unsupported(inputs: PagedInputs, spec: PagedSpec) -> str | None:
     """Says why this kernel cannot serve a call that the decode kernel can serve, or None if it can."""
     if spec.scale <= 0:
         return f"the scale must be positive, got {spec.scale}"
-    if (group := inputs.query.shape[1] // inputs.k_pages.shape[2]) > 16:
-        return f"at most 16 query heads may share a KV head, got {group}"
-    if inputs.k_pages.dtype not in QUANTIZED:
+    head_dim, config = inputs.query.shape[2], spec.prefill_config
+    is_quantized = inputs.k_pages.dtype in QUANTIZED
+    warpgroups = fewest_warpgroups(head_dim, inputs.alibi_slopes is not None, is_quantized)
+    most = OCTET * min(2, config.warpgroups if config else warpgroups)
+    if (group := inputs.query.shape[1] // inputs.k_pages.shape[2]) > most:
+        return f"at most {most} query heads may share a KV head in such tiles, got {group}"
+    if not is_quantized:
         return None
-    if (head_dim := inputs.query.shape[2]) > MAX_QUANTIZED:
+    if head_dim > MAX_QUANTIZED:
         return f"the head dim of quantized pages must be at most {MAX_QUANTIZED}, got {head_dim}"
-    config = spec.prefill_config
     if config is not None and (config.warpgroups > 2 or config.overlap):
         return f"quantized pages take at most two warpgroups, and no overlap, got {config}"
     return None

@@ -65,6 +65,13 @@ def test_kernel_says_what_it_cannot():
     query, scale = jax.ShapeDtypeStruct((8, 1, 256), jnp.bfloat16), jax.ShapeDtypeStruct(pool.shape[:4], "f4")
     inputs = PagedInputs(query, pool, pool, None, None, None, k_scale=scale, v_scale=scale)
     assert "at most 224" in str(unsupported(inputs, PagedSpec(1.0)))
+    # A tile of one warpgroup has room for eight heads of eight tokens.
+    inputs = inputs._replace(query=jax.ShapeDtypeStruct((8, 9, 160), jnp.bfloat16))
+    assert "at most 8 query heads" in str(unsupported(inputs, PagedSpec(1.0)))
+    inputs = inputs._replace(query=jax.ShapeDtypeStruct((8, 9, 128), jnp.bfloat16))
+    assert unsupported(inputs, PagedSpec(1.0)) is None
+    single = PagedSpec(1.0, prefill_config=PrefillConfig(1))
+    assert "at most 8 query heads" in str(unsupported(inputs, single))
     inputs = inputs._replace(query=jax.ShapeDtypeStruct((8, 1, 64), jnp.bfloat16))
     assert unsupported(inputs, PagedSpec(1.0)) is None
     for config in (PrefillConfig(), PrefillConfig(2, overlap=True)):
