@@ -19,7 +19,9 @@ class PrefillConfig:
     warpgroups: of 64 rows (tokens x query heads of a group) each; at most two for quantized pages. tile_kv:
     keys a step takes. stages: tiles of K, and of V, in flight. splits: parts that a row's keys are cut into
     at most, where there are too few rows to fill the GPU. overlap: a tile's softmax runs while its
-    warpgroup's matmul of the tile before does; not for quantized pages.
+    warpgroup's matmul of the tile before does; not for quantized pages. packs: a tile begins and ends
+    anywhere among the heads of eight tokens, where whole tokens would leave rows of no head; not where
+    results are parts.
     """
 
     warpgroups: int = 3
@@ -27,6 +29,7 @@ class PrefillConfig:
     stages: int = 2
     splits: int = 1
     overlap: bool = False
+    packs: bool = False
 
     def __post_init__(self):
         check_types(self)
@@ -39,38 +42,19 @@ class PrefillConfig:
             raise ValueError(f"splits must be at least 1, got {self.splits!r}")
 
 
-def tile_tokens(warpgroups: int, group: int) -> int:
-    """Tokens of a query tile: whole octets, each of which is there once for every query head of the group."""
-    return warpgroups * (WARPGROUP_ROWS // OCTET) // group * OCTET
-
-
 def fewest_warpgroups(head_dim: int, has_slopes: bool, is_quantized: bool) -> int:
     """Of a default tile."""
     return 1 if head_dim > 128 and (has_slopes or is_quantized) else 2
 
 
-def pairs_pay(group: int, slower: float, tokens: float = 0) -> bool:
-    """Whether tiles of two warpgroups take less time than tiles of three, if a row of one takes `slower`.
-
-    What counts is how many rows are computed for a token, or for a row of so many: tiles leave rows empty
-    where a group's heads fill no whole number of octets (groups of 16 a third of three warpgroups, of 5 a
-    sixth, and a sixteenth of two), and behind the last token.
-    """
-
-    def computed(warpgroups: int) -> float:
-        size = tile_tokens(warpgroups, group)
-        return warpgroups * (math.ceil(tokens / size) if tokens else 1 / size)
-
-    return slower * computed(2) < computed(3)
-
-
-def max_tiles(num_tokens: int, num_rows: int, tile_q: int) -> int:
+def max_tiles(num_tokens: int, num_rows: int, tile_size: int, group: int = 1) -> int:
     """Query tiles that any division of the tokens into rows can need, tiles that start at octets.
 
-    The tokens before the first row and after the last count as rows.
+    The tokens before the first row and after the last count as rows. group: heads of a token, of which a tile
+    takes tile_size.
     """
     num_segments = min(num_rows + 2, num_tokens)
-    return (num_tokens + num_segments * (OCTET - 1 + tile_q - 1)) // tile_q
+    return (num_tokens * group + num_segments * ((OCTET - 1) * group + tile_size - 1)) // tile_size
 
 
 def default_config(
@@ -87,18 +71,19 @@ def default_config(
 ) -> PrefillConfig:
     """Chooses tiles for a call; crowded: a window's left side or a soft cap need registers too.
 
-    Three warpgroups leave a thread 160 registers: enough for accumulators of 64 x 128, not for overlap beside
-    them, for a crowded kernel's, for slopes (252 bytes of spills at H = 64) or for H = 256. Two that overlap
-    reach 0.97 of three at H = 128 (of the dense kernel). At H = 256 two overlap too, with spills no larger
-    than in order, none in the loop over full tiles. With slopes two spill 8 to 32 bytes where tiles have 128
-    keys, and 44 at H = 256. At H = 64 two take a fifth longer for a row of a tile, but leave less of a last
-    tile empty: chunks of 256 tokens 62 us instead of 69, of 1,024 136 instead of 127 (GPT-2 medium, an H100).
-    Few tokens a row are taken for a batch of prompts and decodes, whose prompts are of any length. Quantized
-    pages take a warpgroup that widens them, registers for scales, and shared memory for codes and for what
-    becomes of them. splits: as many as give every multiprocessor a unit if the tokens were one row's of
-    `capacity` keys, and as SPLIT_BYTES hold.
-    Where a row's keys are then cut follows from which of its queries share a tile, and so from where it
-    begins among the tokens. batch_invariant: one split, and tiles that follow from heads alone.
+    Three warpgroups leave a thread 160 registers: enough for accumulators of 64 x 128, not for a crowded
+    kernel's, for slopes (252 bytes of spills at H = 64) or for H = 256. With slopes two spill 8 to 32
+    bytes where tiles have 128 keys, and 44 at H = 256. Two that overlap spill no more at H = 256 than in
+    order, nothing in the loop over full tiles. At H = 64 two take a fifth longer for a row of a tile, but
+    leave less of a last tile empty: chunks of 256 tokens 62 us instead of 69, of 1,024 136 instead of 127
+    (GPT-2 medium, an H100). Few tokens a row are taken for a batch of prompts and decodes, whose prompts are
+    of any length. Quantized pages take a warpgroup that widens them, registers for scales, and shared memory
+    for codes and for what becomes of them. packs: unpacked, groups of 16, 7 and 5 leave 8, 3 and 4 of 24
+    octets idle (H = 128, an H200: 66%, 81% and 83% of the dense kernel's rate, where groups of 8 have 96%);
+    at H = 256 it spills 136 bytes. splits: as many as give every multiprocessor a unit if the tokens were one
+    row's of `capacity` keys, and as SPLIT_BYTES hold. Where a row's keys are then cut follows from which of
+    its queries share a tile, and so from where it begins among the tokens. batch_invariant: one split, and
+    tiles that follow from heads alone.
     """
     tile_kv = 128 if head_dim <= 128 and not (has_slopes or is_quantized) else 64
     tile_rows = 2 * WARPGROUP_ROWS
@@ -114,17 +99,15 @@ def default_config(
         splits = 1
     warpgroups = fewest_warpgroups(head_dim, has_slopes, is_quantized)
     if is_quantized:
-        return PrefillConfig(warpgroups, tile_kv, 3, max(splits, 1))
+        return PrefillConfig(warpgroups, tile_kv, 3, max(splits, 1), packs=head_dim <= 128)
     if splits > 1:
         return PrefillConfig(warpgroups, tile_kv, 2, splits)
     overlap = not (crowded or has_slopes)
     if head_dim <= 64:
-        tokens = num_tokens / num_rows
-        if batch_invariant or tokens * group < WARPGROUP_ROWS:
-            tokens = 0
-        pairs = has_slopes or pairs_pay(group, 1.2, tokens)
-        return PrefillConfig(2 if pairs else 3, tile_kv, 3, overlap=overlap)
+        rows = 0 if batch_invariant else num_tokens * group / num_rows
+        in_pairs, in_threes = (math.ceil(rows / size) * size for size in (tile_rows, 3 * WARPGROUP_ROWS))
+        pairs = has_slopes or (rows >= WARPGROUP_ROWS and 1.2 * in_pairs < in_threes)
+        return PrefillConfig(2 if pairs else 3, tile_kv, 3, overlap=overlap, packs=True)
     if head_dim <= 128:
-        pairs = not overlap or pairs_pay(group, 1.03)
-        return PrefillConfig(2 if pairs else 3, tile_kv, 256 // tile_kv, overlap=pairs and overlap)
+        return PrefillConfig(3 if overlap else 2, tile_kv, 256 // tile_kv, packs=True)
     return PrefillConfig(warpgroups, 64, 2, overlap=overlap)

@@ -167,9 +167,9 @@ def store_tokens(unit: Unit, values, out):
 
 def store_runs(unit: Unit, rows, out):
     """A copy a run of octets, of those that hold the row's tokens."""
-    plan, work = unit.plan, unit.read("token", "first", "stop", "kv_head")
+    plan, work, first_head = unit.plan, unit.read("token", "first", "stop", "kv_head"), unit.first_head
     for octet in range(0, WARPGROUP_ROWS // OCTET, plan.run):
-        head, token = octet_at(plan, opaque(unit.warpgroup), octet)
+        head, token = octet_at(plan, opaque(unit.warpgroup), octet, first_head)
         token += work.token
         target = pl.ds(pl.multiple_of(token, OCTET), plan.run * OCTET)
         source = rows.at[pl.ds(octet * OCTET, plan.run * OCTET)]

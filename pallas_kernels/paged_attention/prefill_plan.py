@@ -19,7 +19,6 @@ from pallas_kernels.paged_attention.prefill_config import (
     default_config,
     fewest_warpgroups,
     max_tiles,
-    tile_tokens,
 )
 from pallas_kernels.paged_attention.prefill_units import Records, record_size
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
@@ -72,22 +71,36 @@ class PrefillPlan(LaunchPlan):
 
     @property
     def record_size(self) -> int:
-        return record_size(self.num_ranges)
+        return record_size(self.num_ranges, self.is_packed)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether tiles take their row's octets head by head, and begin at any: of whole tokens they would
+        have rows of no head."""
+        num_octets = self.config.warpgroups * WARPGROUP_ROWS // OCTET
+        return self.config.packs and not self.has_parts and num_octets % self.group > 0
+
+    @property
+    def head_octets(self) -> int:
+        """Octets of a tile's tokens: each is there once for every query head of the group."""
+        return OCTET * self.config.warpgroups // self.group
 
     @property
     def tile_q(self) -> int:
         """Tokens of a query tile."""
-        return tile_tokens(self.config.warpgroups, self.group)
-
-    @property
-    def head_octets(self) -> int:
-        """Octets of a tile's tokens."""
-        return self.tile_q // OCTET
+        return self.head_octets * OCTET
 
     @property
     def run(self) -> int:
         """Octets that lie together both in a warpgroup's rows and in a head's tokens: one copy."""
+        if self.is_packed:
+            return 1
         return math.gcd(WARPGROUP_ROWS // OCTET, self.head_octets)
+
+    @property
+    def tile_size(self) -> int:
+        """Of a query tile, in tokens; in octets, once for each head, where tiles are packed."""
+        return self.config.warpgroups * WARPGROUP_ROWS // OCTET if self.is_packed else self.tile_q
 
     @property
     def has_spare_rows(self) -> bool:
@@ -113,7 +126,8 @@ class PrefillPlan(LaunchPlan):
     @property
     def max_items(self) -> int:
         """Query tiles, times splits, that any division of the tokens into rows can need."""
-        tiles = max_tiles(self.num_tokens, self.num_rows, self.tile_q)
+        size, group = (self.tile_size * OCTET, self.group) if self.is_packed else (self.tile_q, 1)
+        tiles = max_tiles(self.num_tokens, self.num_rows, size, group)
         return tiles * self.config.splits
 
     @property
@@ -190,13 +204,17 @@ def make_plan(inputs: PagedInputs, spec: PagedSpec, keeps_parts: bool = False) -
 
 def per_row(plan: PrefillPlan, x: jax.Array | None) -> jax.Array | None:
     """[N] -> f32[K, warpgroups, 64]: what is given for a head, for each row of a tile; rows of no head take
-    the last head's."""
+    the last head's. Where tiles are packed, f32[K, G, warpgroups, 64]: by the first head of a tile."""
     if x is None:
         return None
     octets = np.arange(plan.config.warpgroups * WARPGROUP_ROWS // OCTET)
-    head = np.repeat(np.minimum(octets // plan.head_octets, plan.group - 1), OCTET)
+    if plan.is_packed:
+        head = (np.arange(plan.group)[:, None] + octets) % plan.group
+    else:
+        head = np.minimum(octets // plan.head_octets, plan.group - 1)
     by_head = x.astype(jnp.float32).reshape(plan.num_kv_heads, plan.group)
-    return by_head[:, head].reshape(plan.num_kv_heads, plan.config.warpgroups, WARPGROUP_ROWS)
+    rows = by_head[:, np.repeat(head, OCTET, axis=-1)]
+    return rows.reshape(plan.num_kv_heads, *head.shape[:-1], plan.config.warpgroups, WARPGROUP_ROWS)
 
 
 def buffer_of(plan: PrefillPlan, turn, warpgroup):
@@ -205,9 +223,12 @@ def buffer_of(plan: PrefillPlan, turn, warpgroup):
     return stage * plan.config.warpgroups + warpgroup
 
 
-def octet_at(plan: PrefillPlan, warpgroup, octet):
-    """(head of the group, first token in the tile) of an octet of a warpgroup's rows."""
+def octet_at(plan: PrefillPlan, warpgroup, octet, first_head=None):
+    """(head of the group, first token in the tile) of an octet of a warpgroup's rows; first_head: of a packed
+    tile."""
     index = warpgroup * (WARPGROUP_ROWS // OCTET) + octet
+    if plan.is_packed:
+        return rem(index + first_head, plan.group), div(index + first_head, plan.group) * OCTET
     return div(index, plan.head_octets), rem(index, plan.head_octets) * OCTET
 
 
@@ -222,8 +243,8 @@ class Inputs(NamedTuple):
     items: Any  # i32[(max_items + 1) * record size]
     k_scale: Any  # f32[L, P, K, Z]
     v_scale: Any
-    sinks: Any  # f32[K, warpgroups, 64]
-    slopes: Any  # f32[K, warpgroups, 64]
+    sinks: Any  # per_row: f32[K, warpgroups, 64]
+    slopes: Any
     counter: Any  # Counters.prefill: units drawn
 
 

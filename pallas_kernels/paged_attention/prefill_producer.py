@@ -1,5 +1,6 @@
 """The producer warpgroups of paged prefill: what a unit needs to shared memory, and codes to 16 bits."""
 
+import functools
 import itertools
 import math
 
@@ -88,7 +89,8 @@ def load_record(plan: PrefillPlan, inputs: Inputs, scratch: Scratch, turn, befor
 
 def load_queries(plan: PrefillPlan, inputs: Inputs, scratch: Scratch, turn):
     """Starts the copies of a tile's queries, every warpgroup's rows; rows of no head take the last head's."""
-    work, rows = read(plan, scratch, turn, "token", "kv_head"), plan.run * OCTET
+    packed = ("first_head",) if plan.is_packed else ()
+    work, rows = read(plan, scratch, turn, "token", "kv_head", *packed), plan.run * OCTET
     for warpgroup in range(plan.config.warpgroups):
         buffer = buffer_of(plan, turn, warpgroup)
         wait_for_buffer(plan, scratch, turn, buffer)
@@ -98,13 +100,23 @@ def load_queries(plan: PrefillPlan, inputs: Inputs, scratch: Scratch, turn):
             source = inputs.query.at[pl.ds(token, rows), head]
             plgpu.copy_gmem_to_smem(source, target, scratch.query_full.at[buffer])
 
-        first_head, copies = work.kv_head * plan.group, []
-        for octet in range(0, WARPGROUP_ROWS // OCTET, plan.run):
-            head, token = octet_at(plan, warpgroup, octet)
-            head = first_head + min(head, plan.group - 1)
-            token = lax.max(work.token + token, 0)  # before the row any will do
-            copies.append((octet, pl.multiple_of(token, OCTET), head))
-        copy_by_warps(copy, copies)
+        locate = functools.partial(locate_queries, plan, work, work.kv_head * plan.group, warpgroup)
+        octets = range(0, WARPGROUP_ROWS // OCTET, plan.run)
+        if plan.is_packed:  # each warp locates its own: those of all would take registers
+            locate_and_copy = lambda octet, copy=copy, locate=locate: copy(*locate(octet))
+            copy_by_warps(locate_and_copy, [(octet,) for octet in octets])
+        else:
+            copy_by_warps(copy, [locate(octet) for octet in octets])
+
+
+def locate_queries(plan: PrefillPlan, work: Work, group_head, warpgroup, octet):
+    """(octet, first token, head) of an octet of a warpgroup's rows; group_head: the group's first."""
+    head, token = octet_at(plan, warpgroup, octet, work.first_head)
+    head = group_head + (head if plan.is_packed else min(head, plan.group - 1))
+    token = lax.max(work.token + token, 0)  # before the row any will do
+    if plan.is_packed:  # TMA asks for multiples of OCTET, and warps have no multiple_of
+        return octet, div(token, OCTET) * OCTET, head
+    return octet, pl.multiple_of(token, OCTET), head
 
 
 def wait_for_buffer(plan: PrefillPlan, scratch: Scratch, turn, buffer):

@@ -9,9 +9,14 @@ loading warpgroup runs ahead of the others over the borders of units: it draws a
 to shared memory, while it loads the unit before; it issues one TMA copy a page, shared by its warps, the page
 ids read from the block table. Nothing waits for the first loads of a unit, or for the last stores of another.
 
-TMA moves eights of tokens. So tiles start at multiples of eight tokens of the batch, wherever rows start:
-tokens of other rows are computed and dropped. A tile of its row's tokens alone leaves by TMA as it lies in
-swizzled memory, through the buffer of its queries; any other goes from registers, row by row.
+TMA moves eights of tokens, octets, each of which a tile holds once for every head of the group. Where that
+fills no tile (seven heads have three octets each in the 24 of three warpgroups, and leave three idle) tiles
+are packed: an octet's heads follow each other, then those of the next octet, and a tile begins wherever the
+one before has ended. It costs a copy for each octet, and that results are found by head.
+
+So tiles start at multiples of eight tokens of the batch, wherever rows start: tokens of other rows are
+computed and dropped. A tile of its row's tokens alone leaves by TMA as it lies in swizzled memory, through
+the buffer of its queries; any other goes from registers, row by row.
 
 Quantized pages come as codes, and a warpgroup of their own widens them to bf16, which holds them exactly:
 once for all compute warpgroups, whose wgmmas read both K and V from shared memory. The scale of a slot is a

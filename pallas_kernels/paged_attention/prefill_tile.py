@@ -70,9 +70,17 @@ class Unit(NamedTuple):
         own = self.scratch.records.read_range(opaque(self.turn), index)
         return Steps(*(self.stop - tile for tile in (own.stop, own.full_stop, own.full_start, own.start)))
 
+    @property
+    def first_head(self) -> Any:
+        """Of a packed tile, or None."""
+        return self.field("first_head") if self.plan.is_packed else None
+
     def given(self, per_row):
         """The part of what is given for each row of a tile, or None."""
-        return None if per_row is None else per_row.at[self.field("kv_head"), self.warpgroup]
+        if per_row is None:
+            return None
+        rows = per_row.at[self.field("kv_head")]
+        return (rows.at[self.first_head] if self.plan.is_packed else rows).at[self.warpgroup]
 
     def release_last(self):
         """Releases the turn before: late enough not to wait for its results, early enough for the next
@@ -255,7 +263,7 @@ def round_weights(unit: Unit, slot, weights):
 def place_of_rows(unit: Unit):
     """Each row's head of the group, and its token in the tile."""
     row = fresh_iota(WARPGROUP_ROWS, axis=0)
-    head, first_token = octet_at(unit.plan, opaque(unit.warpgroup), div(row, OCTET))
+    head, first_token = octet_at(unit.plan, opaque(unit.warpgroup), div(row, OCTET), unit.first_head)
     return head, first_token + rem(row, OCTET)
 
 

@@ -28,18 +28,20 @@ class Work(NamedTuple):
     tile_stop: Any
     item: Any  # place in the list of items
     kv_head: Any
+    first_head: Any = None  # of the group, in the first octet: the first that a packed tile holds
 
     @property
     def num_tiles(self) -> Any:
         return self.tile_stop - self.tile_start
 
 
-FIELDS = len(Work._fields) - 2  # of an item, which its record holds
+FIELDS = Work._fields.index("item")  # of an item, which its record holds
 
 
-def record_size(num_ranges: int) -> int:
-    """Numbers in an item's record, its fields and ranges of tiles: a multiple of 16 bytes, as TMA copies."""
-    return -(-(FIELDS + num_ranges * len(KvTiles._fields)) // 4) * 4
+def record_size(num_ranges: int, is_packed: bool = False) -> int:
+    """Numbers in an item's record, its fields and ranges of tiles, and last a packed tile's first head: a
+    multiple of 16 bytes, as TMA copies."""
+    return -(-(FIELDS + num_ranges * len(KvTiles._fields) + is_packed) // 4) * 4
 
 
 class Records(NamedTuple):
@@ -71,6 +73,8 @@ class Records(NamedTuple):
         if "item" in names or "kv_head" in names:
             unit = self.units[slot]
             known |= {"item": div(unit, num_kv_heads), "kv_head": rem(unit, num_kv_heads)}
+        if "first_head" in names:
+            (known["first_head"],) = load_numbers(self.fields.at[slot], [self.fields.shape[1] - 1])
         return Work(**known)
 
     def read_range(self, turn, index) -> KvTiles:

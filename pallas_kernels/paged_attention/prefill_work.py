@@ -20,9 +20,9 @@ class WorkList(NamedTuple):
     """The units of a launch, and where each token's result lies."""
 
     items: jax.Array  # i32[max_items + 1, record size]: Records.fields of each; then NO_WORK
-    first_item: jax.Array  # i32[tokens]: of each token's tile; its splits follow
+    first_item: jax.Array  # i32[tokens]: of each token's tile; its splits follow. Packed: i32[tokens, G]
     num_splits: jax.Array  # i32[tokens]; 0: no item holds the token
-    place: jax.Array  # i32[tokens]: the token's place in its tile
+    place: jax.Array  # i32[tokens]: the token's place in its tile. Packed: i32[tokens, G], the row's
     counters: Counters
 
 
@@ -32,7 +32,7 @@ class Segments(NamedTuple):
     start: jax.Array
     stop: jax.Array
     kv_length: jax.Array
-    first_tile: jax.Array  # the token at which the first query tile begins, maybe before the first of all
+    first_tile: jax.Array  # where the first query tile begins, maybe before the first token of all: see Cuts
     num_tiles: jax.Array
     num_splits: jax.Array
     first_item: jax.Array
@@ -41,7 +41,7 @@ class Segments(NamedTuple):
 class Cuts(NamedTuple):
     """How a segment is cut into items."""
 
-    first_tile: jax.Array
+    first_tile: jax.Array  # token; octet x G + head where tiles are packed
     num_tiles: jax.Array
     num_splits: jax.Array
     weight: jax.Array  # heavy ones come first; below zero: no work, SINGLE for want of queries
@@ -63,16 +63,18 @@ def plan_work(
     is_own = (segments.start <= token[:, None]) & (token[:, None] < segments.stop)
     segment = _last(is_own)
     first_tile, num_tiles, num_splits, first_item = (field[segment] for field in segments[3:])
-    distance = token - first_tile
-    tile = num_tiles - 1 - div(distance, plan.tile_q)
     items, counters = known or (_list_items(plan, segments), Counters.zeros())
-    return WorkList(
-        items=items,
-        first_item=first_item + tile * num_splits,
-        num_splits=where(num_tiles > 0, num_splits, 0),
-        place=rem(distance, plan.tile_q),
-        counters=counters,
-    )
+    is_held = num_tiles > 0
+    if plan.is_packed:
+        first_tile, num_tiles, first_item = (x[:, None] for x in (first_tile, num_tiles, first_item))
+        distance = (div(token, OCTET) * plan.group)[:, None] + jnp.arange(plan.group) - first_tile
+        place = rem(distance, plan.tile_size) * OCTET + rem(token, OCTET)[:, None]
+        first_item += num_tiles - 1 - div(distance, plan.tile_size)
+    else:
+        distance = token - first_tile
+        place = rem(distance, plan.tile_q)
+        first_item += (num_tiles - 1 - div(distance, plan.tile_q)) * num_splits
+    return WorkList(items, first_item, where(is_held, num_splits, 0), place, counters)
 
 
 def _list_items(plan: PrefillPlan, segments: Segments) -> jax.Array:
@@ -109,11 +111,14 @@ def cut_segments(plan: PrefillPlan, start, stop, kv_length, is_row) -> Cuts:
     fewest = where(is_row, lax.full_like(start, 2), 1) if plan.spec.is_causal else 1
     is_work = stop - start >= fewest
     kv_length = lax.min(kv_length, plan.capacity)
-    first_tile = div(start, OCTET) * OCTET
-    num_tiles = where(is_work, ceil_div(stop - first_tile, plan.tile_q), 0)
+    first_tile, step = div(start, OCTET) * OCTET, plan.run * OCTET
+    size = stop - first_tile
+    if plan.is_packed:
+        first_tile, size, step = div(start, OCTET) * plan.group, ceil_div(size, OCTET) * plan.group, 1
+    num_tiles = where(is_work, ceil_div(size, plan.tile_size), 0)
     if plan.has_spare_rows:
-        spare = lax.max(num_tiles * plan.tile_q - (stop - first_tile), 0)
-        first_tile -= div(spare, plan.run * OCTET) * (plan.run * OCTET)
+        spare = lax.max(num_tiles * plan.tile_size - size, 0)
+        first_tile -= div(spare, step) * step
     kv_tiles = ceil_div(kv_length, plan.config.tile_kv)
     num_splits = clip(ceil_div(kv_tiles, MIN_SPLIT_TILES), 1, plan.config.splits)
     weight = where(is_work, kv_length, where(stop - start == 1, lax.full_like(start, SINGLE), -1))
@@ -129,18 +134,30 @@ def item_records(plan: PrefillPlan, segment, own: Segments, item) -> list[jax.Ar
     """The numbers of items' records, of each a vector, given their segments; -1: no item."""
     index = lax.max(item - own.first_item, 0)
     tile = own.num_tiles - 1 - lax.div(index, own.num_splits)
-    items = _cut(plan, segment, own, own.first_tile + tile * plan.tile_q, lax.rem(index, own.num_splits))
+    first = own.first_tile + tile * plan.tile_size
+    items = _cut(plan, segment, own, first, lax.rem(index, own.num_splits))
     ranges = [_visible_tiles(plan, items, index) for index in range(plan.num_ranges)]
     counts = [tile - items.tile_start for tiles in ranges for tile in tiles]
     row = where(segment < 0, NO_WORK, items.row)
-    padding = [row] * (plan.record_size - FIELDS - len(counts))
+    padding = [items.first_head if plan.is_packed else row] * (plan.record_size - FIELDS - len(counts))
     return [row, *items[1:FIELDS], *counts, *padding]
 
 
-def _cut(plan: PrefillPlan, segment, own: Segments, token, split) -> Work:
+def _tokens_of(plan: PrefillPlan, first):
+    """(first token, tokens, first head) of tiles."""
+    if not plan.is_packed:
+        return first, plan.tile_q, None
+    # Shifted by a whole tile of octets: tiles may begin before the first token.
+    octet = div(first + plan.tile_size * plan.group, plan.group) - plan.tile_size
+    first_head = first - octet * plan.group
+    return octet * OCTET, ceil_div(first_head + plan.tile_size, plan.group) * OCTET, first_head
+
+
+def _cut(plan: PrefillPlan, segment, own: Segments, first, split) -> Work:
     """The items of these tiles: which KV tiles their visible keys, or one split's part of them, take."""
     kv_length = lax.min(own.kv_length, plan.capacity)
-    first, stop = lax.max(own.start, token), lax.min(own.stop, token + plan.tile_q)
+    token, num_tokens, first_head = _tokens_of(plan, first)
+    first, stop = lax.max(own.start, token), lax.min(own.stop, token + num_tokens)
     offset, tile_kv = kv_length - own.stop, plan.config.tile_kv
     end = clip(stop + offset, 0, kv_length) if plan.spec.is_causal else kv_length
     begin = jnp.zeros_like(end)
@@ -151,7 +168,7 @@ def _cut(plan: PrefillPlan, segment, own: Segments, token, split) -> Work:
     begin = lax.min(begin + split * size, end)
     row = clip(segment - 1, 0, plan.num_rows - 1)
     tile_stop = lax.min(begin + size, end)
-    return Work(row, token, first, stop, offset, kv_length, begin, tile_stop, item=None, kv_head=None)
+    return Work(row, token, first, stop, offset, kv_length, begin, tile_stop, None, None, first_head)
 
 
 def _visible_tiles(plan: PrefillPlan, work: Work, warpgroup: int) -> KvTiles:

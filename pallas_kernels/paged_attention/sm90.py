@@ -106,6 +106,9 @@ def prefill(plan: PrefillPlan, inputs: PagedInputs, work: WorkList) -> tuple[jax
     out, lse = prefill_sm90.launch(plan, _pad_tokens(plan, inputs), work.items, work.counters.prefill)
     if plan.has_parts:
         out, lse = _merge_splits(plan, work, _by_head(plan, out), _by_head(plan, lse), inputs.sinks)
+    elif plan.is_packed:
+        lse = lse.reshape(plan.max_items, plan.num_kv_heads, -1)[work.first_item, :, work.place]
+        lse = lse.swapaxes(1, 2).reshape(plan.num_tokens, plan.num_heads)
     else:
         lse = _by_head(plan, lse)[work.first_item, :, :, work.place].reshape(plan.num_tokens, plan.num_heads)
     if inputs.sinks is not None:  # tokens of no row have none

@@ -68,7 +68,7 @@ def test_decode_alone_and_among_others(length, kv_heads, head_dim, pages, option
     assert_same_bits([x[:1] for x in attend(case, True, pages, **options)], alone)
 
 
-@pytest.mark.parametrize("heads", [(8, 2), (4, 4)])
+@pytest.mark.parametrize("heads", [(8, 2), (4, 4), (10, 2), (7, 1)])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("pages", [None, *QUANTIZED])
 def test_prompts_alone_and_among_others(heads, head_dim, pages):

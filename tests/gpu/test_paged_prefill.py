@@ -1,5 +1,6 @@
 """paged_attention over ragged queries on a Hopper GPU, against the fp32 reference."""
 
+import dataclasses
 import functools
 import os
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import PAGE_SIZES, cascade_attention, paged_attention
+from pallas_kernels import PAGE_SIZES, PrefillConfig, cascade_attention, paged_attention
 from pallas_kernels.kv_pages.pool import QUANTIZED
 from tests.pallas_kernels.cascade_cases import share
 from tests.pallas_kernels.paged_inputs import cast, make_case, quantize
@@ -16,6 +17,7 @@ from tests.pallas_kernels.paged_inputs import cast, make_case, quantize
 pytestmark = pytest.mark.gpu
 
 CASES = int(os.environ.get("JAXATTN_GPU_CASES", 24))
+PACKED = PrefillConfig(warpgroups=2, tile_kv=64, stages=3, packs=True)
 RMS_ERROR = {"bfloat16": 5e-3, "float16": 7e-4}
 
 
@@ -127,6 +129,11 @@ def test_every_group(group, head_dim):
         {"head_dim": 128, "heads": 8},
         {"head_dim": 64, "heads": 2, "local_window_size": 90},
         {"head_dim": 128, "heads": 14, "local_window_size": 33, "logits_soft_cap": 4.0},
+        {"head_dim": 128, "heads": 10, "per_head": ("sinks",)},
+        {"head_dim": 64, "heads": 14, "is_causal": False},
+        {"head_dim": 64, "heads": 6, "per_head": ("sinks", "alibi_slopes"), "prefill_config": PACKED},
+        {"head_dim": 96, "heads": 10, "prefill_config": dataclasses.replace(PACKED, overlap=True)},
+        {"head_dim": 128, "heads": 14, "pages": jnp.int8},
         {"head_dim": 256, "local_window_size": 200, "logits_soft_cap": 4.0},
         {"head_dim": 128, "heads": 8, "is_causal": False},
         {"head_dim": 64, "heads": 2, "is_causal": False},

@@ -70,7 +70,8 @@ def draw(seed: int, max_rows: int, max_keys: int, max_queries: int) -> Call:
         features["logits_soft_cap"] = float(rng.uniform(2, 20))
     decode = PagedConfig(64, 64 * int(rng.integers(1, 5)), 2, 2 if pages else 1, dynamic=has(0.5))
     splits = int(rng.choice([1, 1, 2, 3]))
-    prefill = PrefillConfig(1 if head_dim > 128 else int(rng.integers(1, 3)), 64, 2, splits)
+    warpgroups = 1 if head_dim > 128 else int(rng.integers(1, 3))
+    prefill = PrefillConfig(warpgroups, 64, 2, splits, packs=seed % 2 > 0)
     dtype = jnp.float16 if pages is None and has() else jnp.bfloat16
     return Call(shapes, pages, dtype, features, decode, prefill if is_ragged else None, int(rng.integers(9)))
 

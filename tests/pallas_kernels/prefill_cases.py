@@ -103,11 +103,20 @@ PREFILL_CASES: dict[str, dict[str, Any]] = {
         "heads": 5,
         "kv_heads": 1,
         "head_dim": 256,
-        "page_size": 32,
-        "width": 6,
+        "width": 24,
         "lengths": [190],
         "query_lengths": [20],
         "config": AHEAD,
+    },
+    "packed tiles, group 3, a window and sinks": {
+        "rows": 2,
+        "heads": 3,
+        "kv_heads": 1,
+        "width": 8,
+        "lengths": [64, 40],
+        "query_lengths": [32, 9],
+        "config": dataclasses.replace(SMALL, packs=True),
+        "call": {"local_window_size": 30, "sinks": None},
     },
     "group 4 over two warpgroups, whole tiles": {
         "rows": 1,
@@ -274,6 +283,9 @@ INTERPRET = {
     "paged_attention:list of work, ranges of three warpgroups": functools.partial(
         check_list, 5, 400, 1, PrefillConfig(), num_single=0
     ),
+    "paged_attention:list of work, packed tiles": functools.partial(
+        check_list, 6, 300, 5, PrefillConfig(packs=True), num_single=1
+    ),
     "paged_attention:list of work, many rows, splits, a window": functools.partial(
         check_list, 130, 800, 3, PrefillConfig(2, 64, 2, splits=3), num_single=43, window_left=150
     ),
@@ -342,7 +354,6 @@ COMPILE = {
         "page size 8, fp16": {"page_size": 8, "dtype": jnp.float16},
         "GPT-2 medium, page size 256": {"heads": 16, "kv_heads": 16, "head_dim": 64, "page_size": 256},
         "few tokens of few rows, keys split": {"tokens": 64, "rows": 4},
-        "group 5": {"heads": 40},
         "group 16, page size 64": {"heads": 32, "kv_heads": 2, "page_size": 64},
         "H=256, few tokens": {"tokens": 8, "rows": 1, "heads": 8, "kv_heads": 4, "head_dim": 256},
         "H=256, group 2": {"heads": 8, "kv_heads": 4, "head_dim": 256},

@@ -16,7 +16,7 @@ from tests.pallas_kernels.invariance_cases import only
 from tests.pallas_kernels.paged_inputs import make_case
 
 INVARIANT = PagedSpec(1.0, batch_invariant=True)
-HEADS = [(1, 1), (8, 2), (16, 16), (32, 8)]
+HEADS = [(1, 1), (8, 2), (16, 16), (28, 4), (32, 8)]
 SHAPES = list(itertools.product((1, 2, 3, 16, 256, 1000, MAX_ROWS), (1, 16, 300, 8192)))
 
 
@@ -53,7 +53,7 @@ def test_prefill_is_cut_alike_for_any_rows_and_tokens(heads, head_dim, dtype):
     for (rows, width), tokens in itertools.product(SHAPES, (1, 16, 5000)):
         inputs = inputs_of(heads, head_dim, dtype, 16, rows, width, tokens)
         config = prefill_plan.make_plan(inputs, INVARIANT).config
-        cuts.add((config.warpgroups, config.tile_kv, config.splits, config.overlap))
+        cuts.add((config.warpgroups, config.tile_kv, config.splits, config.overlap, config.packs))
     assert len(cuts) == 1
     assert next(iter(cuts))[2] == 1
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels import PrefillConfig, paged_attention
 from pallas_kernels.paged_attention import decode_plan, sm90
-from pallas_kernels.paged_attention.prefill_config import WARPGROUP_ROWS, default_config
+from pallas_kernels.paged_attention.prefill_config import OCTET, WARPGROUP_ROWS, default_config
 from pallas_kernels.paged_attention.prefill_plan import unsupported
 from pallas_kernels.paged_attention.prefill_units import FIELDS, NO_WORK, Work
 from pallas_kernels.paged_attention.prefill_work import plan_work
@@ -95,12 +95,15 @@ def test_kernels_count_rows_not_tokens():
 @hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
 @hypothesis.given(
     data=st.data(),
-    group=st.sampled_from((1, 3, 4)),
-    config=st.sampled_from((PrefillConfig(), PrefillConfig(2, 64, 2, splits=3))),
+    group=st.sampled_from((1, 3, 4, 5)),
+    config=st.sampled_from(
+        (PrefillConfig(), PrefillConfig(2, 64, 2, splits=3), PrefillConfig(2, packs=True))
+    ),
     is_causal=st.booleans(),
 )
 def test_every_token_sees_its_keys_in_one_item(data, group, config, is_causal):
-    """Oracle: the tiles of each token's items cover its keys once, and no item holds tokens of two rows."""
+    """Oracle: the tiles of each token's items, where tiles are packed of each of its heads', cover its keys
+    once, and no item holds tokens of two rows."""
     window = data.draw(st.sampled_from((None, 0, 150))) if is_causal else None
     queries = np.array(data.draw(st.lists(st.integers(0, 120), min_size=3, max_size=3)))
     lengths = np.array([data.draw(st.integers(0, 640)) for _ in queries])
@@ -109,18 +112,21 @@ def test_every_token_sees_its_keys_in_one_item(data, group, config, is_causal):
     tokens = 400
     plan = make_plan(tokens, 3, group, 40, config, is_causal, window)
     work = jax.tree.map(np.asarray, plan_work(plan, jnp.asarray(starts), jnp.asarray(lengths)))
-    items = [Work(*row[:FIELDS], i, None) for i, row in enumerate(work.items) if row[0] != NO_WORK]
+    items = [Work(*row[:FIELDS], i, None, row[-1]) for i, row in enumerate(work.items) if row[0] != NO_WORK]
     assert len(items) <= plan.max_items
     assert work.items[len(items), 0] == NO_WORK
-    for token in range(tokens):
+    heads = range(group) if plan.is_packed else [None]
+    for token, head in itertools.product(range(tokens), heads):
         row = int(np.searchsorted(starts, token, side="right")) - 1
         is_dead = not 0 <= row < 3
-        mine = [index for index, item in enumerate(items) if item.first <= token < item.stop]
+        places = {i: place_in(plan, item, token, head) for i, item in enumerate(items)}
+        mine = [i for i, place in places.items() if place is not None]
         if not is_dead and is_causal and queries[row] == 1:  # the decode kernel's
             assert not mine
             continue
-        assert mine == [*range(work.first_item[token], work.first_item[token] + work.num_splits[token])]
-        assert all(items[i].token + work.place[token] == token for i in mine)
+        at = token if head is None else (token, head)
+        assert mine == [*range(work.first_item[at], work.first_item[at] + work.num_splits[token])]
+        assert all(places[i] == work.place[at] for i in mine)
         length = 0 if is_dead else lengths[row]
         position = length - starts[row + 1] + token if not is_dead else 0
         last = min(position if is_causal else length - 1, length - 1)
@@ -131,7 +137,17 @@ def test_every_token_sees_its_keys_in_one_item(data, group, config, is_causal):
         assert all(0 <= t * config.tile_kv < max(length, 1) for t in tiles)
         assert is_dead or all(items[i].row == row for i in mine)
         for i in mine:
-            check_range(plan, items[i], work.items[i], work.place[token], set(keys))
+            check_range(plan, items[i], work.items[i], work.place[at], set(keys))
+
+
+def place_in(plan, item, token, head):
+    """Where an item's tile holds a token, or its head, or None."""
+    if not item.first <= token < item.stop:
+        return None
+    if head is None:
+        return token - item.token
+    octet = (token - item.token) // OCTET * plan.group + head - item.first_head
+    return octet * OCTET + token % OCTET if 0 <= octet < plan.tile_size else None
 
 
 def check_range(plan, item, record, place, keys):
@@ -158,17 +174,12 @@ def test_config_holds_itself_to_what_the_kernel_can():
             PrefillConfig(**wrong)
 
 
-@pytest.mark.parametrize(
-    ("head_dim", "in_pairs"), [(64, {13, 14, 15, 16}), (128, {5, 13, 14, 15, 16}), (256, {*range(1, 17)})]
-)
-def test_default_tiles_leave_few_rows_of_no_head(head_dim, in_pairs):
-    for group in range(1, 17):
-        configs = {
-            default_config(tokens, 4, group, 8, head_dim, False, 8192, batch_invariant=is_invariant)
-            for tokens, is_invariant in ((4 * 2048, False), (4 * 2048, True), (1, True))
-        }
-        assert {config.warpgroups for config in configs} == {2 if group in in_pairs else 3}
-        assert {config.overlap for config in configs} == {head_dim != 128 or group in in_pairs}
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_default_tiles_have_no_rows_of_no_head(head_dim):
+    for group, crowded in itertools.product(range(1, 17), (False, True)):
+        plan = make_plan(8192, 4, group, 40, default_config(8192, 4, group, 8, head_dim, crowded, 8192))
+        rows = plan.config.warpgroups * WARPGROUP_ROWS
+        assert plan.tile_size * OCTET == rows if plan.is_packed else plan.tile_q * group == rows
 
 
 def test_default_config_fits_shared_memory_and_splits_few_tokens():
