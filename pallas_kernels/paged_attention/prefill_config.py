@@ -72,18 +72,20 @@ def default_config(
     """Chooses tiles for a call; crowded: a window's left side or a soft cap need registers too.
 
     Three warpgroups leave a thread 160 registers: enough for accumulators of 64 x 128, not for a crowded
-    kernel's, for slopes (252 bytes of spills at H = 64) or for H = 256. With slopes two spill 8 to 32
-    bytes where tiles have 128 keys, and 44 at H = 256. Two that overlap spill no more at H = 256 than in
-    order, nothing in the loop over full tiles. At H = 64 two take a fifth longer for a row of a tile, but
-    leave less of a last tile empty: chunks of 256 tokens 62 us instead of 69, of 1,024 136 instead of 127
-    (GPT-2 medium, an H100). Few tokens a row are taken for a batch of prompts and decodes, whose prompts are
-    of any length. Quantized pages take a warpgroup that widens them, registers for scales, and shared memory
-    for codes and for what becomes of them. packs: unpacked, groups of 16, 7 and 5 leave 8, 3 and 4 of 24
-    octets idle (H = 128, an H200: 66%, 81% and 83% of the dense kernel's rate, where groups of 8 have 96%);
-    at H = 256 it spills 136 bytes. splits: as many as give every multiprocessor a unit if the tokens were one
-    row's of `capacity` keys, and as SPLIT_BYTES hold. Where a row's keys are then cut follows from which of
-    its queries share a tile, and so from where it begins among the tokens. batch_invariant: one split, and
-    tiles that follow from heads alone.
+    kernel's, for overlap beside them, for slopes (252 bytes of spills at H = 64) or for H = 256. With slopes
+    two spill 8 to 32 bytes where tiles have 128 keys, and 44 at H = 256. Two that overlap spill no more at H
+    = 256 than in order, nothing in the loop over full tiles. At H = 64 two take a fifth longer for a row of a
+    tile, but leave less of a last tile empty: chunks of 256 tokens 62 us instead of 69, of 1,024 136 instead
+    of 127 (GPT-2 medium, an H100). Few tokens a row are taken for a batch of prompts and decodes, whose
+    prompts are of any length. Two also where all their tiles fit the GPU at once: a call then takes as long
+    as the tile that sees most keys, which is smaller (1 x 512 of 32/8 heads of 128: FIGURE us, three 18.8).
+    Quantized pages take a warpgroup that widens them, registers for scales, and shared memory for codes and
+    for what becomes of them. packs: unpacked, groups of 16, 7 and 5 leave 8, 3 and 4 of 24 octets idle (H =
+    128, an H200: 66%, 81% and 83% of the dense kernel's rate, where groups of 8 have 96%); at H = 256 it
+    spills 136 bytes. splits: as many as give every multiprocessor a unit if the tokens were one row's of
+    `capacity` keys, and as SPLIT_BYTES hold. Where a row's keys are then cut follows from which of its
+    queries share a tile, and so from where it begins among the tokens. batch_invariant: one split, and tiles
+    that follow from heads alone.
     """
     tile_kv = 128 if head_dim <= 128 and not (has_slopes or is_quantized) else 64
     tile_rows = 2 * WARPGROUP_ROWS
@@ -103,11 +105,15 @@ def default_config(
     if splits > 1:
         return PrefillConfig(warpgroups, tile_kv, 2, splits)
     overlap = not (crowded or has_slopes)
+    one_wave = tiles * num_kv_heads <= NUM_PROGRAMS and not batch_invariant
     if head_dim <= 64:
         rows = 0 if batch_invariant else num_tokens * group / num_rows
         in_pairs, in_threes = (math.ceil(rows / size) * size for size in (tile_rows, 3 * WARPGROUP_ROWS))
-        pairs = has_slopes or (rows >= WARPGROUP_ROWS and 1.2 * in_pairs < in_threes)
+        pairs = has_slopes or one_wave or (rows >= WARPGROUP_ROWS and 1.2 * in_pairs < in_threes)
         return PrefillConfig(2 if pairs else 3, tile_kv, 3, overlap=overlap, packs=True)
     if head_dim <= 128:
-        return PrefillConfig(3 if overlap else 2, tile_kv, 256 // tile_kv, packs=True)
+        pairs = one_wave or not overlap
+        return PrefillConfig(
+            2 if pairs else 3, tile_kv, 256 // tile_kv, overlap=pairs and overlap, packs=True
+        )
     return PrefillConfig(warpgroups, 64, 2, overlap=overlap)

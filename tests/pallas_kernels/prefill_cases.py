@@ -112,8 +112,7 @@ PREFILL_CASES: dict[str, dict[str, Any]] = {
         "rows": 2,
         "heads": 3,
         "kv_heads": 1,
-        "width": 8,
-        "lengths": [64, 40],
+        "lengths": [48, 40],
         "query_lengths": [32, 9],
         "config": dataclasses.replace(SMALL, packs=True),
         "call": {"local_window_size": 30, "sinks": None},
@@ -354,6 +353,7 @@ COMPILE = {
         "page size 8, fp16": {"page_size": 8, "dtype": jnp.float16},
         "GPT-2 medium, page size 256": {"heads": 16, "kv_heads": 16, "head_dim": 64, "page_size": 256},
         "few tokens of few rows, keys split": {"tokens": 64, "rows": 4},
+        "tiles that fit the GPU at once": {"tokens": 512, "rows": 1},
         "group 16, page size 64": {"heads": 32, "kv_heads": 2, "page_size": 64},
         "H=256, few tokens": {"tokens": 8, "rows": 1, "heads": 8, "kv_heads": 4, "head_dim": 256},
         "H=256, group 2": {"heads": 8, "kv_heads": 4, "head_dim": 256},
@@ -395,6 +395,6 @@ COMPILE = {
         "int8 pages, H=224": {"heads": 8, "head_dim": 224, "pages": jnp.int8},
     }.items()
 }
-# Once a unit, once a tile that needs a mask, and in the loading warpgroup's 24 registers.
 for _wide in ("paged_attention:prefill H=256, group 2", "paged_attention:prefill H=256, group 8"):
+    # Once a unit, once a tile that needs a mask, and in the loading warpgroup's 24 registers.
     COMPILE[_wide] = COMPILE[_wide]._replace(max_spill_bytes=100)

@@ -182,6 +182,12 @@ def test_default_tiles_have_no_rows_of_no_head(head_dim):
         assert plan.tile_size * OCTET == rows if plan.is_packed else plan.tile_q * group == rows
 
 
+def test_default_tiles_are_smaller_where_they_fit_the_gpu_at_once():
+    for head_dim, tokens, is_invariant in itertools.product((64, 128), (333, 512, 600), (False, True)):
+        config = default_config(tokens, 1, 4, 8, head_dim, False, 512, batch_invariant=is_invariant)
+        assert (config.warpgroups == 2) == (tokens <= 512 and not is_invariant)
+
+
 def test_default_config_fits_shared_memory_and_splits_few_tokens():
     features = itertools.product((64, 80, 128, 224, 256), (8, 64, 2048), *[(False, True)] * 3)
     for head_dim, tokens, crowded, has_slopes, is_quantized in features:
