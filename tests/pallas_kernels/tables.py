@@ -81,6 +81,8 @@ _SLOW = {
     "paged_attention:decode int8 pages, group 16",
     "paged_attention:decode int8 pages, H=96",
     "paged_attention:decode int8 pages, GPT-2 medium",
+    "paged_attention:prefill H=256, group 8",
+    "paged_attention:prefill softmax a tile ahead, H=256, group 5 of 15 octets",
 }
 
 
