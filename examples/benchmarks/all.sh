@@ -29,9 +29,9 @@ for name in $wanted; do
 done
 run flash 480 flash_attention.py flash_attention.json --no-claims --processes 2 --max-seconds 480 \
     --plot "$results/flash_attention.png"
-run paged 300 paged_attention.py paged_attention.json --page-size 16 8 64 128 --max-seconds 300 \
+run paged 340 paged_attention.py paged_attention.json --page-size 16 8 64 128 --max-seconds 340 \
     --plot "$results/paged_attention.png"
-run prefill 150 paged_prefill.py paged_prefill.json --max-seconds 120
+run prefill 190 paged_prefill.py paged_prefill.json --max-seconds 160
 run writes 150 page_writes.py page_writes.json --max-seconds 120
 run training 240 training.py training.json --max-seconds 150
 run serving 300 serving.py serving.json --max-seconds 200

@@ -136,6 +136,20 @@ OTHER_ROWS = [
     Row("float32", B=2, T=4096, N=32, H=64, causal=True, dtype="float32"),
     *(Row("small", B=1, T=length, N=8, H=64, causal=True) for length in (128, 256, 512)),
     Row("small", B=1, T=512, N=4, H=128),
+    # Lengths and head dims that fill no tiles, and too few blocks to fill a GPU evenly.
+    Row("uneven", B=4, T=1500, N=16, H=64),
+    Row("uneven", B=16, T=197, N=12, H=64),
+    Row("uneven", B=4, T=777, N=16, H=128, causal=True),
+    Row("uneven", B=3, T=1337, N=7, H=96),
+    Row("uneven", B=4, T=2048, N=32, H=48, causal=True),
+    Row("uneven", B=8, T=1024, N=16, H=72),
+    Row("uneven", B=4, T=2048, N=32, H=80, causal=True),
+    Row("uneven", B=2, T=2048, N=32, H=112, causal=True),
+    Row("few blocks", B=1, T=4096, N=8, H=128),
+    Row("few blocks", B=2, T=2048, N=8, H=128, causal=True),
+    Row("few blocks", B=1, T=768, N=25, H=64, causal=True),
+    Row("few blocks", B=4, T=2048, N=32, K=1, H=128, causal=True),
+    Row("few blocks", B=1, T=1024, N=32, K=8, H=128, causal=True),
     *(
         _main(*key, "deterministic", deterministic=True)
         for key in ((128, True, 4096), (128, True, 16384), (128, False, 4096), (64, True, 4096))

@@ -41,6 +41,21 @@ SECTIONS: dict[str, list[Row]] = {
         Row(*LLAMA, (2048,) * 128),
         Row("GPT-2 medium", 16, 16, 64, (1024,) * 256),
     ],
+    "Other models": [
+        Row(name, *heads, (context,) * batch)
+        for name, heads, batch, context in (
+            ("GPT-2 small", (12, 12, 64), 64, 512),
+            ("SmolLM2-135M", (9, 3, 64), 64, 2048),
+            ("Llama-2-7B", (32, 32, 128), 32, 2048),
+            ("Llama-3-70B", (64, 8, 128), 32, 4096),
+            ("Qwen2-7B", (28, 4, 128), 64, 4096),
+            ("heads", (32, 2, 128), 64, 8192),
+            ("Gemma-2-9B", (16, 8, 256), 32, 4096),
+            ("Gemma-2B", (8, 1, 256), 32, 4096),
+            ("Phi-2", (32, 32, 80), 32, 2048),
+            ("Phi-3-mini", (32, 32, 96), 32, 4096),
+        )
+    ],
     "Uneven rows": [
         Row(*LLAMA, EVEN, f"83 rows of {EVEN[0]}", capacity=32768),
         Row(*LLAMA, UNEVEN, "83 rows, 1 to 32768 tokens"),

@@ -78,11 +78,11 @@ def default_config(
     tile, but leave less of a last tile empty: chunks of 256 tokens 62 us instead of 69, of 1,024 136 instead
     of 127 (GPT-2 medium, an H100). Few tokens a row are taken for a batch of prompts and decodes, whose
     prompts are of any length. Two also where all their tiles fit the GPU at once: a call then takes as long
-    as the tile that sees most keys, which is smaller (1 x 512 of 32/8 heads of 128: FIGURE us, three 18.8).
+    as the tile that sees most keys, which is smaller (1 x 512 of 32/8 heads of 128: 15.0 us, three 18.8).
     Quantized pages take a warpgroup that widens them, registers for scales, and shared memory for codes and
     for what becomes of them. packs: unpacked, groups of 16, 7 and 5 leave 8, 3 and 4 of 24 octets idle (H =
-    128, an H200: 66%, 81% and 83% of the dense kernel's rate, where groups of 8 have 96%); at H = 256 it
-    spills 136 bytes. splits: as many as give every multiprocessor a unit if the tokens were one row's of
+    128, an H200: 66%, 81% and 83% of the dense kernel's rate; packed 97%, 91% and 93%); at H = 256 it spills
+    136 bytes. splits: as many as give every multiprocessor a unit if the tokens were one row's of
     `capacity` keys, and as SPLIT_BYTES hold. Where a row's keys are then cut follows from which of its
     queries share a tile, and so from where it begins among the tokens. batch_invariant: one split, and tiles
     that follow from heads alone.

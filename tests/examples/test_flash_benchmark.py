@@ -120,8 +120,8 @@ def test_two_percent_is_a_tie():
 
 
 def test_rows_are_selected_by_section_and_label():
-    options = types.SimpleNamespace(shape=None, quick=False, only_claims=False, rows="window|H=96")
-    assert {row.section for row in flash_attention.select(options)} == {"window", "head dim"}
+    options = types.SimpleNamespace(shape=None, quick=False, only_claims=False, rows="window|H=192|H=72")
+    assert {row.section for row in flash_attention.select(options)} == {"window", "uneven"}
     options.rows = "no such row"
     with pytest.raises(ValueError, match="matches none of"):
         flash_attention.select(options)

@@ -353,9 +353,15 @@ COMPILE = (
         ),
         **{
             f"flash_attention:backward odd, H={h}": backward_case(shapes(t=1021, s=1021, h=h), is_causal=True)
-            for h in (40, 80, 128, 160)
+            for h in (40, 80, 128)
         },
-        "flash_attention:backward grouped heads": backward_case(shapes(k=1, h=64), is_causal=True),
+        # dQ is summed in 192 columns.
+        "flash_attention:backward odd, H=160": unbounded(
+            backward_case(shapes(t=1021, s=1021, h=160), is_causal=True)
+        ),
+        "flash_attention:backward grouped heads": backward_case(
+            shapes(k=1, h=64, batch=MANY), is_causal=True
+        ),
         "flash_attention:backward window": backward_case(
             shapes(), is_causal=True, local_window_size=(256, None)
         ),
