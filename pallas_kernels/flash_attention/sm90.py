@@ -31,6 +31,7 @@ from pallas_kernels.flash_attention.tiles import span
 from pallas_kernels.mosaic import LOG2_E
 from pallas_kernels.mosaic_copy import OCTET
 
+COLUMN_MULTIPLE = 8  # in global memory: 16 bytes, as TMA counts the steps between rows and heads
 HEAD_MULTIPLE = 32  # columns in shared memory: 64 bytes, the narrower of the swizzles that cost no speed
 # jax.default_matmul_precision of calls that may multiply float32 as TF32 does, or as bfloat16: None is JAX's
 # own default, which does on a GPU.
@@ -70,9 +71,7 @@ def forward(inputs: AttentionInputs, spec: AttentionSpec) -> tuple[jax.Array, ja
     plan = forward_plan_of(inputs, spec)
     num_queries, value_dim = inputs.query.shape[1], inputs.value.shape[-1]
     exponents, arrays = scaling.scale_operands(inputs) if plan.keeps_fp32 else (None, inputs[:3])
-    if plan.keeps_fp32:
-        arrays = [_pad(x, is_forward=True) for x in arrays]
-    out, lse = forward_sm90.launch(plan, inputs, *arrays)
+    out, lse = forward_sm90.launch(plan, inputs, *(_pad(plan, x, is_forward=True) for x in arrays))
     out, lse = out[:, :num_queries, :, :value_dim], lse[:, :, :num_queries]
     return out if exponents is None else scaling.times_power(out, -exponents.value), lse
 
@@ -95,13 +94,12 @@ def backward(
     else:
         scaled, arrays = None, (*inputs[:3], out_grad)
         delta = kernel_delta = reference.row_terms(out, lse, out_grad, lse_grad)
-    if plan.keeps_fp32:
-        arrays = [_pad(x, is_forward=False) for x in arrays]
+    arrays = [_pad(plan, x, is_forward=False) for x in arrays]
     kernels = backward_fused_sm90 if backward_fused_sm90.serves(plan, inputs) else backward_sm90
     tile = math.lcm(kernels.statistics_multiple(plan), backward_sm90.statistics_multiple(plan))
     if inputs.block_mask is not None:  # whole tiles of it are visited, beyond the end too
         tile = math.lcm(tile, inputs.block_mask.tile[0])
-    statistics = [_pad_rows(lse2, 2, tile, jnp.inf), _pad_rows(kernel_delta, 2, tile)]
+    statistics = [_pad_axis(lse2, 2, tile, jnp.inf), _pad_axis(kernel_delta, 2, tile)]
     gradients = kernels.launch(plan, inputs, *arrays, *statistics)
     d_bias = None
     if inputs.bias is not None:
@@ -229,13 +227,17 @@ def _padded(head_dim: int, is_forward: bool) -> int:
     return head_dim + -head_dim % multiple
 
 
-def _pad(x: jax.Array, is_forward: bool) -> jax.Array:
-    """[B, T, N, H] with whole tiles of rows and columns, as which the halves of fp32 results are stored."""
-    x, more = _pad_rows(x, 1, OCTET), _padded(x.shape[3], is_forward) - x.shape[3]
+def _pad(plan: AttentionPlan, x: jax.Array, is_forward: bool) -> jax.Array:
+    """[B, T, N, H] as the kernels copy it: vectors of whole 16 bytes; of float32 whole tiles of rows and
+    columns, as which the halves of its results are stored.
+    """
+    if not plan.keeps_fp32:
+        return _pad_axis(x, 3, COLUMN_MULTIPLE)
+    x, more = _pad_axis(x, 1, OCTET), _padded(x.shape[3], is_forward) - x.shape[3]
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, more))) if more else x
 
 
-def _pad_rows(x: jax.Array, axis: int, multiple: int, value: float = 0.0) -> jax.Array:
+def _pad_axis(x: jax.Array, axis: int, multiple: int, value: float = 0.0) -> jax.Array:
     padding = [(0, 0)] * x.ndim
     padding[axis] = (0, -x.shape[axis] % multiple)
     return jnp.pad(x, padding, constant_values=value) if padding[axis][1] else x

@@ -355,6 +355,10 @@ COMPILE = (
             f"flash_attention:backward odd, H={h}": backward_case(shapes(t=1021, s=1021, h=h), is_causal=True)
             for h in (40, 80, 128)
         },
+        # Copies to rows of whole 16 bytes.
+        "flash_attention:backward odd, H=36": unbounded(
+            backward_case(shapes(t=1021, s=1021, n=3, k=3, h=36), is_causal=True)
+        ),
         # dQ is summed in 192 columns.
         "flash_attention:backward odd, H=160": unbounded(
             backward_case(shapes(t=1021, s=1021, h=160), is_causal=True)
