@@ -36,10 +36,14 @@ ROWS = {
     "flash: float32": f"{FLASH}[float32 fused, H=64 odd]",
     "flash: adds in order": f"{FLASH}[fused, deterministic, H=128 odd]",
     "flash: tiles of 80 keys": f"{FLASH}[H=256 full]",
+    "flash: odd lengths": f"{FLASH}[H=128 odd]",
+    "flash: odd columns": f"{FLASH}[H=80 causal]",
+    "flash: bias, block mask": f"{FLASH}[small, block mask, bias]",
     "pages: write, copy": "test_kv_pages.py::test_write_and_copy[shape0-77-bfloat16-bfloat16]",
     "pages: write, copy, int8": "test_kv_pages.py::test_write_and_copy[shape8-77-bfloat16-int8]",
     "paged: decode": "test_paged_attention.py::test_decode_of_every_group[1]",
-    "paged: prompts": "test_paged_prefill.py::test_every_group[1]",
+    "paged: prompts": "test_paged_prefill.py::test_every_group[1-64]",
+    "paged: packed prompts": "test_paged_prefill.py::test_every_group[7-64]",
     "paged: cascade": "test_paged_prefill.py::test_cascade_equals_paged_attention[64-2]",
 }
 PYTEST = ["-c", os.devnull, "--rootdir", ".", "-o", "markers=gpu: needs a Hopper GPU"]

@@ -53,6 +53,10 @@ CASES |= {f"small, {name}": case for name, case in SMALL.items()}
 CASES |= {
     f"H={h} causal": {"t": 700, "s": 700, "h": h, "is_causal": True} for h in (32, 40, 80, 96, 112, 160, 192)
 }
+# Blocks of columns that end within, and vectors of no whole 16 bytes.
+CASES |= {
+    f"H={h} columns": {"t": 701, "s": 1024, "h": h, "is_causal": True} for h in (36, 72, 88, 104, 136, 224)
+}
 CASES |= {
     # More items than multiprocessors, most of which see nothing: no warpgroup may wait for another's turn.
     f"H={h} rows of no queries": {
