@@ -12,7 +12,8 @@ from pallas_kernels.flash_attention import halves
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.scores import TilePlace, logit_gradients, weigh
 from pallas_kernels.flash_attention.streams import Block, Ends, Owned, Stream, opaque_place, run_tiles
-from pallas_kernels.flash_attention.tiles import KvTiles, TileOrder, kv_tiles
+from pallas_kernels.flash_attention.tiles import TileOrder
+from pallas_kernels.kv_tiles import KvTiles, kv_tiles
 from pallas_kernels.mosaic import broadcast_rows, pl, plgpu, register_zeros, rem, row_iota, specialize, where
 from pallas_kernels.mosaic_inline import load_by_column
 

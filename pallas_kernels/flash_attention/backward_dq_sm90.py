@@ -9,7 +9,8 @@ from pallas_kernels.flash_attention import halves
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.scores import TilePlace, logit_gradients, weigh
 from pallas_kernels.flash_attention.streams import Block, Ends, Owned, Stream, opaque_place, run_tiles
-from pallas_kernels.flash_attention.tiles import KvTiles, TileOrder, kv_tiles
+from pallas_kernels.flash_attention.tiles import TileOrder
+from pallas_kernels.kv_tiles import KvTiles, kv_tiles
 from pallas_kernels.mosaic import broadcast_rows, div, pl, plgpu, register_zeros, rem, specialize, where
 
 

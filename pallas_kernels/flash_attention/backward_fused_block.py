@@ -11,7 +11,8 @@ from pallas_kernels.flash_attention.backward_fused_order import AddOrder
 from pallas_kernels.flash_attention.extras import Extras
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.scores import TilePlace
-from pallas_kernels.flash_attention.tiles import KvTiles, TileOrder, kv_tiles
+from pallas_kernels.flash_attention.tiles import TileOrder
+from pallas_kernels.kv_tiles import KvTiles, kv_tiles
 from pallas_kernels.mosaic import div, pl, plgpu, rem, swizzled_smem, traced, where
 
 WARPGROUPS = 2  # that compute

@@ -23,7 +23,8 @@ from jax import lax
 
 from pallas_kernels.device import num_multiprocessors
 from pallas_kernels.flash_attention.plan import AttentionPlan
-from pallas_kernels.flash_attention.tiles import KvTiles, on_device, table_of
+from pallas_kernels.flash_attention.tiles import on_device, table_of
+from pallas_kernels.kv_tiles import KvTiles
 from pallas_kernels.mosaic import ceil_div, div, int32, rem, where
 
 MAX_CLASSES = 8

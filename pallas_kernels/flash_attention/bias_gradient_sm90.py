@@ -25,7 +25,7 @@ from pallas_kernels.flash_attention.extras import Extras, Footprint, prepare
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.scores import TilePlace, logit_gradients, weigh
 from pallas_kernels.flash_attention.spec import AttentionInputs
-from pallas_kernels.flash_attention.tiles import kv_tiles
+from pallas_kernels.kv_tiles import kv_tiles
 from pallas_kernels.mosaic import (
     broadcast_rows,
     div,

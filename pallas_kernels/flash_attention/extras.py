@@ -14,7 +14,7 @@ from jaxtyping import Array, Int32, Integer
 from pallas_kernels.flash_attention.block_tiles import BlockTiles
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.spec import AttentionInputs
-from pallas_kernels.flash_attention.tiles import KvTiles, kv_tiles
+from pallas_kernels.kv_tiles import KvTiles, kv_tiles
 from pallas_kernels.mosaic import clip, div, pl, rem
 
 

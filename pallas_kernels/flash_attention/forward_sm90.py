@@ -23,7 +23,6 @@ from pallas_kernels.flash_attention.forward_tile import (
     KeyValueRing,
     Rows,
     Softmax,
-    Steps,
     Tile,
     Turn,
     attend_ahead,
@@ -37,7 +36,7 @@ from pallas_kernels.flash_attention.forward_tile import (
 from pallas_kernels.flash_attention.items import Items, Tickets
 from pallas_kernels.flash_attention.operands import Operand
 from pallas_kernels.flash_attention.spec import AttentionInputs
-from pallas_kernels.flash_attention.tiles import KvTiles, kv_tiles
+from pallas_kernels.kv_tiles import KvTiles, Steps, kv_tiles
 from pallas_kernels.mosaic import (
     call_in_place,
     div,
@@ -330,7 +329,7 @@ def attend_rows(plan: ForwardPlan, tiles: KvTiles, rows: Rows, ring: KeyValueRin
     own = _tiles_of_rows(
         plan, rows.extras, rows.batch, rows.head, rows.first_row, rows.q_length, rows.kv_length, 1
     ).clamp(tiles)
-    steps = Steps(*(tiles.stop - tile for tile in (own.stop, own.full_stop, own.full_start, own.start)))
+    steps = own.steps_before(tiles.stop)
     skip = functools.partial(skip_tile, ring, rows, turn)
     tile = Tile(plan, ring, rows, tiles.stop - 1, turn)
     acc = register_zeros((config.tile_q, plan.value_dim))

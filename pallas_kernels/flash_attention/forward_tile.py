@@ -46,17 +46,6 @@ class Softmax(NamedTuple):
         return self._replace(sum=self.sum + weights.sum(axis=1))
 
 
-class Steps(NamedTuple):
-    """KV tiles of an item, counted from its last: [start, stop) are seen, those outside
-    [masked_stop, full_stop) need a mask.
-    """
-
-    start: Any
-    masked_stop: Any
-    full_stop: Any
-    stop: Any
-
-
 class KeyValueRing(NamedTuple):
     """K and V tiles on their way through shared memory: slots, filled in turn."""
 

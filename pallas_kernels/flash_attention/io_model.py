@@ -16,14 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import checks
-from pallas_kernels.flash_attention import backward_fused_sm90, sm90
+from pallas_kernels.flash_attention import backward_fused_sm90, one_query_sm90, sm90
 from pallas_kernels.flash_attention.arguments import ALIGNMENTS, check_arrays
 from pallas_kernels.flash_attention.backward_fused_block import block_keys
 from pallas_kernels.flash_attention.config import FlashConfig
 from pallas_kernels.flash_attention.forward_plan import FIRST, ForwardPlan
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.spec import AttentionInputs, AttentionSpec
-from pallas_kernels.flash_attention.tiles import kv_tiles
+from pallas_kernels.kv_tiles import kv_tiles
 
 FP32_BYTES = 4
 
@@ -67,7 +67,8 @@ def io_bytes(
 
     The backward kernels likewise (see the functions below). n(r) is what the kernels' own index arithmetic
     gives, so causal and window ranges are exact to the tile. Rows and columns past the end of an array are
-    not loaded.
+    not loaded. A single query that decode serves loads the K and V that it sees once for all heads that share
+    them; what it moves to merge parts is not counted.
 
     Arguments:
         query, key, value: anything with shape [B, T, N, H], [B, S, K, H], [B, S, K, Hv] and a dtype; value is
@@ -99,7 +100,11 @@ def io_bytes(
     is_fused, sum_dim = backward_fused_sm90.serves(plan, inputs), plan.head_dim
     real = {"head_dim": query.shape[3], "value_dim": value.shape[3]}  # copies end there, sums of dQ do not
     forward, plan = dataclasses.replace(forward, **real), dataclasses.replace(plan, **real)
-    return IoBytes(_forward(forward), _fused_backward(plan, sum_dim) if is_fused else _backward(plan))
+    is_decode = one_query_sm90.serves(inputs, spec)
+    return IoBytes(
+        _decode(forward) if is_decode else _forward(forward),
+        _fused_backward(plan, sum_dim) if is_fused else _backward(plan),
+    )
 
 
 def _forward(plan: ForwardPlan) -> Traffic:
@@ -116,6 +121,14 @@ def _forward(plan: ForwardPlan) -> Traffic:
         dram_read=heads * plan.num_queries * size * plan.head_dim + _kv_bytes(plan),
         dram_write=heads * (stored + FP32_BYTES * plan.num_queries),
     )
+
+
+def _decode(plan: ForwardPlan) -> Traffic:
+    heads, left = plan.batch * plan.num_heads, plan.reach[0] if plan.bottom_right else None
+    seen = plan.num_keys if left is None else min(left + 1, plan.num_keys)
+    loaded = heads * _itemsize(plan) * plan.head_dim + _kv_bytes(plan) * seen // plan.num_keys
+    stored = heads * (_itemsize(plan) * plan.value_dim + FP32_BYTES)
+    return Traffic(l2_to_sm=loaded, sm_to_l2=stored, dram_read=loaded, dram_write=stored)
 
 
 def _backward(plan: AttentionPlan) -> Traffic:

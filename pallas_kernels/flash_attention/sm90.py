@@ -13,6 +13,7 @@ from pallas_kernels.flash_attention import (
     backward_sm90,
     bias_gradient_sm90,
     forward_sm90,
+    one_query_sm90,
     reference,
     scaling,
 )
@@ -68,6 +69,8 @@ def _why_not_block_mask(inputs: AttentionInputs, config: FlashConfig) -> str | N
 
 def forward(inputs: AttentionInputs, spec: AttentionSpec) -> tuple[jax.Array, jax.Array]:
     """The output [B, T, N, Hv] and the log-sum-exp f32[B, N, T]."""
+    if one_query_sm90.serves(inputs, spec):
+        return one_query_sm90.forward(inputs, spec)
     plan = forward_plan_of(inputs, spec)
     num_queries, value_dim = inputs.query.shape[1], inputs.value.shape[-1]
     exponents, arrays = scaling.scale_operands(inputs) if plan.keeps_fp32 else (None, inputs[:3])

@@ -9,7 +9,8 @@ from jax import lax
 from pallas_kernels.flash_attention.config import GradientConfig
 from pallas_kernels.flash_attention.extras import Extras
 from pallas_kernels.flash_attention.plan import AttentionPlan
-from pallas_kernels.flash_attention.tiles import NO_TILES, KvTiles, TileOrder
+from pallas_kernels.flash_attention.tiles import TileOrder
+from pallas_kernels.kv_tiles import NO_TILES, KvTiles
 from pallas_kernels.mosaic import opaque, pl, plgpu, swizzled_smem
 
 

@@ -154,6 +154,11 @@ class Plan(LaunchPlan):
 
 def unsupported(inputs: PagedInputs, spec: PagedSpec) -> str | None:
     """Says why this kernel cannot serve a call, or None if it can."""
+    return unsupported_shapes(inputs) or unsupported_layout(inputs)
+
+
+def unsupported_shapes(inputs: PagedInputs) -> str | None:
+    """The same of shapes and dtypes, which are all it reads."""
     head_dim, dtype, page_dtype = inputs.query.shape[-1], inputs.query.dtype, inputs.k_pages.dtype
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"query and pages must be bf16 or fp16, got {dtype} and {page_dtype}"
@@ -169,7 +174,7 @@ def unsupported(inputs: PagedInputs, spec: PagedSpec) -> str | None:
     room = inputs.k_pages.shape[1]  # of a cache: TMA takes it in tiles, of 8 tokens as they lie in memory
     if inputs.block_tables is None and (room < MAX_BOX or room % 8):
         return f"caches must have room for {MAX_BOX} tokens or more, in multiples of 8, got {room}"
-    return unsupported_layout(inputs)
+    return None
 
 
 def padded_group(group: int) -> int:

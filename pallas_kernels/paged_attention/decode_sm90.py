@@ -49,7 +49,13 @@ def forward(
     written in place and returned as out. Rows of more queries, or of none, are left alone; their lse is
     undefined.
     """
-    plan = make_plan(inputs, spec)
+    return attend(make_plan(inputs, spec), inputs, others, counter)
+
+
+def attend(
+    plan: Plan, inputs: PagedInputs, others: jax.Array | None = None, counter: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The same of a plan that was made before."""
     among = None if others is None else mutable(others)
     operands = operands_of(plan, inputs, counter)
     if plan.is_merged:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.flash_attention.forward_tile import Steps
+from pallas_kernels.kv_tiles import Steps
 from pallas_kernels.mosaic import (
     LOG2_E,
     broadcast_columns,
@@ -68,7 +68,7 @@ class Unit(NamedTuple):
         """The positions of the tiles that the warpgroup sees."""
         index = self.warpgroup if self.plan.has_own_ranges else 0
         own = self.scratch.records.read_range(opaque(self.turn), index)
-        return Steps(*(self.stop - tile for tile in (own.stop, own.full_stop, own.full_start, own.start)))
+        return own.steps_before(self.stop)
 
     @property
     def first_head(self) -> Any:

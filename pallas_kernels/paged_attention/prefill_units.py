@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.flash_attention.tiles import KvTiles
+from pallas_kernels.kv_tiles import KvTiles
 from pallas_kernels.mosaic import div, plgpu, rem
 from pallas_kernels.mosaic_inline import load_numbers, meet
 

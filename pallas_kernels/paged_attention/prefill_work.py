@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.flash_attention.tiles import KvTiles
+from pallas_kernels.kv_tiles import KvTiles
 from pallas_kernels.mosaic import ceil_div, clip, div, rem, where
 from pallas_kernels.paged_attention.plan import Counters
 from pallas_kernels.paged_attention.prefill_config import MIN_SPLIT_TILES, OCTET, WARPGROUP_ROWS

@@ -90,6 +90,20 @@ CASES |= {
     for h in (64, 128, 256)
     for is_causal in (False, True)
 }
+CASES |= {
+    # The decode kernel's; the backward is not.
+    f"H={h} one query, {name}": {"h": h, "batch": 3, "n": 8, "k": 2, "t": 1, "s": 4096} | case
+    for h in (64, 80, 128, 256)
+    for name, case in {
+        "full": {},
+        "lengths": {"kv_lengths": jnp.array([0, 4096, 1001]), "poison": True, **BOTTOM},
+        "window": {"local_window_size": (1500, 0), "logits_soft_cap": 10.0, **BOTTOM},
+        "slopes, sinks": {
+            **{"alibi_slopes": jnp.linspace(0.001, 0.5, 8), "sinks": jnp.linspace(-1, 4, 8)},
+            "causal_alignment": "bottom_right",
+        },
+    }.items()
+}
 CASES |= {"value dim 256": {"t": 300, "s": 300, "h": 64, "hv": 256}}
 CASES |= {
     f"fused, H={h} {name}": {"h": h, "config": fused_config(h)} | case

@@ -29,6 +29,7 @@ MODULES = (
     "flash_random",
     "invariance_cases",
     "kv_pages_cases",
+    "one_query_cases",
     "paged_cases",
     "paged_random",
     "prefill_cases",

@@ -29,6 +29,18 @@ def test_full_attention_by_hand():
     assert forward.dram_write == forward.sm_to_l2
 
 
+def test_one_query_reads_what_it_sees_once_for_a_group():
+    """32 heads share 8 KV heads: tiles of queries would read K and V four times."""
+    query, key = arrays(batch=3, t=1, s=4096, n=32, k=8, h=128)
+    row = 8 * 128 * 2  # bytes of K of one token
+    forward = io_bytes(query, key).forward
+    assert forward.l2_to_sm == forward.dram_read == 3 * (4 * row + 2 * 4096 * row)
+    assert forward.sm_to_l2 == 3 * (4 * row + 32 * 4)
+    assert io_bytes(query, key, config=CONFIG).forward.l2_to_sm > 3.9 * forward.l2_to_sm
+    window = {"local_window_size": (999, 0), "causal_alignment": "bottom_right"}
+    assert io_bytes(query, key, **window).forward.l2_to_sm == 3 * (4 * row + 2 * 1000 * row)
+
+
 @pytest.mark.parametrize(
     ("shape", "mask"),
     [

@@ -12,7 +12,8 @@ from pallas_kernels.flash_attention.extras import Footprint, prepare
 from pallas_kernels.flash_attention.forward_plan import ITEM_COST, ForwardPlan
 from pallas_kernels.flash_attention.sm90 import forward_plan_of
 from pallas_kernels.flash_attention.spec import AttentionInputs, AttentionSpec
-from pallas_kernels.flash_attention.tiles import Schedule, TileOrder, kv_tiles
+from pallas_kernels.flash_attention.tiles import Schedule, TileOrder
+from pallas_kernels.kv_tiles import kv_tiles
 
 PLAN = ForwardPlan(
     batch=2,
