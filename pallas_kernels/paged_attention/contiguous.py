@@ -7,10 +7,11 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import checks
 from pallas_kernels.device import is_hopper
 from pallas_kernels.kv_pages import pool
-from pallas_kernels.manual import jit_kernels
+from pallas_kernels.manual import jit_kernels, unsupported_layout
 from pallas_kernels.paged_attention import decode_plan, decode_sm90, reference
-from pallas_kernels.paged_attention.config import PagedConfig
+from pallas_kernels.paged_attention.config import MAX_BOX, PagedConfig
 from pallas_kernels.paged_attention.op import Variant, check_heads, make_spec
+from pallas_kernels.paged_attention.prefill_config import OCTET
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 from pallas_kernels.variants import choose
 
@@ -22,8 +23,27 @@ def _reference(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Arr
     return reference.forward(inputs._replace(k_pages=k_pages, v_pages=v_pages, block_tables=tables), spec)
 
 
+def with_room(inputs: PagedInputs) -> PagedInputs:
+    """Caches of as much room as the kernel takes: copies, where they have less or not whole octets."""
+    room = inputs.k_pages.shape[1]
+    more = max(MAX_BOX, room + -room % OCTET) - room
+    if not more:
+        return inputs
+    k, v = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (inputs.k_pages, inputs.v_pages))
+    return inputs._replace(k_pages=k, v_pages=v, kv_lengths=jnp.minimum(inputs.kv_lengths, room))
+
+
+def _decode(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]:
+    return decode_sm90.forward(with_room(inputs), spec)
+
+
+def _unsupported(inputs: PagedInputs, spec: PagedSpec) -> str | None:
+    shapes = jax.eval_shape(with_room, inputs)
+    return decode_plan.unsupported_shapes(shapes) or unsupported_layout(inputs)
+
+
 VARIANTS = {
-    "sm90": Variant(decode_sm90.forward, decode_plan.unsupported, is_hopper),
+    "sm90": Variant(_decode, _unsupported, is_hopper),
     "reference": Variant(_reference, lambda inputs, spec: None, lambda: True),
 }
 
@@ -58,8 +78,8 @@ def contiguous_attention(
         batch_invariant: as paged_attention's; caches of any room S then give a row the same bits.
         others: as those of paged_attention.
 
-    Served by the kernel: what paged_attention's serve without query_start, in caches of S >= 256, a multiple
-    of 8. The reference serves the rest.
+    Served by the kernel: what paged_attention's serve without query_start. The reference serves the rest. The
+    kernel takes caches of S >= 256, a multiple of 8; others are copied into such at every call.
 
     Raises ValueError for wrong arguments, NotImplementedError where the implementation named cannot serve.
     """

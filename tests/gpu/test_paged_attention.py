@@ -21,15 +21,15 @@ def attend(op, arrays, named, implementation, options):
     return op(*arrays, return_lse=True, implementation=implementation, **named, **dict(options))
 
 
-def arguments_of(case, dtype, pages=None, per_head=()):
+def arguments_of(case, dtype, pages=None, per_head=(), room=None):
     """The op, its arrays and its named arrays. pages: the dtype of quantized ones, or "contiguous"."""
     case, op = cast(case, dtype), paged_attention
     num_heads = case.query.shape[1]
     named = {name: jnp.linspace(0.01, 2.0, num_heads) for name in per_head}
     arrays = list(case[:5])
     if pages == "contiguous":
-        max_length = max(256, -(-int(case.kv_lengths.max()) // 8) * 8)
-        arrays, op = [case.query, *contiguous(case, max_length), case.kv_lengths], contiguous_attention
+        room = room or max(256, -(-int(case.kv_lengths.max()) // 8) * 8)
+        arrays, op = [case.query, *contiguous(case, room), case.kv_lengths], contiguous_attention
     else:
         named["layer"] = jnp.int32(case.layer)
         if pages is not None:
@@ -39,12 +39,12 @@ def arguments_of(case, dtype, pages=None, per_head=()):
     return op, [jnp.asarray(x) for x in arrays], named
 
 
-def check_on_gpu(case, dtype, pages=None, per_head=(), **options):
+def check_on_gpu(case, dtype, pages=None, per_head=(), room=None, **options):
     """The kernel with NaN wherever no row may look, against the fp32 reference, and for equal bits.
 
     Codes are exact in what is multiplied, so that quantized pages have the error of their scaled values.
     """
-    op, arrays, named = arguments_of(case, dtype, pages, per_head)
+    op, arrays, named = arguments_of(case, dtype, pages, per_head, room)
     items = tuple(options.items())
     out, lse = attend(op, arrays, named, "sm90", items)
     again, _ = attend(op, arrays, named, "sm90", items)
@@ -99,6 +99,12 @@ def test_decode_of_random_cases(seed):
         consumers, dynamic = 1 + (options["pages"] in QUANTIZED), bool(rng.random() < 0.5)
         options["config"] = PagedConfig(64, 64 * int(rng.integers(1, 40)), 2, consumers, dynamic)
     check_on_gpu(case, jnp.bfloat16, **options)
+
+
+@pytest.mark.parametrize("room", [77, 255, 1001])
+def test_caches_of_any_room(room):
+    case = make_case(rows=3, heads=8, kv_heads=2, head_dim=128, width=-(-room // 8), lengths=[room, 5, 0])
+    check_on_gpu(case, jnp.bfloat16, "contiguous", room=room)
 
 
 def test_row_does_not_depend_on_the_others():

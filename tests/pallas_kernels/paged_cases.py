@@ -19,12 +19,21 @@ RMS_ERROR = {"bfloat16": 6e-3, "float16": 8e-4}
 
 
 def check_decode(
-    dtype=jnp.bfloat16, pages=None, config=SMALL, programs=2, call=None, heads=4, magnitudes=None, **shapes
+    dtype=jnp.bfloat16,
+    pages=None,
+    room=None,
+    config=SMALL,
+    programs=2,
+    call=None,
+    heads=4,
+    magnitudes=None,
+    **shapes,
 ):
     """The interpreted kernel against the reference; free pages and tails are NaN, tables end in garbage.
 
-    pages: the dtype of quantized pages, or "contiguous" for caches without pages. magnitudes: decimal
-    exponents between which those of the values lie, each token's its own.
+    pages: the dtype of quantized pages, or "contiguous" for caches without pages, of as much room for tokens
+    as the kernel takes as it lies, or of `room`. magnitudes: decimal exponents between which those of the
+    values lie, each token's its own.
     """
     case = make_case(head_dim=shapes.pop("head_dim", 64), heads=heads, **shapes)
     if magnitudes is not None:
@@ -35,8 +44,8 @@ def check_decode(
     for name in {"sinks", "alibi_slopes"} & set(arguments):
         arguments[name] = jnp.linspace(-0.5, 2.0, heads)
     if pages == "contiguous":
-        max_length = max(decode_plan.MAX_BOX, -(-int(case.kv_lengths.max()) // 8) * 8)
-        arrays, attend = [case.query, *contiguous(case, max_length), case.kv_lengths], contiguous_attention
+        room = room or max(decode_plan.MAX_BOX, -(-int(case.kv_lengths.max()) // 8) * 8)
+        arrays, attend = [case.query, *contiguous(case, room), case.kv_lengths], contiguous_attention
     else:
         arrays, attend = list(case[:5]), paged_attention
         arguments["layer"] = case.layer
@@ -179,6 +188,9 @@ DECODE_CASES: dict[str, dict[str, Any]] = {
         "width": 17,
         "lengths": [270, 3],
         "pages": "contiguous",
+    },
+    "caches of little room": {
+        **{"rows": 3, "page_size": 16, "width": 5, "lengths": [77, 3, 0], "pages": "contiguous", "room": 77},
     },
 }
 

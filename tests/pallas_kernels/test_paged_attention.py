@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pallas_kernels import PAGE_SIZES, PagedConfig, contiguous_attention, device, paged_attention
 from pallas_kernels.mosaic import SMEM_BYTES
 from pallas_kernels.paged_attention import decode_plan, op
+from pallas_kernels.paged_attention.contiguous import with_room
 from pallas_kernels.paged_attention.decode_codes import BASE, split_query
 from pallas_kernels.paged_attention.decode_plan import make_plan, shared_bytes
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
@@ -173,12 +174,15 @@ def test_contiguous_attention_equals_the_oracle(max_length):
     assert_close([np.asarray(x) for x in result], oracle(case, 60, 2.0, sinks=sinks, slopes=slopes), 5e-6)
 
 
-def test_caches_that_the_kernel_cannot_take():
-    query, lengths = jnp.zeros((1, 4, 64), jnp.bfloat16), jnp.zeros(1, jnp.int32)
-    for room in (128, 260):
-        cache = jnp.zeros((1, room, 2, 64), jnp.bfloat16)
-        with pytest.raises(NotImplementedError, match="multiples of 8"):
-            contiguous_attention(query, cache, cache, lengths, implementation="sm90")
+@pytest.mark.parametrize(("room", "taken"), [(77, 256), (256, 256), (260, 264), (1024, 1024)])
+def test_caches_of_any_room(room, taken):
+    """The kernel takes whole octets, 256 tokens at least; what a row has room for stays what it was."""
+    cache, lengths = jnp.ones((2, room, 2, 64), jnp.bfloat16), jnp.array([5, 2000])
+    inputs = PagedInputs(jnp.ones((2, 4, 64), jnp.bfloat16), cache, cache, None, lengths, jnp.int32(0))
+    padded = with_room(inputs)
+    assert padded.k_pages.shape == padded.v_pages.shape == (2, taken, 2, 64)
+    assert jnp.minimum(padded.kv_lengths, taken).tolist() == [5, room]
+    assert (padded.k_pages[:, room:] == 0).all()
 
 
 def test_contiguous_attention_names_what_is_wrong():
