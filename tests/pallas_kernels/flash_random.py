@@ -41,7 +41,7 @@ def draw(seed, longest=800, max_batch=3):
         size(longest),
     )
     n, s = int(k * group), t if has(0.5) else size(longest)
-    h = int(rng.choice([32, 64, 80, 128, 128, 256]))
+    h = int(rng.choice([32, 40, 64, 64, 72, 80, 96, 104, 128, 128, 192, 256]))
     shape = {"batch": int(batch), "t": t, "s": s, "n": n, "k": int(k), "h": h, "hv": 64 if has(0.1) else h}
     shape["dtype"] = jnp.float16 if has() else jnp.bfloat16
     arguments = {
