@@ -110,6 +110,12 @@ class PrefillPlan(LaunchPlan):
         return self.spec.is_causal and self.spec.window_left is None
 
     @property
+    def leaves_singles(self) -> bool:
+        """Whether rows of one query are decode's: not where a prompt is alone, for which the launch, found to
+        have nothing to do, would cost more than it could save."""
+        return self.spec.is_causal and (self.num_rows > 1 or self.spec.batch_invariant)
+
+    @property
     def capacity(self) -> int:
         """Tokens that a row has room for."""
         return self.table_width * self.page_size

@@ -106,9 +106,9 @@ def _segments(plan: PrefillPlan, query_start, kv_lengths) -> Segments:
 
 
 def cut_segments(plan: PrefillPlan, start, stop, kv_length, is_row) -> Cuts:
-    """How segments are cut; those without work have no tiles, rows of one query among them, which the decode
-    kernel serves where attention is causal."""
-    fewest = where(is_row, lax.full_like(start, 2), 1) if plan.spec.is_causal else 1
+    """How segments are cut; those without work have no tiles, rows of one query among them where they are
+    the decode kernel's."""
+    fewest = where(is_row, lax.full_like(start, 2), 1) if plan.leaves_singles else 1
     is_work = stop - start >= fewest
     kv_length = lax.min(kv_length, plan.capacity)
     first_tile, step = div(start, OCTET) * OCTET, plan.run * OCTET

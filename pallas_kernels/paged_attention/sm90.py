@@ -2,7 +2,8 @@
 
 A row of one query is bound by memory and belongs to the decode kernel, which cuts its keys over the GPU; a
 row of more is bound by arithmetic and belongs to the prefill kernel. A ragged batch is served by both, each
-leaving out the other's rows; one that is not causal, as the rows of a shared prefix, by the latter alone.
+leaving out the other's rows; a single row, and rows that are not causal, as those of a shared prefix, by the
+latter alone.
 """
 
 import dataclasses
@@ -43,7 +44,7 @@ def forward(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]
     plan = prefill_plan.make_plan(inputs, spec)
     work = list_work(plan, inputs)
     out, lse = prefill(plan, inputs, work)
-    if spec.is_causal:
+    if plan.leaves_singles:
         out, row_lse = decode_sm90.forward(inputs, spec, others=out, counter=work.counters.decode)
         is_single = inputs.query_start[1:] - inputs.query_start[:-1] == 1
         # Rows that are not single aim beyond the end, each elsewhere, and are dropped.
@@ -100,7 +101,7 @@ def list_work(plan: PrefillPlan, inputs: PagedInputs) -> WorkList:
 
 def prefill(plan: PrefillPlan, inputs: PagedInputs, work: WorkList) -> tuple[jax.Array, jax.Array]:
     """The prefill kernel alone: out [tokens, N, H] and lse f32[tokens, N], tokens a multiple of OCTET; the
-    results of rows of one query are undefined where attention is causal."""
+    results of rows of one query are undefined where the plan leaves them to decode."""
     start = inputs.query_start
     assert start is not None
     out, lse = prefill_sm90.launch(plan, _pad_tokens(plan, inputs), work.items, work.counters.prefill)

@@ -98,15 +98,18 @@ PREFILL_CASES: dict[str, dict[str, Any]] = {
         "config": dataclasses.replace(AHEAD, stages=3),
         "call": {"local_window_size": 100, "sinks": None},
     },
+    "one query, the only row": {
+        **{"rows": 1, "width": 20, "lengths": [150], "query_lengths": [1], "padding": 7},
+        "config": dataclasses.replace(SMALL, splits=2),
+        "call": {"sinks": None},
+    },
+    "one query, the only row, packed tiles": {
+        **{"rows": 1, "heads": 3, "kv_heads": 1, "lengths": [40], "query_lengths": [1], "padding": 7},
+        "config": dataclasses.replace(SMALL, packs=True),
+    },
     "softmax a tile ahead, H=256, group 5 of 15 octets": {
-        "rows": 1,
-        "heads": 5,
-        "kv_heads": 1,
-        "head_dim": 256,
-        "width": 24,
-        "lengths": [190],
-        "query_lengths": [20],
-        "config": AHEAD,
+        **{"rows": 1, "heads": 5, "kv_heads": 1, "head_dim": 256, "width": 24, "lengths": [190]},
+        **{"query_lengths": [20], "config": AHEAD},
     },
     "packed tiles, group 3, a window and sinks": {
         "rows": 2,
@@ -118,14 +121,8 @@ PREFILL_CASES: dict[str, dict[str, Any]] = {
         "call": {"local_window_size": 30, "sinks": None},
     },
     "group 4 over two warpgroups, whole tiles": {
-        "rows": 1,
-        "heads": 4,
-        "kv_heads": 1,
-        "page_size": 64,
-        "width": 2,
-        "lengths": [128],
-        "query_lengths": [64],
-        "config": PAIR,
+        **{"rows": 1, "heads": 4, "kv_heads": 1, "page_size": 64, "width": 2, "lengths": [128]},
+        **{"query_lengths": [64], "config": PAIR},
     },
     "group 3, page size 128 over two tiles, all keys visible": {
         "rows": 2,
