@@ -100,7 +100,8 @@ def default_config(
     batch_invariant: tile, split and consumers, which order the sums, follow neither R nor capacity.
 
     tile: 128, because a step costs about 0.6 us however few its tokens; 64 where two stages of 128 do not
-    fit; 256 of codes at H = 64 (GPT-2 medium 256 x 1024, int8: 158 us instead of 170).
+    fit; 256 of codes at H = 64 (GPT-2 medium 256 x 1024, int8: 158 us instead of 170), of up to 8 queries a
+    head: of 16 it spills 208 to 316 bytes.
     split: a unit a multiprocessor if the rows fill them all just once, else 4096 tokens: long units cost less
     to begin and to merge, short ones balance rows of uneven length (H200, page size 16: 16 rows x 16384 of
     Yi-6B take 132, 129, 127, 125 us at 1024, 2048, 4096, 8192, of Llama-3-8B 248, 244, 242, 244).
@@ -125,7 +126,7 @@ def default_config(
     for tile in (256, 128, 64):
         consumers = 2 if tile < 256 and (is_quantized or head_dim <= 64) else 1
         is_long = batch_invariant or capacity >= 256
-        if tile == 256 and not (is_quantized and head_dim <= 64 and is_long):
+        if tile == 256 and not (is_quantized and head_dim <= 64 and columns <= 8 and is_long):
             continue
         if is_quantized and tile * head_dim > 128 * 128:
             continue  # values are in registers

@@ -279,6 +279,10 @@ COMPILE = {
             "head_dim": 64,
             "capacity": 1024,
         },
+        "fp8 pages, H=64, group 12, sinks": {
+            **{"pages": jnp.float8_e4m3fn, "heads": 24, "kv_heads": 2, "head_dim": 64},
+            "per_head": ("sinks",),
+        },
         "fp8 pages of 8": {"pages": jnp.float8_e4m3fn, "page_size": 8},
         "H=80": {"head_dim": 80},
         "H=96, group 7, one split": {
