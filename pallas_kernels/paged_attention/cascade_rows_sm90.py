@@ -23,6 +23,7 @@ from pallas_kernels.paged_attention.prefill_list_sm90 import (
     count_items,
     counter_types,
     cut_at,
+    load_vector,
     num_item_blocks,
     start_counters,
     store_items,
@@ -164,11 +165,7 @@ def _load(plan: PrefillPlan, sizes: Sizes, sources, scratch: Scratch):
         (scratch.lists.lengths, THREADS, sizes.groups),
     )
     for source, (target, offset, size) in zip(sources, targets, strict=True):
-        for first in range(0, size, MAX_BOX):
-            box = min(MAX_BOX, size)
-            plgpu.copy_gmem_to_smem(
-                source.at[pl.ds(first, box)], target.at[pl.ds(offset + first, box)], scratch.lists.loaded
-            )
+        load_vector(source, target, offset, size, scratch.lists.loaded)
     plgpu.barrier_wait(scratch.lists.loaded)
     num_groups = plan.num_rows
     for row, part in _by_thread(sizes.rows):

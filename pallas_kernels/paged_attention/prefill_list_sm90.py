@@ -6,6 +6,7 @@ hundred rows of a batch.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -128,16 +129,25 @@ def store_items(plan: PrefillPlan, scratch: Scratch, records, table_of):
 
 def _load(size: int, query_start, kv_lengths, scratch: Scratch):
     """Copies numbers of rows to shared memory; beyond the last they are zeros."""
+    load_vector(query_start, scratch.starts, THREADS, size, scratch.loaded)
+    load_vector(kv_lengths, scratch.lengths, THREADS, size, scratch.loaded)
+    plgpu.barrier_wait(scratch.loaded)
+
+
+def load_vector(source, target, offset: int, size: int, barrier) -> None:
+    """Starts the copies of a vector, and of zeros behind its end, to target[offset : offset + size]; an
+    arrival at the barrier each MAX_BOX.
+
+    In a loop, because JAX refuses a copy that is known to begin past the end.
+    """
     box = min(MAX_BOX, size)
 
     def copy(index, _):
         first = pl.multiple_of(index * box, box)
-        for source, target in ((query_start, scratch.starts), (kv_lengths, scratch.lengths)):
-            part = target.at[pl.ds(pl.multiple_of(THREADS + first, THREADS), box)]
-            plgpu.copy_gmem_to_smem(source.at[pl.ds(first, box)], part, scratch.loaded)
+        part = target.at[pl.ds(pl.multiple_of(offset + first, math.gcd(offset, box)), box)]
+        plgpu.copy_gmem_to_smem(source.at[pl.ds(first, box)], part, barrier)
 
     lax.fori_loop(0, size // box, copy, None)
-    plgpu.barrier_wait(scratch.loaded)
 
 
 def cut_at(plan: PrefillPlan, scratch: Scratch, segment):

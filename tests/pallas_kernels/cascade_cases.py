@@ -142,10 +142,14 @@ INTERPRET = {
 } | {
     "cascade_attention:rows of many groups": functools.partial(check_rows, 20, 130),
     "cascade_attention:many rows": functools.partial(check_rows, 140, 5),
+    "cascade_attention:rows in two copies": functools.partial(check_rows, 256, 3),
 }
+SLOW = {"cascade_attention:rows in two copies"}  # compiled every time
 
 
-def cascade_case(rows=64, heads=32, kv_heads=8, head_dim=128, capacity=8448, page_size=16, pages=None):
+def cascade_case(
+    rows=64, groups=1, heads=32, kv_heads=8, head_dim=128, capacity=8448, page_size=16, pages=None
+):
     pool = jax.ShapeDtypeStruct((2, 1024, kv_heads, page_size, head_dim), pages or jnp.bfloat16)
     scale = jax.ShapeDtypeStruct(pool.shape[:4], jnp.float32)
     query = jax.ShapeDtypeStruct((rows, heads, head_dim), jnp.bfloat16)
@@ -155,13 +159,16 @@ def cascade_case(rows=64, heads=32, kv_heads=8, head_dim=128, capacity=8448, pag
         arrays = query, k_pages, v_pages, tables, lengths, prefixes, groups
         return cascade_attention(*arrays, layer=layer, implementation="sm90", **named)
 
-    specs = (query, pool, pool, integers(rows, capacity // page_size), integers(rows), integers(1))
+    specs = (query, pool, pool, integers(rows, capacity // page_size), integers(rows), integers(groups))
     specs += (integers(rows), integers(), *((scale,) * 2 if pages else ()))
     return CompileCase(attend, specs, max_temp_bytes=80 * 2**20)
 
 
 COMPILE = {
     "cascade_attention:Llama-3-8B": cascade_case(),
+    # Numbers of rows, and of groups, that are copied in several boxes, the last past their end.
+    "cascade_attention:Llama-3-8B, 256 rows, 250 groups": cascade_case(rows=256, groups=250, capacity=1024),
+    "cascade_attention:Llama-3-8B, 1024 rows": cascade_case(rows=1024, capacity=1024),
     "cascade_attention:H=96, fp8 pages": cascade_case(
         heads=8, kv_heads=2, head_dim=96, pages=jnp.float8_e4m3fn
     ),
