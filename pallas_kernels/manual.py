@@ -37,6 +37,17 @@ def unsupported_layout(tree: Any) -> str | None:
     return None
 
 
+def in_32_bits(function: Callable) -> Callable:
+    """The function, traced as without jax_enable_x64: numbers in kernels have 32 bits."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        with jax.enable_x64(False):
+            return function(*arguments)
+
+    return call
+
+
 def jit_kernels(num_static: int) -> Callable[[Callable], Callable]:
     """jax.jit, the first num_static arguments static, for functions that call kernels.
 
@@ -48,6 +59,7 @@ def jit_kernels(num_static: int) -> Callable[[Callable], Callable]:
         jitted = jax.jit(function, static_argnums=tuple(range(num_static)))
 
         @functools.wraps(function)
+        @jax.enable_x64(False)
         def call(*arguments: Any) -> Any:
             static, arrays = arguments[:num_static], arguments[num_static:]
             if not (names := varying(arrays)):

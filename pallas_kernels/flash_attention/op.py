@@ -16,7 +16,7 @@ from pallas_kernels.flash_attention.block_tiles import BlockTiles
 from pallas_kernels.flash_attention.config import FlashConfig
 from pallas_kernels.flash_attention.dropout import dropout_seed
 from pallas_kernels.flash_attention.spec import AttentionGradients, AttentionInputs, AttentionSpec
-from pallas_kernels.manual import vary
+from pallas_kernels.manual import in_32_bits, vary
 from pallas_kernels.variants import choose
 
 SAVED_NAMES = ("attention_out", "attention_lse")  # what the backward pass takes from the forward pass
@@ -192,7 +192,7 @@ def _attend(implementation: str, spec: AttentionSpec, inputs: AttentionInputs) -
 # Jitted, so that the layers of an unrolled model share one trace and one lowered kernel.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _forward(implementation: str, spec: AttentionSpec, inputs: AttentionInputs):
-    return mapped.forward(lambda inputs: VARIANTS[implementation].forward(inputs, spec), inputs)
+    return mapped.forward(in_32_bits(lambda inputs: VARIANTS[implementation].forward(inputs, spec)), inputs)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -200,7 +200,7 @@ def _backward(
     implementation: str, spec: AttentionSpec, inputs: AttentionInputs, out, lse, out_grad, lse_grad
 ):
     function = lambda inputs, *arrays: VARIANTS[implementation].backward(inputs, spec, *arrays)
-    return mapped.backward(function, inputs, (out, lse), (out_grad, lse_grad))
+    return mapped.backward(in_32_bits(function), inputs, (out, lse), (out_grad, lse_grad))
 
 
 def _attend_forward(implementation: str, spec: AttentionSpec, inputs: AttentionInputs):

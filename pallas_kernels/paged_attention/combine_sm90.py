@@ -19,6 +19,7 @@ from pallas_kernels.mosaic import LOG2_E, ceil_div, clip, div, pl, plgpu, rem, w
 from pallas_kernels.mosaic_inline import THREADS
 from pallas_kernels.paged_attention.decode_consumer import copy_head
 from pallas_kernels.paged_attention.decode_plan import Inputs, Outputs, Plan
+from pallas_kernels.paged_attention.plan import is_single
 from pallas_kernels.paged_attention.prefill_config import WARPGROUP_ROWS
 from pallas_kernels.paged_attention.units import split_range
 
@@ -109,7 +110,9 @@ def _kernel(plan: Plan, operands, *refs):
     row, head = lax.axis_index("row"), lax.axis_index("head")
     length = lax.max(inputs.lengths[row], 0)
 
-    @pl.when(inputs.starts[row + 1] - inputs.starts[row] == 1 if plan.is_ragged else True)
+    @pl.when(
+        is_single(inputs.starts[row], inputs.starts[row + 1], plan.num_tokens) if plan.is_ragged else True
+    )
     def _():
         maximum, total, values = _merge_all(plan, inputs, row, head, length)
         values = (values * where(total > 0, 1 / total, 0.0)).astype(plan.query_dtype)

@@ -45,6 +45,7 @@ class Plan(LaunchPlan):
     capacity: int  # tokens that a row has room for
     cut: Cut | None = None  # of keys that rows share, attended elsewhere
     is_ragged: bool = False  # whether rows' queries lie among others, some of rows that are not ours
+    num_tokens: int  # queries of all rows
     skips_pages: bool = False  # whether tables begin with pages that are attended elsewhere
 
     @property
@@ -200,6 +201,7 @@ def make_plan(inputs: PagedInputs, spec: PagedSpec, cut: Cut | None = None) -> P
         spec.batch_invariant,
     )
     own = {"page_size": page_size, "capacity": capacity, "cut": cut, "is_ragged": is_ragged}
+    own["num_tokens"] = inputs.query.shape[0]
     plan = Plan(**facts, config=config, **own, skips_pages=inputs.skipped_pages is not None)
     # The default's estimate counts bytes, not what is lost between buffers.
     while spec.config is None and shared_bytes(plan) > SMEM_BYTES and plan.config.stages > 2:

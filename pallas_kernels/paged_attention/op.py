@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels import checks
@@ -76,7 +77,8 @@ def paged_attention(
         block_tables: page ids. Entries beyond a row's length are never read; others are clamped into 0..P-1.
         kv_lengths: tokens of each row, those of this step included; 0 for an empty row. More than M * Z count
             as M * Z.
-        query_start: row r's queries are query[query_start[r]:query_start[r + 1]], in order of rows.
+        query_start: row r's queries are query[query_start[r]:query_start[r + 1]], in order of rows; numbers
+            that do not ascend are of no rows, those beyond the tokens are the number of tokens.
         layer: which layer of the pool; may be traced, and is then taken to be one: of any other the result is
             undefined.
         scale: multiplies Q K^T; 1 / sqrt(H) by default.
@@ -187,7 +189,7 @@ def check_arrays(inputs: PagedInputs) -> PagedInputs:
     lengths = pool.check_indices("kv_lengths", inputs.kv_lengths, (num_rows,), "R")
     start = inputs.query_start
     if start is not None:
-        start = pool.check_indices("query_start", start, (num_rows + 1,), "R + 1")
+        start = check_starts(pool.check_indices("query_start", start, (num_rows + 1,), "R + 1"), num_tokens)
     elif num_tokens != num_rows:
         raise ValueError(
             f"without query_start query must have one token a row, got {num_tokens} for {num_rows} rows"
@@ -205,6 +207,16 @@ def check_arrays(inputs: PagedInputs) -> PagedInputs:
             checks.check_shape(name, array, (num_layers, num_pages, num_kv_heads, page_size), "L P K Z")
             checks.check_dtype(name, array, (jnp.float32,))
     return inputs._replace(block_tables=tables, kv_lengths=lengths, query_start=start)
+
+
+def check_starts(query_start: Any, num_tokens: int) -> Any:
+    """Holds starts, if the host knows them, to ascending places among the tokens."""
+    if isinstance(query_start, np.ndarray):
+        ends = np.concatenate([[0], query_start, [num_tokens]])
+        if (np.diff(ends) < 0).any():
+            allowed = f"ascending numbers in 0..{num_tokens}"
+            raise ValueError(f"query_start must be {allowed}, got {query_start.tolist()}")
+    return query_start
 
 
 @jit_kernels(2)

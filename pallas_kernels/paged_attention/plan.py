@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.kv_pages.pool import QUANTIZED
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
@@ -58,6 +59,11 @@ class Counters(NamedTuple):
     @classmethod
     def zeros(cls) -> "Counters":
         return cls(*(jnp.zeros(2, jnp.int32) for _ in cls._fields))
+
+
+def is_single(start, stop, num_tokens: int):
+    """Whether a row of a ragged batch has one query. What lies beyond the tokens is no query."""
+    return (lax.min(stop, num_tokens) - start == 1) & (start >= 0)
 
 
 def facts_of(inputs: PagedInputs, spec: PagedSpec) -> dict[str, Any]:

@@ -155,8 +155,9 @@ def cut_at(plan: PrefillPlan, scratch: Scratch, segment):
     last = plan.num_rows + 1
     is_row = (segment > 0) & (segment < last)
     start = where(segment > last, plan.num_tokens, gather(scratch.starts, segment + (THREADS - 1)))
-    start = where(segment > 0, start, 0)
+    start = where(segment > 0, lax.max(start, 0), 0)
     stop = where(segment < last, gather(scratch.starts, segment + THREADS), plan.num_tokens)
+    stop = lax.min(stop, plan.num_tokens)
     kv_length = where(is_row, gather(scratch.lengths, segment + (THREADS - 1)), 0)
     return (start, stop, kv_length), cut_segments(plan, start, stop, kv_length, is_row)
 

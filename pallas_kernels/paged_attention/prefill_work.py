@@ -93,8 +93,9 @@ def _last(mask: jax.Array) -> jax.Array:
 
 def _segments(plan: PrefillPlan, query_start, kv_lengths) -> Segments:
     # XLA fuses a pad with what reads it; a concatenation would be a kernel of its own.
-    start = jnp.pad(query_start.astype(jnp.int32), (1, 0))
-    stop = jnp.pad(query_start.astype(jnp.int32), (0, 1), constant_values=plan.num_tokens)
+    query_start = jnp.clip(query_start.astype(jnp.int32), 0, plan.num_tokens)
+    start = jnp.pad(query_start, (1, 0))
+    stop = jnp.pad(query_start, (0, 1), constant_values=plan.num_tokens)
     kv_length = jnp.pad(kv_lengths.astype(jnp.int32), 1)
     order = jnp.arange(plan.num_rows + 2)
     is_row = (order > 0) & (order <= plan.num_rows)

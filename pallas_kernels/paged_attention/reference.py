@@ -73,9 +73,10 @@ def _ragged(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]
     """Blocks of one row's queries, one after the other; tokens outside every row give zeros."""
     num_tokens, num_rows = inputs.query.shape[0], inputs.kv_lengths.shape[0]
     assert inputs.query_start is not None
-    start, stop = inputs.query_start[:-1], inputs.query_start[1:]
+    query_start = jnp.clip(inputs.query_start, 0, inputs.query.shape[0])
+    start, stop = query_start[:-1], query_start[1:]
     block, length = min(QUERY_BLOCK, num_tokens), _chunk_length(inputs)
-    first_block = jnp.cumulative_sum(_ceil_div(stop - start, block), include_initial=True)
+    first_block = jnp.cumulative_sum(_ceil_div(jnp.maximum(stop - start, 0), block), include_initial=True)
     query = jnp.pad(inputs.query, ((0, block), (0, 0), (0, 0)))
 
     def step(index, results):

@@ -23,6 +23,7 @@ from pallas_kernels.paged_attention.cascade_rows import group_rows, shared_rows
 from pallas_kernels.paged_attention.cascade_rows_sm90 import Listed, Rows
 from pallas_kernels.paged_attention.combine_sm90 import Shared, combine_parts
 from pallas_kernels.paged_attention.decode_plan import Cut
+from pallas_kernels.paged_attention.plan import is_single
 from pallas_kernels.paged_attention.prefill_list_sm90 import MAX_ROWS, list_items
 from pallas_kernels.paged_attention.prefill_plan import PrefillPlan
 from pallas_kernels.paged_attention.prefill_work import WorkList, plan_work
@@ -46,9 +47,10 @@ def forward(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]
     out, lse = prefill(plan, inputs, work)
     if plan.leaves_singles:
         out, row_lse = decode_sm90.forward(inputs, spec, others=out, counter=work.counters.decode)
-        is_single = inputs.query_start[1:] - inputs.query_start[:-1] == 1
+        start, stop = inputs.query_start[:-1], inputs.query_start[1:]
+        is_decode = is_single(start, stop, inputs.query.shape[0])
         # Rows that are not single aim beyond the end, each elsewhere, and are dropped.
-        token = jnp.where(is_single, inputs.query_start[:-1], lse.shape[0] + jnp.arange(is_single.shape[0]))
+        token = jnp.where(is_decode, start, lse.shape[0] + jnp.arange(is_decode.shape[0]))
         lse = lse.at[token].set(row_lse, mode="drop", unique_indices=True)
     num_tokens = inputs.query.shape[0]
     return out[:num_tokens], lse[:num_tokens]

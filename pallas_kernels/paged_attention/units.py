@@ -12,6 +12,7 @@ from pallas_kernels.mosaic import ceil_div, div, pl, plgpu, rem, where
 from pallas_kernels.mosaic_inline import BY_THREAD, THREADS, draw, gather, load_numbers
 from pallas_kernels.paged_attention.config import ROW_BLOCK
 from pallas_kernels.paged_attention.decode_plan import BUFFERS, NOT_OURS, Plan, Scratch, Tickets
+from pallas_kernels.paged_attention.plan import is_single
 
 
 class Unit(NamedTuple):
@@ -189,7 +190,7 @@ def see_rows(plan: Plan, scratch: Scratch):
         if plan.is_ragged:
             start = plgpu.load(scratch.starts.at[part], layout=BY_THREAD, optimized=False)
             stop = gather(scratch.starts, lax.min(first + thread + 1, plan.num_rows))
-            length = where(stop - start == 1, lax.max(length, 0), NOT_OURS)
+            length = where(is_single(start, stop, plan.num_tokens), lax.max(length, 0), NOT_OURS)
             scratch.lengths[part] = length
         if plan.counts_units:
             scratch.counts[part] = _count_units(plan, length)

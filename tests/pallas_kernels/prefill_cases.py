@@ -31,14 +31,20 @@ def listed_by_xla():
     return mock.patch.object(sm90, "MAX_ROWS", 0)
 
 
-def check_prefill(dtype=jnp.bfloat16, pages=None, config=SMALL, call=None, heads=4, padding=0, **shapes):
+def check_prefill(
+    dtype=jnp.bfloat16, pages=None, config=SMALL, call=None, heads=4, padding=0, past=0, **shapes
+):
     """The interpreted kernels against the reference; free pages and tails are NaN, tables end in garbage.
 
-    pages: the dtype of quantized pages. padding: tokens of no row, behind the last.
+    pages: the dtype of quantized pages. padding: tokens of no row, behind the last. past: how far beyond the
+    tokens the last row is said to end.
     """
     case = cast(make_case(head_dim=shapes.pop("head_dim", 64), heads=heads, **shapes), dtype)
     arguments = dict(
-        query_start=jnp.asarray(case.query_start), layer=case.layer, return_lse=True, **(call or {})
+        query_start=jnp.asarray(case.query_start).at[-1].add(past),
+        layer=case.layer,
+        return_lse=True,
+        **(call or {}),
     )
     for name in {"sinks", "alibi_slopes"} & set(arguments):
         arguments[name] = jnp.linspace(-0.5, 2.0, heads)
@@ -67,15 +73,8 @@ PREFILL_CASES: dict[str, dict[str, Any]] = {
         "query_lengths": [40, 1, 3, 9],
     },
     "group 1, two warpgroups with tokens of their own, fp16": {
-        "rows": 2,
-        "heads": 2,
-        "kv_heads": 2,
-        "page_size": 8,
-        "width": 20,
-        "lengths": [150, 40],
-        "query_lengths": [145, 20],
-        "dtype": jnp.float16,
-        "config": PAIR,
+        **{"rows": 2, "heads": 2, "kv_heads": 2, "page_size": 8, "width": 20, "lengths": [150, 40]},
+        **{"query_lengths": [145, 20], "dtype": jnp.float16, "config": PAIR},
     },
     "softmax a tile ahead, two warpgroups with tokens of their own": {
         "rows": 2,
@@ -97,6 +96,9 @@ PREFILL_CASES: dict[str, dict[str, Any]] = {
         "query_lengths": [130, 2],
         "config": dataclasses.replace(AHEAD, stages=3),
         "call": {"local_window_size": 100, "sinks": None},
+    },
+    "rows that are said to end beyond the tokens": {
+        **{"rows": 3, "page_size": 16, "lengths": [40, 70, 30], "query_lengths": [6, 1, 9], "past": 500},
     },
     "one query, the only row": {
         **{"rows": 1, "width": 20, "lengths": [150], "query_lengths": [1], "padding": 7},

@@ -141,3 +141,24 @@ def test_kernels_serve_what_the_docstring_lists(call, is_served):
     if is_ragged:
         inputs = inputs._replace(query_start=spec((rows + 1,), jnp.int32))
     assert (sm90.unsupported(inputs, PagedSpec(1.0)) is None) == is_served
+
+
+@pytest.mark.parametrize("starts", [[0, 5, 40], [0, 7, 5], [5, 0, 10], [-3, 5, 10]])
+def test_starts_of_rows_that_the_host_knows_lie_among_the_tokens(starts):
+    with pytest.raises(ValueError, match=r"query_start must be ascending numbers in 0\.\.10, got"):
+        attend_ragged(np.array(starts))
+
+
+@pytest.mark.parametrize(
+    ("starts", "meant"), [([0, 5, 40], [0, 5, 10]), ([-3, 5, 10], [0, 5, 10]), ([12, 13, 14], [10, 10, 10])]
+)
+def test_starts_beyond_the_tokens_are_their_end(starts, meant):
+    np.testing.assert_array_equal(attend_ragged(jnp.array(starts)), attend_ragged(jnp.array(meant)))
+
+
+def attend_ragged(query_start):
+    """10 tokens, two rows of 16 keys each."""
+    query = jax.random.normal(jax.random.key(0), (10, 2, 16))
+    pages = jax.random.normal(jax.random.key(1), (1, 5, 2, 8, 16))
+    tables, lengths = jnp.array([[1, 2], [3, 4]]), jnp.array([16, 16])
+    return paged_attention(query, pages, pages, tables, lengths, query_start=query_start)
