@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxattn.block_mask import BlockMask
 from jaxattn.implementations import IMPLEMENTATIONS, AttentionCall
 from pallas_kernels import checks
-from pallas_kernels.device import device_name, is_hopper
+from pallas_kernels.device import default_device, device_name, is_hopper
 from pallas_kernels.flash_attention import SAVED_NAMES
 from pallas_kernels.flash_attention.arguments import check_arrays, make_spec
 from pallas_kernels.flash_attention.spec import AttentionInputs
@@ -229,12 +229,11 @@ def _first_that_can(call: AttentionCall, *, names: tuple[str, ...]) -> tuple[jax
     raise Unsupported(f"no implementation on {device_name()} serves this call: {'; '.join(refusals)}")
 
 
-@functools.cache
 def _candidates() -> tuple[str, ...]:
     """What the default device can run, best first. Asking touches the backend."""
     if is_hopper():
         return ("sm90", "cudnn", "xla", "reference")
-    device = jax.devices()[0]
+    device = default_device()
     if device.platform == "gpu" and hasattr(device, "compute_capability"):
         return ("cudnn", "xla", "reference")
     return ("reference",) if device.platform == "cpu" else ("xla", "reference")

@@ -87,30 +87,53 @@ def _cudnn(call: AttentionCall) -> tuple[jax.Array, None]:
     if reason := _cudnn_cannot(call):
         raise Unsupported(f"implementation='cudnn' cannot serve this call: {reason}")
     call = _without_padding(call)
+    num_queries, num_keys = call.query.shape[1], call.key.shape[1]
+    bias = call.bias  # of every row and column: it broadcasts over batch rows and heads alone
+    if bias is not None:
+        bias = jnp.broadcast_to(bias, (*bias.shape[:2], num_queries, num_keys))
+    attend = _cudnn_of_odd_lengths if num_queries % 2 or num_keys % 2 else _of_jax_nn
     left, right = call.window
-    out = jax.nn.dot_product_attention(
-        call.query,
-        call.key,
-        call.value,
-        call.bias,
-        scale=call.scale,
-        is_causal=call.is_causal,
-        query_seq_lengths=call.q_lengths,
-        key_value_seq_lengths=call.kv_lengths,
-        local_window_size=None if left is None else (left, right or 0),
-        implementation="cudnn",
-    )
+    options = (call.scale, call.is_causal, None if left is None else (left, right or 0))
+    out = attend("cudnn", options, call.query, call.key, call.value, bias, call.q_lengths, call.kv_lengths)
     if call.kv_lengths is not None:  # a row of no keys is zeros here, the mean of garbage there
         out = jnp.where((call.kv_lengths > 0)[:, None, None, None], out, 0)
     return out, None
+
+
+def _of_jax_nn(implementation, options, query, key, value, bias, q_lengths, kv_lengths):
+    scale, is_causal, window = options
+    return jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        bias,
+        scale=scale,
+        is_causal=is_causal,
+        query_seq_lengths=q_lengths,
+        key_value_seq_lengths=kv_lengths,
+        local_window_size=window,
+        implementation=implementation,
+    )
+
+
+# JAX has no gradients of odd lengths by cuDNN: XLA computes those.
+_cudnn_of_odd_lengths = jax.custom_vjp(_of_jax_nn, nondiff_argnums=(0, 1))
+
+
+def _xla_forward(_, options, *arrays):
+    return jax.vjp(functools.partial(_of_jax_nn, "xla", options), *arrays)
+
+
+_cudnn_of_odd_lengths.defvjp(_xla_forward, lambda _, options, vjp, cotangent: vjp(cotangent))
 
 
 def _cudnn_cannot(call: AttentionCall) -> str | None:
     """Why cuDNN, as jax.nn reaches it, would refuse this call or compute something else; None if it is
     right."""
     _, num_queries, _, head_dim = call.query.shape
+    num_keys = call.key.shape[1]
     has_lengths = call.q_lengths is not None or call.kv_lengths is not None
-    is_shifted = call.causal_alignment == "bottom_right" and (has_lengths or num_queries != call.key.shape[1])
+    is_shifted = call.causal_alignment == "bottom_right" and (has_lengths or num_queries != num_keys)
     uses_position = call.is_causal or call.window != (None, None)
     reasons = {
         f"dtype {call.query.dtype} (only bfloat16 and float16)": call.query.dtype

@@ -26,6 +26,7 @@ from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 BUFFERS = 2  # of queries and of page ids: this unit's and the next one's
 MAX_QUERIES = 16 * 256  # numbers in the queries of one KV head: beyond, accumulators spill
 RESERVED_BYTES = 1024  # of shared memory, for barriers
+MIN_TILE = 64  # tokens, the rows of a wgmma
 NOT_OURS = -1  # the length of a row that another kernel attends
 
 
@@ -203,18 +204,34 @@ def make_plan(inputs: PagedInputs, spec: PagedSpec, cut: Cut | None = None) -> P
     own = {"page_size": page_size, "capacity": capacity, "cut": cut, "is_ragged": is_ragged}
     own["num_tokens"] = inputs.query.shape[0]
     plan = Plan(**facts, config=config, **own, skips_pages=inputs.skipped_pages is not None)
-    # The default's estimate counts bytes, not what is lost between buffers.
-    while spec.config is None and shared_bytes(plan) > SMEM_BYTES and plan.config.stages > 2:
-        fewer = dataclasses.replace(plan.config, stages=plan.config.stages - plan.config.consumers)
-        plan = dataclasses.replace(plan, config=fewer)
+    if spec.config is None:
+        return _shrink(plan)
+    if (needed := shared_bytes(plan, alignment=1)) > SMEM_BYTES:
+        raise ValueError(f"config must fit {SMEM_BYTES:,} bytes of shared memory, got {config}: {needed:,}")
     return plan
 
 
-def shared_bytes(plan: Plan) -> int:
-    """Shared memory that a launch takes, where each buffer begins at a multiple of 1,024 bytes."""
+def _shrink(plan: Plan) -> Plan:
+    """The plan with fewer stages, and then of a smaller tile, until it fits: default_config's estimate counts
+    neither what is lost between buffers nor what a cascade takes.
+    """
+    while shared_bytes(plan) > SMEM_BYTES:
+        config = plan.config
+        if config.stages > 2:
+            config = dataclasses.replace(config, stages=config.stages - config.consumers)
+        elif config.tile > MIN_TILE:
+            config = dataclasses.replace(config, tile=config.tile // 2)
+        else:
+            break
+        plan = dataclasses.replace(plan, config=config)
+    return plan
+
+
+def shared_bytes(plan: Plan, alignment: int = 1024) -> int:
+    """Shared memory that a launch takes, where each buffer begins at a multiple of so many bytes."""
     buffers = [x for x in jax.tree.leaves(scratch_types(plan)) if not isinstance(x, plgpu.Barrier)]
     sizes = [math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in buffers]
-    return sum(-(-size // 1024) * 1024 for size in sizes) + RESERVED_BYTES
+    return sum(-(-size // alignment) * alignment for size in sizes) + RESERVED_BYTES * (alignment > 1)
 
 
 class Inputs(NamedTuple):

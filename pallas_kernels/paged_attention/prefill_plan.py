@@ -155,13 +155,24 @@ class PrefillPlan(LaunchPlan):
     def query_buffers(self) -> int:
         """Two where shared memory holds them: a unit's queries are then loaded while those of the one before
         are used."""
-        config, itemsize = self.config, jnp.dtype(self.page_dtype).itemsize
-        row = self.head_dim * itemsize
-        tokens = 2 * config.stages * config.tile_kv * (row + 4 * self.is_quantized)
+        return 2 if self._bytes_of_tiles + 2 * self._bytes_of_rows <= SMEM_BYTES - RESERVED_BYTES else 1
+
+    @property
+    def tile_bytes(self) -> int:
+        """Of K, V, and queries once: what a launch takes at least of shared memory."""
+        return self._bytes_of_tiles + self._bytes_of_rows
+
+    @property
+    def _bytes_of_tiles(self) -> int:
+        config, row = self.config, self.head_dim * jnp.dtype(self.page_dtype).itemsize
+        size = 2 * config.stages * config.tile_kv * (row + 4 * self.is_quantized)
         if self.is_quantized:
-            tokens += 2 * self.slots * config.tile_kv * (2 * self.head_dim + 4)
-        buffers = 2 * 2 * config.warpgroups * WARPGROUP_ROWS * self.head_dim
-        return 2 if tokens + buffers <= SMEM_BYTES - RESERVED_BYTES else 1
+            size += 2 * self.slots * config.tile_kv * (2 * self.head_dim + 4)
+        return size
+
+    @property
+    def _bytes_of_rows(self) -> int:
+        return 2 * self.config.warpgroups * WARPGROUP_ROWS * self.head_dim
 
 
 def unsupported(inputs: PagedInputs, spec: PagedSpec) -> str | None:
@@ -198,7 +209,7 @@ def make_plan(inputs: PagedInputs, spec: PagedSpec, keeps_parts: bool = False) -
         is_quantized=facts["page_dtype"] in QUANTIZED,
         batch_invariant=spec.batch_invariant,
     )
-    return PrefillPlan(
+    plan = PrefillPlan(
         **facts,
         config=config,
         num_tokens=num_tokens + -num_tokens % OCTET,
@@ -206,6 +217,12 @@ def make_plan(inputs: PagedInputs, spec: PagedSpec, keeps_parts: bool = False) -
         table_width=table_width,
         keeps_parts=keeps_parts,
     )
+    if spec.prefill_config is not None and plan.tile_bytes > SMEM_BYTES:
+        raise ValueError(
+            f"prefill_config must fit {SMEM_BYTES:,} bytes of shared memory, "
+            f"got {config}: {plan.tile_bytes:,}"
+        )
+    return plan
 
 
 def per_row(plan: PrefillPlan, x: jax.Array | None) -> jax.Array | None:

@@ -281,6 +281,30 @@ def test_falls_back_in_order_and_logs_the_choice_once(monkeypatch, caplog):
     assert (capped == dot_product_attention(q, k, v, logits_soft_cap=1.0, implementation="reference")).all()
 
 
+@pytest.mark.parametrize("shape", [(B, 1, 1, S), (1, N, T, 1)])
+def test_what_cudnn_cannot_of_odd_lengths_and_biases(shape, monkeypatch):
+    """It takes a bias of every row and column, and has no gradients of odd lengths: XLA computes those."""
+    theirs, asked = jax.nn.dot_product_attention, []
+
+    def attend(query, key, value, bias, implementation, **options):
+        asked.append(implementation)
+        assert bias.shape == (*shape[:2], T, S)
+        return theirs(query, key, value, bias, **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
+    *qkv, bias = *inputs(dtype=jnp.bfloat16), random(4, *shape).astype(jnp.bfloat16)
+    lengths = {"key_value_seq_lengths": jnp.array([5, S])}
+    ours = functools.partial(dot_product_attention, implementation="cudnn", **lengths)
+    call = lambda *x: ours(*x[:3], bias=x[3]).astype(jnp.float32)
+    call(*qkv, bias)
+    assert asked == ["cudnn"]
+    gradients = jax.grad(lambda *x: call(*x).sum(), (0, 1, 2, 3))(*qkv, bias)
+    assert asked == ["cudnn", "xla"]
+    expected = jax.grad(lambda *x: theirs(*x, **lengths).astype(jnp.float32).sum(), (0, 1, 2, 3))(*qkv, bias)
+    for one, other in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(np.float32(one), np.float32(other), atol=0.05, rtol=0.05)
+
+
 def test_what_jax_cannot_do_is_no_refusal():
     """Kernels have no gradients of gradients, and JAX says so; XLA's attention has them."""
     q, k, v = inputs()

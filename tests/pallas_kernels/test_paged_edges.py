@@ -1,12 +1,22 @@
 """Paged ops at the edges of their arguments: page ids and lengths out of range, layers, small integers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import cascade_attention, contiguous_attention, paged_attention, write_kv
-from pallas_kernels.paged_attention import sm90
+from pallas_kernels import (
+    PagedConfig,
+    PrefillConfig,
+    cascade_attention,
+    contiguous_attention,
+    paged_attention,
+    write_kv,
+)
+from pallas_kernels.mosaic import SMEM_BYTES
+from pallas_kernels.paged_attention import decode_plan, sm90
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 from tests.pallas_kernels.paged_inputs import make_case, oracle
 
@@ -162,3 +172,30 @@ def attend_ragged(query_start):
     pages = jax.random.normal(jax.random.key(1), (1, 5, 2, 8, 16))
     tables, lengths = jnp.array([[1, 2], [3, 4]]), jnp.array([16, 16])
     return paged_attention(query, pages, pages, tables, lengths, query_start=query_start)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("config", PagedConfig(tile=256, stages=8)), ("prefill_config", PrefillConfig())],
+)
+def test_cuts_that_do_not_fit_shared_memory(name, config):
+    """Named, with what they take: the compiler would know neither."""
+    pages = jnp.zeros((1, 3, 2, 16, 256), jnp.bfloat16)
+    query, tables = jnp.zeros((4, 4, 256), jnp.bfloat16), jnp.ones((2, 2), jnp.int32)
+    call = functools.partial(paged_attention, query, pages, pages, tables, jnp.array([9, 9]))
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    message = rf"^{name} must fit 232,448 bytes of shared memory, got P\w+\("
+    with jax.sharding.use_abstract_mesh(mesh), pytest.raises(ValueError, match=message):
+        call(query_start=jnp.array([0, 2, 4]), implementation="sm90", **{name: config})
+
+
+@pytest.mark.parametrize(("rows", "head_dim"), [(2048, 192), (1024, 192), (4096, 160)])
+def test_the_default_fits_beside_what_a_cascade_takes(rows, head_dim):
+    spec = jax.ShapeDtypeStruct
+    pages = spec((1, 64, 8, 256, head_dim), jnp.bfloat16)
+    query, numbers = spec((rows, 64, head_dim), jnp.bfloat16), spec((rows,), jnp.int32)
+    tables, layer = spec((rows, 16), jnp.int32), spec((), jnp.int32)
+    inputs = PagedInputs(query, pages, pages, tables, numbers, layer, skipped_pages=numbers)
+    plan = decode_plan.make_plan(inputs, PagedSpec(1.0), decode_plan.Cut(tile_q=16, splits=2))
+    assert decode_plan.shared_bytes(plan) <= SMEM_BYTES

@@ -1,13 +1,14 @@
 """Which variant of an op serves a call, and what is said of it."""
 
 import logging
+import types
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from jaxattn import dot_product_attention
-from pallas_kernels import flash_attention, variants
+from pallas_kernels import device, flash_attention, variants
 from pallas_kernels.flash_attention.op import VARIANTS
 from pallas_kernels.variants import Unsupported, choose
 
@@ -56,3 +57,15 @@ def test_no_variant_at_all_is_refused_with_all_reasons():
     refusing = VARIANTS["reference"]._replace(unsupported=lambda: "it never does")
     with pytest.raises(Unsupported, match="on cpu serves this call: 'one' cannot serve this call: it never"):
         choose("nothing", {"one": refusing}, None)
+
+
+def test_the_default_device_is_the_one_that_was_chosen(monkeypatch):
+    gpu = types.SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="NVIDIA H200")
+    cpu = jax.devices("cpu")[0]
+    monkeypatch.setattr(jax, "devices", lambda backend=None: [gpu if backend is None else cpu])
+    assert device.is_hopper()
+    with jax.default_device(cpu):
+        assert not device.is_hopper()
+        assert device.device_name() == cpu.device_kind
+    with jax.default_device("cpu"):
+        assert not device.is_hopper()
