@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 FAR = 1 << 30  # beyond any sequence, and still an i32 where a position is added
 
@@ -42,6 +43,18 @@ def check_integers(name: str, array: Any) -> None:
     """Holds an array to an integer dtype (ids, lengths, tables)."""
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(f"{name} must hold integers (int32), got {array.dtype}")
+
+
+def as_int32(array: Any) -> Any:
+    """Integers as i32, those beyond it at its ends: a cast would wrap them around to ids that there are.
+
+    In NumPy where the array is NumPy's: without x64 JAX casts it before anything else.
+    """
+    ours, theirs = jnp.iinfo(jnp.int32), jnp.iinfo(array.dtype)
+    if theirs.min < ours.min or theirs.max > ours.max:
+        numbers = np if isinstance(array, np.ndarray) else jnp
+        array = numbers.clip(array, max(ours.min, theirs.min), min(ours.max, theirs.max))
+    return array.astype(jnp.int32)
 
 
 def check_choice(name: str, value: Any, allowed: Collection[Any]) -> None:

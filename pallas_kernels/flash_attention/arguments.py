@@ -104,7 +104,7 @@ def clip_lengths(lengths: Integer[Array, "B"] | None, limit: int) -> Int32[Array
     """Lengths as i32 in 0..limit: what lies beyond is not there."""
     if lengths is None:
         return None
-    return jnp.clip(lengths, 0, min(limit, jnp.iinfo(lengths.dtype).max)).astype(jnp.int32)
+    return jnp.clip(checks.as_int32(lengths), 0, limit)
 
 
 def _check_dropout(rate: float, key: jax.Array | None) -> float:

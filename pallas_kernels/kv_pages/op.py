@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels import checks
@@ -93,7 +92,7 @@ def write_kv(
     checks.check_shape("value", value, shape, "tokens K H")
     for name, array in (("key", key), ("value", value)):
         checks.check_dtype(name, array, pool.FLOATS)
-    pool.check_indices("slots", slots, shape[:1], "tokens")
+    slots = pool.check_indices("slots", slots, shape[:1], "tokens")
     index = pool.check_layer(layer, num_layers)
     variant = choose("write_kv", VARIANTS, implementation, k_pages)
     return _write(variant, arrays, key, value, slots, index)
@@ -128,8 +127,9 @@ def copy_pages(
     """
     arrays = pool.arrays_of(k_pages, v_pages, k_scale, v_scale)
     checks.check_rank("src_pages", src_pages, "C")
-    for name, pages in (("src_pages", src_pages), ("dst_pages", dst_pages)):
-        pool.check_indices(name, pages, src_pages.shape, "C")
+    shape = src_pages.shape
+    src_pages = pool.check_indices("src_pages", src_pages, shape, "C")
+    dst_pages = pool.check_indices("dst_pages", dst_pages, shape, "C")
     variant = choose("copy_pages", VARIANTS, implementation, k_pages)
     return _copy(variant, arrays, src_pages, dst_pages)
 
@@ -159,7 +159,7 @@ def gather_pages(
     """
     arrays = pool.arrays_of(k_pages, v_pages, k_scale, v_scale)
     checks.check_rank("pages", pages, "C")
-    checks.check_integers("pages", pages)
+    pages = pool.check_indices("pages", pages, pages.shape, "C")
     variant = choose("gather_pages", VARIANTS, implementation, k_pages)
     return _gather(variant, arrays, pages)
 
@@ -192,7 +192,7 @@ def scatter_pages(
     """
     arrays = pool.arrays_of(k_pages, v_pages, k_scale, v_scale)
     checks.check_rank("pages", pages, "C")
-    checks.check_integers("pages", pages)
+    pages = pool.check_indices("pages", pages, pages.shape, "C")
     pool.check_buffers(buffers, arrays, pages.shape[0])
     variant = choose("scatter_pages", VARIANTS, implementation, k_pages)
     return _scatter(variant, arrays, tuple(buffers), pages)
@@ -202,20 +202,19 @@ def scatter_pages(
 def _write(implementation: str, arrays: Arrays, key, value, slots, layer) -> Arrays:
     if len(arrays) == 2:
         key, value = (x.astype(arrays[0].dtype) for x in (key, value))
-    return VARIANTS[implementation].write(arrays, key, value, slots.astype(jnp.int32), layer)
+    return VARIANTS[implementation].write(arrays, key, value, slots, layer)
 
 
 @jit_kernels(1)
 def _copy(implementation: str, arrays: Arrays, src_pages, dst_pages) -> Arrays:
-    pairs = src_pages.astype(jnp.int32), dst_pages.astype(jnp.int32)
-    return VARIANTS[implementation].copy(arrays, *pairs)
+    return VARIANTS[implementation].copy(arrays, src_pages, dst_pages)
 
 
 @jit_kernels(1)
 def _gather(implementation: str, arrays: Arrays, pages) -> Arrays:
-    return VARIANTS[implementation].gather(arrays, pages.astype(jnp.int32))
+    return VARIANTS[implementation].gather(arrays, pages)
 
 
 @jit_kernels(1)
 def _scatter(implementation: str, arrays: Arrays, buffers: Arrays, pages) -> Arrays:
-    return VARIANTS[implementation].scatter(arrays, buffers, pages.astype(jnp.int32))
+    return VARIANTS[implementation].scatter(arrays, buffers, pages)

@@ -83,4 +83,4 @@ def check_indices(name: str, array: Any, shape: Sequence[int], letters: str) -> 
     a sum of two of them does not overflow."""
     checks.check_shape(name, array, shape, letters)
     checks.check_integers(name, array)
-    return array.astype(jnp.int32)
+    return checks.as_int32(array)

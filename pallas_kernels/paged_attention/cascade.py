@@ -64,7 +64,7 @@ def cascade_attention(
     inputs = check_arrays(inputs)
     checks.check_rank("prefix_lengths", prefix_lengths, "C")
     num_rows, num_groups = query.shape[0], prefix_lengths.shape[0]
-    prefix_lengths = pool.check_indices("prefix_lengths", prefix_lengths, (num_groups,), "C")
+    prefixes = pool.check_indices("prefix_lengths", prefix_lengths, (num_groups,), "C")
     check_prefixes(prefix_lengths, k_pages.shape[3])
     group_of_row = pool.check_indices("group_of_row", group_of_row, (num_rows,), "R")
     check_config("prefill_config", prefill_config, PrefillConfig)
@@ -72,7 +72,7 @@ def cascade_attention(
     spec = dataclasses.replace(spec, prefill_config=prefill_config)
     ragged = inputs._replace(query_start=jnp.zeros(num_rows + 1, jnp.int32))
     variant = choose("cascade_attention", VARIANTS, implementation, ragged, spec)
-    out, lse = _cascade(variant, spec, inputs, prefix_lengths, group_of_row)
+    out, lse = _cascade(variant, spec, inputs, prefixes, group_of_row)
     return (out, lse) if return_lse else out
 
 

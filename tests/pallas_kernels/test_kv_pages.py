@@ -96,6 +96,30 @@ def test_slots_of_no_page_are_not_written(dtype):
         np.testing.assert_array_equal(actual, pages)
 
 
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64, np.uint32])
+def test_ids_beyond_32_bits_are_of_no_page(dtype):
+    """Cast, they would come to 17, to 1 or to -1."""
+    pools, (key, value, _) = random_pool(POOL), random_tokens(POOL, 2)
+    far = 2**32 - 1 if dtype == np.uint32 else 2**32 + 1
+    written = write_kv(*pools, key, value, np.asarray([far, far - 17], dtype))
+    copied = copy_pages(*pools, np.asarray([far, 3], dtype), np.asarray([2, far], dtype))
+    buffers = gather_pages(*pools, np.asarray([far, 5], dtype))
+    scattered = scatter_pages(*pools, buffers, np.asarray([far, far - 1], dtype))
+    for pages, buffer, *same in zip(pools, buffers, written, copied, scattered, strict=True):
+        for actual in same:
+            np.testing.assert_array_equal(actual, pages)
+        np.testing.assert_array_equal(buffer, pages[:, [POOL[1] - 1, 5]])
+
+
+def test_a_slot_of_64_bits_is_beyond_the_pool_under_x64_too():
+    pools, (key, value, _) = random_pool(POOL), random_tokens(POOL, 2)
+    with jax.enable_x64(True):
+        slots = jnp.asarray([2**32 + 17, -(2**32) + 18])
+        written = jax.jit(lambda slots: write_kv(*pools, key, value, slots))(slots)
+    for pages, actual in zip(pools, written, strict=True):
+        np.testing.assert_array_equal(actual, pages)
+
+
 def test_write_casts_to_the_pool():
     pools, (key, value, slots) = random_pool(POOL, dtype=jnp.bfloat16), random_tokens(POOL, 5)
     k_pages, _ = write_kv(*pools, key, value, slots)

@@ -12,6 +12,7 @@ from pallas_kernels import (
     PrefillConfig,
     cascade_attention,
     contiguous_attention,
+    flash_attention,
     paged_attention,
     write_kv,
 )
@@ -53,6 +54,22 @@ def test_lengths_beyond_the_table_count_as_its_room(ragged, options):
         arguments["query_start"] = jnp.array([0, 1, 2, 3])
     actual = attend(TABLES, [100, 3, 33], **arguments)
     np.testing.assert_array_equal(actual, attend(TABLES, [32, 3, 32], **arguments))
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint32])
+def test_ids_and_lengths_beyond_32_bits_are_not_wrapped(dtype):
+    far = 2**32 - 1 if dtype == np.uint32 else 2**32 + 3
+    query = jax.random.normal(jax.random.key(5), (3, 4, 32))
+    tables, lengths = np.asarray([[1, far], [3, 4], [5, 6]], dtype), np.asarray([20, far, 32], dtype)
+    expected = attend([[1, 8], [3, 4], [5, 6]], [20, 32, 32])
+    np.testing.assert_array_equal(paged_attention(query, *pools(), tables, lengths), expected)
+    cache = jax.random.normal(jax.random.key(6), (3, 48, 2, 32))
+    far_and_full = [contiguous_attention(query, cache, cache, x) for x in (lengths, np.array([20, 48, 32]))]
+    np.testing.assert_array_equal(*far_and_full)
+    far_and_full = [
+        flash_attention(cache, cache, cache, kv_lengths=x) for x in (lengths, np.array([20, 48, 32]))
+    ]
+    np.testing.assert_array_equal(*far_and_full)
 
 
 def test_lengths_beyond_a_cache_count_as_its_room():
