@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import jax
 from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels import checks
@@ -15,13 +14,15 @@ from pallas_kernels.variants import choose
 
 
 class Variant(NamedTuple):
-    """One way to write and move pages. `unsupported` says why it cannot serve a pool, or None if it can."""
+    """One way to write and move pages. `unsupported` says why it cannot serve a pool, or a write of keys to
+    it; None if it can.
+    """
 
     write: Callable[..., Arrays]
     copy: Callable[..., Arrays]
     gather: Callable[..., Arrays]
     scatter: Callable[..., Arrays]
-    unsupported: Callable[[jax.Array], str | None]
+    unsupported: Callable[..., str | None]
     is_available: Callable[[], bool]
 
 
@@ -39,7 +40,7 @@ VARIANTS = {
         reference.copy_pages,
         reference.gather_pages,
         reference.scatter_pages,
-        lambda pages: None,
+        lambda pages, key=None: None,
         lambda: True,
     ),
 }
@@ -94,7 +95,7 @@ def write_kv(
         checks.check_dtype(name, array, pool.FLOATS)
     slots = pool.check_indices("slots", slots, shape[:1], "tokens")
     index = pool.check_layer(layer, num_layers)
-    variant = choose("write_kv", VARIANTS, implementation, k_pages)
+    variant = choose("write_kv", VARIANTS, implementation, k_pages, key)
     return _write(variant, arrays, key, value, slots, index)
 
 

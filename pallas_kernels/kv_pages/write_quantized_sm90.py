@@ -14,18 +14,37 @@ from jax import lax
 
 from pallas_kernels.kv_pages.pool import Arrays
 from pallas_kernels.kv_pages.quantize import LIMITS, scale_and_inverse, to_codes
-from pallas_kernels.mosaic import TMA_ALIGNMENT, broadcast_rows, div, mutable, pl, plgpu, rem
+from pallas_kernels.mosaic import SMEM_BYTES, TMA_ALIGNMENT, broadcast_rows, div, mutable, pl, plgpu, rem
 
 ROWS = 64  # rows of a register tile of one warpgroup
 MAX_BLOCK = 16  # tokens of a program, whose slots are held in registers
+MAX_GRID_Y = 65_535  # programs along CUDA's y: Pallas makes a grid's last dimension CUDA's first
+REDUCTION_BYTES = 2048  # of shared memory, which Mosaic takes where a kernel reduces
+BARRIER_BYTES = 8
+
+
+def unsupported(key: jax.Array) -> str | None:
+    """Says why the kernel cannot write keys [tokens, K, H], or None if it can."""
+    num_tokens, num_kv_heads, head_dim = key.shape
+    block, _, num_rows = _cut(num_kv_heads, head_dim)
+    numbers = num_rows * head_dim
+    needed = shared_bytes(numbers * key.dtype.itemsize, numbers, 4 * num_rows) + REDUCTION_BYTES
+    if needed > SMEM_BYTES:
+        return f"the heads of a token need {needed} bytes of shared memory, of {SMEM_BYTES} that there are"
+    if num_tokens > (most := block * MAX_GRID_Y):
+        return f"there must be at most {most} tokens of {num_kv_heads} KV heads, got {num_tokens}"
+    return None
+
+
+def shared_bytes(*sizes: int) -> int:
+    """Shared memory of buffers, each of which begins at a multiple of 1,024 bytes, and of a barrier."""
+    return sum(-(-size // 1024) * 1024 for size in sizes) + BARRIER_BYTES
 
 
 def write_kv(arrays: Arrays, key, value, slots, layer) -> Arrays:
     """Writes one token's codes [K, H] and scales [K], of K and of V, to each slot that lies in a page."""
     num_tokens, num_kv_heads, head_dim = key.shape
-    pitch = padded_heads(num_kv_heads, head_dim)
-    block = max(1, min(ROWS // pitch, MAX_BLOCK))
-    num_rows = -(-block * pitch // ROWS) * ROWS
+    block, pitch, num_rows = _cut(num_kv_heads, head_dim)
     refs = [mutable(array) for array in arrays]
     rows = functools.partial(_rows, pitch=pitch, at_least=num_rows)
     plgpu.kernel(
@@ -43,6 +62,13 @@ def write_kv(arrays: Arrays, key, value, slots, layer) -> Arrays:
         ],
     )(*refs, rows(key), rows(value), slots, layer[None])
     return tuple(jax.freeze(ref) for ref in refs)
+
+
+def _cut(num_kv_heads: int, head_dim: int) -> tuple[int, int, int]:
+    """Tokens of a program, rows of a token, and rows of a program's tiles."""
+    pitch = padded_heads(num_kv_heads, head_dim)
+    block = max(1, min(ROWS // pitch, MAX_BLOCK))
+    return block, pitch, -(-block * pitch // ROWS) * ROWS
 
 
 def padded_heads(num_kv_heads: int, head_dim: int) -> int:

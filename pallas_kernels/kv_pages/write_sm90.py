@@ -10,9 +10,9 @@ import jax
 from jax import lax
 
 from pallas_kernels.kv_pages import write_quantized_sm90
-from pallas_kernels.kv_pages.pool import Arrays
+from pallas_kernels.kv_pages.pool import QUANTIZED, Arrays
 from pallas_kernels.manual import unsupported_layout
-from pallas_kernels.mosaic import TMA_ALIGNMENT, div, mutable, pl, plgpu, rem
+from pallas_kernels.mosaic import SMEM_BYTES, TMA_ALIGNMENT, div, mutable, pl, plgpu, rem
 
 # Beyond so many, a program takes more tokens. Short programs keep more copies on their way: 8192 tokens of
 # 8 heads x 128 in bf16 take 19.2 us on an H200, and 20.2 us with 132 * 4.
@@ -21,14 +21,24 @@ SMEM_BUDGET = 48 * 1024  # of K and V together, so that four programs share a mu
 MAX_BOX = 256  # elements that one TMA copy takes along a dimension
 
 
-def unsupported(pages: jax.Array) -> str | None:
-    """Says why the kernels of kv_pages cannot serve a pool, or None if they can."""
+def unsupported(pages: jax.Array, key: jax.Array | None = None) -> str | None:
+    """Says why kv_pages' kernels cannot serve a pool, or a write of keys to it; None if they can."""
     _, _, num_kv_heads, _, head_dim = pages.shape
     if head_dim * pages.dtype.itemsize % 16 or head_dim > MAX_BOX:
         return f"the head dim must be at most {MAX_BOX} and 16 bytes or a multiple, got {head_dim}"
     if num_kv_heads > MAX_BOX:
         return f"there must be at most {MAX_BOX} KV heads, got {num_kv_heads}"
-    return unsupported_layout(pages)
+    return (_unsupported_keys(pages, key) if key is not None else None) or unsupported_layout(pages)
+
+
+def _unsupported_keys(pages: jax.Array, key: jax.Array) -> str | None:
+    if pages.dtype in QUANTIZED:
+        return write_quantized_sm90.unsupported(key)
+    _, num_kv_heads, head_dim = key.shape
+    token_bytes = num_kv_heads * head_dim * pages.dtype.itemsize
+    if (needed := write_quantized_sm90.shared_bytes(token_bytes, token_bytes)) > SMEM_BYTES:
+        return f"K and V of a token need {needed} bytes of shared memory, of {SMEM_BYTES} that there are"
+    return None
 
 
 def write_kv(arrays: Arrays, key, value, slots, layer) -> Arrays:

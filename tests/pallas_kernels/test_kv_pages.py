@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import copy_pages, gather_pages, paged_attention, scatter_pages, write_kv
+from pallas_kernels.kv_pages import write_sm90
 from pallas_kernels.kv_pages.quantize import dequantize, quantize
 from tests.pallas_kernels.page_writes import (
     copy_oracle,
@@ -244,3 +245,26 @@ def test_the_kernel_says_what_it_cannot_do():
     pools = random_pool((1, 2, 1, 8, 6))
     with pytest.raises(NotImplementedError, match="head dim"):
         copy_pages(*pools, np.zeros(1, np.int32), np.zeros(1, np.int32), implementation="sm90")
+
+
+@pytest.mark.parametrize(
+    ("reason", "dtype", "token_dtype", "shape"),
+    [
+        (None, jnp.float32, None, (4, 113, 256)),
+        ("need 233480 bytes of shared memory", jnp.float32, None, (4, 114, 256)),
+        ("need 262152 bytes of shared memory", jnp.bfloat16, None, (4, 256, 256)),
+        ("need 262152 bytes of shared memory", jnp.bfloat16, jnp.float32, (4, 256, 256)),
+        (None, jnp.int8, jnp.bfloat16, (4, 256, 256)),
+        (None, jnp.int8, jnp.float32, (4, 128, 256)),
+        ("need 248840 bytes of shared memory", jnp.int8, jnp.float32, (4, 192, 256)),
+        (None, jnp.int8, jnp.bfloat16, (8 * 65535, 8, 128)),
+        ("at most 524280 tokens of 8 KV heads, got 524281", jnp.int8, jnp.bfloat16, (524281, 8, 128)),
+        (None, jnp.bfloat16, None, (524281, 8, 128)),
+    ],
+)
+def test_the_kernel_says_which_keys_it_cannot_write(reason, dtype, token_dtype, shape):
+    _, num_kv_heads, head_dim = shape
+    pages = jax.ShapeDtypeStruct((1, 2, num_kv_heads, 8, head_dim), dtype)
+    said = write_sm90.unsupported(pages, jax.ShapeDtypeStruct(shape, token_dtype or dtype))
+    assert said is None if reason is None else reason in said
+    assert write_sm90.unsupported(pages) is None  # pages are moved all the same
