@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 QUANTIZED = ("int8", "float8_e4m3fn")  # dtypes of pages that hold codes, with a scale for each slot and head
+DTYPES = ("float32", "bfloat16", "float16", *QUANTIZED)
 
 
 class PagePool(NamedTuple):
@@ -57,20 +58,29 @@ def init_page_pool(config: Any, num_pages: int, page_size: int, dtype: Any) -> P
         raise ValueError(f"num_pages={num_pages}: must be at least 1")
     if page_size not in PAGE_SIZES:
         raise ValueError(f"page_size={page_size}: must be one of {PAGE_SIZES}")
+    is_quantized = _is_quantized(dtype)
     shape = (config.num_layers, num_pages, config.num_kv_heads, page_size, config.head_dim)
     pages = [jnp.zeros(shape, dtype) for _ in range(2)]
-    scales = [jnp.zeros(shape[:4], jnp.float32) for _ in range(2)] if _is_quantized(dtype) else []
+    scales = [jnp.zeros(shape[:4], jnp.float32) for _ in range(2)] if is_quantized else []
     return PagePool(*pages, *scales)
 
 
 def page_bytes(config: Any, page_size: int, dtype: Any) -> int:
     """Bytes of one page: 2 (keys and values) x L x K x Z x (H x bytes of an element, + 4 if quantized)."""
-    vector_bytes = config.head_dim * jnp.dtype(dtype).itemsize + 4 * _is_quantized(dtype)
+    is_quantized = _is_quantized(dtype)
+    vector_bytes = config.head_dim * jnp.dtype(dtype).itemsize + 4 * is_quantized
     return 2 * config.num_layers * config.num_kv_heads * page_size * vector_bytes
 
 
 def _is_quantized(dtype: Any) -> bool:
-    return jnp.dtype(dtype).name in QUANTIZED
+    """Of a dtype that the ops take; any other is refused."""
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = None
+    if name not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
+    return name in QUANTIZED
 
 
 def copy_pages(pool: PagePool, src_pages: Int[Array, "C"], dst_pages: Int[Array, "C"]) -> PagePool:

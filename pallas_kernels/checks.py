@@ -3,6 +3,7 @@ is allowed.
 """
 
 import math
+import numbers
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -52,15 +53,26 @@ def as_int32(array: Any) -> Any:
     """
     ours, theirs = jnp.iinfo(jnp.int32), jnp.iinfo(array.dtype)
     if theirs.min < ours.min or theirs.max > ours.max:
-        numbers = np if isinstance(array, np.ndarray) else jnp
-        array = numbers.clip(array, max(ours.min, theirs.min), min(ours.max, theirs.max))
+        module = np if isinstance(array, np.ndarray) else jnp
+        array = module.clip(array, max(ours.min, theirs.min), min(ours.max, theirs.max))
     return array.astype(jnp.int32)
 
 
 def check_choice(name: str, value: Any, allowed: Collection[Any]) -> None:
     """Holds a static argument to a set of values."""
-    if value not in allowed:
+    try:
+        is_allowed = value in allowed
+    except (TypeError, ValueError):  # a list among keys, an array that has no truth
+        is_allowed = False
+    if not is_allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Holds a static argument to True or False."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name} must be a bool, known when it is traced, got {describe(value)}")
+    return bool(value)
 
 
 def check_head_groups(num_heads: int, num_kv_heads: int) -> None:
@@ -99,13 +111,17 @@ def normalize_window(
     if local_window_size is None:
         return None, None
     sides = local_window_size if isinstance(local_window_size, tuple) else (local_window_size,) * 2
-    if len(sides) != 2 or any(side is not None and (not isinstance(side, int) or side < 0) for side in sides):
+    if len(sides) != 2 or not all(side is None or _is_size(side) for side in sides):
         raise ValueError(
             "local_window_size must be an int >= 0 or a pair (left, right) of such ints or None, "
             f"got {local_window_size!r}"
         )
-    left, right = (None if side is None or side >= FAR else side for side in sides)
+    left, right = (None if side is None or side >= FAR else int(side) for side in sides)
     return left, right
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 0
 
 
 def describe(value: Any) -> str:

@@ -56,8 +56,12 @@ def arrays_of(k_pages: Any, v_pages: Any, k_scale: Any, v_scale: Any) -> Arrays:
 
 def check_buffers(buffers: Sequence[Any], arrays: Arrays, num_pages: int) -> None:
     """Holds dense buffers to the shapes [L, C, ...] and dtypes of C pages of a pool."""
-    if len(buffers) != len(arrays):
-        raise ValueError(f"buffers must hold {len(arrays)} arrays, as the pool does, got {len(buffers)}")
+    try:
+        held = len(buffers)
+    except TypeError:
+        held = checks.describe(buffers)
+    if held != len(arrays):
+        raise ValueError(f"buffers must hold {len(arrays)} arrays, as the pool does, got {held}")
     for index, (buffer, array) in enumerate(zip(buffers, arrays, strict=True)):
         shape, letters = (array.shape[0], num_pages, *array.shape[2:]), "L C K Z H"[: 2 * array.ndim - 1]
         checks.check_shape(f"buffers[{index}]", buffer, shape, letters)
@@ -72,7 +76,10 @@ def check_layer(layer: Any, num_layers: int) -> jax.Array:
         known = 0
     if not 0 <= known < num_layers:
         raise ValueError(f"layer must lie in 0..{num_layers - 1}, got {known}")
-    index = jnp.asarray(layer)
+    try:
+        index = jnp.asarray(layer)
+    except (TypeError, ValueError):
+        raise ValueError(f"layer must be an integer scalar, got {layer!r}") from None
     if index.ndim != 0 or not jnp.issubdtype(index.dtype, jnp.integer):
         raise ValueError(f"layer must be an integer scalar, got {index.dtype}{list(index.shape)}")
     return index.astype(jnp.int32)

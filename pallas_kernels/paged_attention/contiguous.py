@@ -84,6 +84,7 @@ def contiguous_attention(
     Raises ValueError for wrong arguments, NotImplementedError where the implementation named cannot serve.
     """
     checks.check_rank("query", query, "R N H")
+    checks.check_dtype("query", query, pool.FLOATS)
     checks.check_rank("k_cache", k_cache, "R S K H")
     checks.check_shape("v_cache", v_cache, k_cache.shape, "R S K H")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):

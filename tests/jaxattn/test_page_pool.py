@@ -118,6 +118,13 @@ def test_a_pool_needs_pages():
         init_page_pool(CONFIG, 0, Z, jnp.bfloat16)
 
 
+@pytest.mark.parametrize("dtype", ["float8_e5m2", "foo", jnp.int32, jnp.float64, None])
+def test_a_pool_is_of_a_dtype_that_the_ops_take(dtype):
+    for make in (lambda: init_page_pool(CONFIG, 7, Z, dtype), lambda: page_bytes(CONFIG, Z, dtype)):
+        with pytest.raises(ValueError, match=r"dtype=.* must be one of float32, bfloat16"):
+            make()
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, "int8"])
 def test_swapped_out_pages_return_from_host_memory(dtype):
     pool, key = init_page_pool(CONFIG, 7, Z, dtype), jax.random.key(0)

@@ -306,6 +306,7 @@ BAD_CALLS = {
     "kv_lengths must hold integers": ({}, {"kv_lengths": jnp.zeros((B,))}),
     "causal_alignment must be one of": ({}, {"causal_alignment": "left"}),
     "local_window_size must be": ({}, {"local_window_size": -1}),
+    "local_window_size must be .* got True": ({}, {"local_window_size": True}),
     "logits_soft_cap must be positive": ({}, {"logits_soft_cap": 0.0}),
     "logits_soft_cap must be a finite number": ({}, {"logits_soft_cap": jnp.inf}),
     "logits_soft_cap must be a finite .* got 'a'": ({}, {"logits_soft_cap": "a"}),

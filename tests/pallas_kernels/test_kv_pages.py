@@ -237,6 +237,8 @@ def test_wrong_moves_are_named():
         gather_pages(*pools, np.zeros(2))
     with pytest.raises(ValueError, match="buffers must hold 2 arrays"):
         scatter_pages(*pools, [pools[0][:, :2]], pages)
+    with pytest.raises(ValueError, match="buffers must hold 2 arrays, as the pool does, got None"):
+        scatter_pages(*pools, None, pages)
     with pytest.raises(ValueError, match=r"buffers\[1\] must have shape \[L C K Z H\] = \[2, 2, 3, 8, 16\]"):
         scatter_pages(*pools, [pools[0][:, :2], pools[1][:, :3]], pages)
 

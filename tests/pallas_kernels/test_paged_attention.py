@@ -188,6 +188,8 @@ def test_caches_of_any_room(room, taken):
 def test_contiguous_attention_names_what_is_wrong():
     query, cache, lengths = jnp.zeros((2, 4, 16)), jnp.zeros((2, 32, 2, 16)), jnp.zeros(2, jnp.int32)
     for message, arguments in {
+        "query must have one of the dtypes .*, got int32": (query.astype(int), cache, cache, lengths),
+        "query must have one of the dtypes .*, got float64": (np.zeros((2, 4, 16)), cache, cache, lengths),
         "v_cache must have shape": (query, cache, cache[:, 1:], lengths),
         "k_cache must have one of the dtypes": (query, cache.astype(jnp.bfloat16), cache, lengths),
         r"query must have shape \[R N H\]": (query[:1], cache, cache, lengths),
@@ -246,6 +248,15 @@ WRONG_OPTIONS = {
     "alibi_slopes must have one of the dtypes": {"alibi_slopes": jnp.zeros(4, jnp.int32)},
     "k_scale must be given for int8": {"k_scale": jnp.ones((2, 5, 2, 8))},
     "implementation must be one of": {"implementation": "triton"},
+    r"implementation must be one of .*, got \['sm90'\]": {"implementation": ["sm90"]},
+    "layer must be an integer scalar, got <object": {"layer": object()},
+    "is_causal must be a bool.* got bool": {"is_causal": np.array(True)},
+    "is_causal must be a bool.*, got bool": {"is_causal": jnp.array(True)},
+    "is_causal must be a bool.* got 'no'": {"is_causal": "no"},
+    "batch_invariant must be a bool.* got int": {"batch_invariant": np.array([1, 2])},
+    "local_window_size must be .* got True": {"local_window_size": True},
+    r"local_window_size must be .* got \(1, False\)": {"local_window_size": (1, False)},
+    "local_window_size must be .* got 1.0": {"local_window_size": 1.0},
 }
 
 
@@ -262,6 +273,16 @@ def test_what_is_no_array_is_named(name, value):
     arrays = {name: jnp.asarray(x) for name, x in zip(ARRAYS, make_case(), strict=False)} | {name: value}
     with pytest.raises(ValueError, match=f"{name} must be an array, got {type(value).__name__}"):
         paged_attention(**arrays)
+
+
+@pytest.mark.parametrize("number", [np.int64, np.uint8, np.int32])
+def test_numbers_and_flags_may_be_numpys(number):
+    case = make_case()
+    expected, _ = call(case, local_window_size=5, is_causal=True)
+    for window in (number(5), (number(5), None)):
+        options = {"is_causal": np.bool_(True), "batch_invariant": np.bool_(False)}
+        actual, _ = call(case, local_window_size=window, **options)
+        np.testing.assert_array_equal(actual, expected)
 
 
 @pytest.mark.parametrize("message", WRONG_OPTIONS)
