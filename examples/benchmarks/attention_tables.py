@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+import report
 from attention_peers import OURS, STANDARD
 from attention_rows import Row
 
@@ -182,7 +183,7 @@ def plot(result: dict, path: str) -> None:
     axes[0].legend(ncols=6)
     _ratios(axes[2], result["rows"])
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    report.save_chart(figure, path)
     plt.close(figure)
 
 

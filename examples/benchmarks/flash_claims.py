@@ -250,6 +250,7 @@ def plot(result: dict, path: str) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    import report
 
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5))
     for axis, field, scale, label in zip(
@@ -272,7 +273,7 @@ def plot(result: dict, path: str) -> None:
     axes[0].legend(fontsize=8)
     figure.suptitle(f"{result['shape']}, {result['device']}")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    report.save_chart(figure, path)
     plt.close(figure)
 
 

@@ -20,6 +20,7 @@ import argparse
 import sys
 
 import in_processes
+import jax.numpy as jnp
 import numpy as np
 import report
 from decode_peers import PEERS, Row
@@ -84,6 +85,7 @@ SECTIONS: dict[str, list[Row]] = {
         Row(*LLAMA, (CONTEXT,) * 16, f"16 x {CONTEXT}, every page size", names=PAGE_SIZE_NAMES),
     ],
 }
+OF_A_SHAPE = {"head_dim": 128, "rows": list(BATCHES), "context": CONTEXT, "dtype": "bfloat16"}  # with --heads
 NAMES = ("page 16", "page 128", "cascade, page 16", "contiguous", "cuDNN contiguous", "JAX Triton page 16")
 
 
@@ -152,11 +154,23 @@ def plot(result: dict, path: str) -> None:
         axis.set(title=model, xlabel="rows", ylim=(0, 1.08 * ceiling))
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("TB/s of K and V")
-    figure.suptitle(f"Decode, one query token a row of {CONTEXT} tokens, bf16, {result['device']}")
+    figure.suptitle(f"Decode, one query token a row of {measured(section)}, {result['device']}")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, ncols=len(labels), fontsize=8, loc="lower center")
     figure.tight_layout(rect=(0, 0.05, 1, 1))
-    figure.savefig(path, dpi=110)
+    report.save_chart(figure, path)
+
+
+def measured(section: list[dict]) -> str:
+    """Tokens of a row, on average, and dtypes: of all rows of a section."""
+    tokens = []
+    for row in section:
+        itemsize, num_kv_heads = jnp.dtype(row["dtype"]).itemsize, int(row["heads"].split("/")[1])
+        vector = row["head_dim"] * itemsize + 4 * (itemsize == 1)
+        tokens.append(round(row["cache_bytes"] / (2 * num_kv_heads * vector * row["num_rows"])))
+    dtypes = dict.fromkeys({"bfloat16": "bf16"}.get(row["dtype"], row["dtype"]) for row in section)
+    span = " to ".join(map(str, dict.fromkeys((min(tokens), max(tokens)))))
+    return f"{span} tokens, {' and '.join(dtypes)}"
 
 
 def chosen_sections(options: argparse.Namespace) -> dict[str, list[Row]]:
@@ -174,10 +188,11 @@ def chosen_sections(options: argparse.Namespace) -> dict[str, list[Row]]:
 def parse() -> argparse.Namespace:
     parser = report.parser(__doc__)
     parser.add_argument("--heads", help="query heads/KV heads, such as 32/8: only this shape")
-    parser.add_argument("--head-dim", type=report.positive, default=128)
-    parser.add_argument("--rows", type=report.positive, nargs="+", default=list(BATCHES))
-    parser.add_argument("--context", type=report.positive, default=CONTEXT)
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "int8", "float8_e4m3fn"))
+    parser.add_argument("--head-dim", type=report.positive, help="of --heads: by default 128")
+    parser.add_argument("--rows", type=report.positive, nargs="+", help="of --heads: by default 1 to 32")
+    parser.add_argument("--context", type=report.positive, help=f"of --heads: by default {CONTEXT}")
+    dtypes = ("bfloat16", "int8", "float8_e4m3fn")
+    parser.add_argument("--dtype", choices=dtypes, help="of --heads: by default bfloat16")
     sizes = [int(name.split()[1]) for name in PEERS if name.startswith("page ")]
     parser.add_argument("--page-size", type=int, nargs="+", default=[16, 128], choices=sizes)
     parser.add_argument("--iterations", type=report.positive, default=8)
@@ -185,6 +200,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--plot-from", help="only plot: read this JSON instead of measuring")
     parser.add_argument("--only", default="", metavar="TEXT", help="sections whose title holds this")
     options = parser.parse_args()
+    for name, default in OF_A_SHAPE.items():
+        if options.heads is None and getattr(options, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} is of --heads, which must be given with it")
+        if getattr(options, name) is None:
+            setattr(options, name, default)
     try:
         options.sections = chosen_sections(options)
     except (ValueError, argparse.ArgumentTypeError) as error:
@@ -202,6 +222,7 @@ def main() -> int:
     options = parse()
     if options.plot_from:
         of_rows = ("row", "microseconds", "tb_per_s", "tokens_per_s", "share_of_ceiling")
+        of_rows += ("num_rows", "heads", "head_dim", "dtype", "cache_bytes")
         print(show(report.read("--plot-from", options.plot_from, ("device",), of_rows, "sections"), options))
         return 0
     options.sections = {title: rows for title, rows in options.sections.items() if options.only in title}

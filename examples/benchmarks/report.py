@@ -127,6 +127,12 @@ def save(path: str | Path | None, figures: dict[str, Any], is_last: bool = True)
         print(f"written: {path}")
 
 
+def save_chart(figure: Any, path: str | Path) -> None:
+    """Writes a figure of matplotlib, as save does its numbers: folders that are missing are made."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
 def table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
     """Columns that line up: text to the left, numbers to the right."""
     cells = [[cell(value) for value in row] for row in rows]

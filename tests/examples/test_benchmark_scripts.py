@@ -68,7 +68,7 @@ def test_figures_of_an_earlier_run(monkeypatch, tmp_path, capsys, name):
     others = [
         RESULTS / f"{other}.json" for other in ("training", "decode_configs", *READERS) if other != name
     ]
-    not_json, plot = tmp_path / "x.json", tmp_path / "x.png"
+    not_json, plot = tmp_path / "x.json", tmp_path / "charts" / "x.png"
     not_json.write_text("{")
     for path in (tmp_path / "missing.json", tmp_path, not_json, *others):
         with pytest.raises(SystemExit, match="2"):

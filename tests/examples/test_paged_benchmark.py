@@ -154,6 +154,7 @@ def test_a_process_that_hangs_costs_its_own_rows(monkeypatch, tmp_path, capsys):
         ["--max-seconds", "x"],
         ["--iterations", "0"],
         ["--rows", "0"],
+        ["--heads", "8/2", "--rows", "0"],
         [],
     ],
 )
@@ -162,6 +163,33 @@ def test_a_wrong_command_line_or_no_gpu_is_exit_code_2(monkeypatch, arguments):
     monkeypatch.setattr("sys.argv", ["x", *arguments])
     with pytest.raises(SystemExit, match="2"):
         paged_attention.main()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--dtype", "int8"], ["--head-dim", "64"], ["--rows", "3", "--context", "100"]]
+)
+def test_what_is_of_a_shape_needs_one(monkeypatch, capsys, arguments):
+    monkeypatch.setattr("sys.argv", ["x", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        paged_attention.main()
+    assert f"{arguments[0]} is of --heads, which must be given with it" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["x", "--heads", "8/2", *arguments])
+    ((row, *_),) = paged_attention.parse().sections.values()
+    assert (
+        f"{row.head_dim} {row.dtype} {row.num_rows} {max(row.lengths)}"
+        == {
+            "--dtype": "128 int8 1 16384",
+            "--head-dim": "64 bfloat16 1 16384",
+            "--rows": "128 bfloat16 3 100",
+        }[arguments[0]]
+    )
+
+
+def test_a_chart_says_what_was_measured():
+    figures = lambda *rows: [paged_attention.row_figures(row, {}, {}) for row in rows]
+    wide = Row("heads", 32, 8, 128, (4096,) * 4, dtype="int8")
+    assert paged_attention.measured(figures(wide, wide)) == "4096 tokens, int8"
+    assert paged_attention.measured(figures(ROW, wide)) == "35 to 4096 tokens, bf16 and int8"
 
 
 def test_only_sections_that_there_are(monkeypatch, capsys):
