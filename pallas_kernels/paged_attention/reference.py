@@ -59,7 +59,10 @@ def merge(
 def _decode(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]:
     """All rows side by side, one query each at the end of its row."""
     positions = inputs.kv_lengths - 1
-    first_key = 0 if spec.window_left is None else jnp.min(jnp.maximum(positions - spec.window_left, 0))
+    first_key = 0
+    if spec.window_left is not None:  # of a row that has keys: an idle one would begin at 0 for all
+        first_keys = jnp.maximum(positions - spec.window_left, 0)
+        first_key = jnp.min(first_keys, where=inputs.kv_lengths > 0, initial=_capacity(inputs))
     length = _chunk_length(inputs)
     bounds = first_key // length, _ceil_div(jnp.max(inputs.kv_lengths), length)
     row = functools.partial(_attend_row, inputs, spec, bounds)

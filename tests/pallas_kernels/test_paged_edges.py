@@ -17,7 +17,7 @@ from pallas_kernels import (
     write_kv,
 )
 from pallas_kernels.mosaic import SMEM_BYTES
-from pallas_kernels.paged_attention import decode_plan, sm90
+from pallas_kernels.paged_attention import decode_plan, reference, sm90
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 from tests.pallas_kernels.paged_inputs import make_case, oracle
 
@@ -100,6 +100,19 @@ def test_a_layer_is_one_integer(layer):
 @pytest.mark.parametrize("layer", [1, np.int64(1), np.uint8(1), jnp.int32(1), jnp.array(1, jnp.uint8)])
 def test_any_integer_may_name_a_layer(layer):
     np.testing.assert_array_equal(attend(TABLES, LENGTHS, layer=layer), attend(TABLES, LENGTHS, layer=1))
+
+
+def test_an_idle_row_takes_no_window_from_the_others(monkeypatch):
+    bounds, attend_row = [], reference._attend_row
+    record = lambda *arguments: bounds.append(tuple(map(int, arguments[2]))) or attend_row(*arguments)
+    monkeypatch.setattr(reference, "_attend_row", record)
+    tables, query = jnp.ones((3, 80), jnp.int32), jnp.ones((3, 4, 32))
+    for lengths in ([1280, 1000, 0], [0, 0, 0], [0, 5, 0]):
+        inputs = PagedInputs(query, *pools(), tables, jnp.array(lengths), jnp.int32(0))
+        reference.forward(inputs, PagedSpec(1.0, window_left=100))
+    assert bounds[0] == (7, 10)  # chunks of 128 tokens
+    assert bounds[1][0] >= bounds[1][1] == 0
+    assert bounds[2] == (0, 1)
 
 
 @pytest.mark.parametrize("dtype", FEW_BITS)
