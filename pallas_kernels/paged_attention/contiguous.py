@@ -16,13 +16,6 @@ from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 from pallas_kernels.variants import choose
 
 
-def _reference(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]:
-    """A cache is a pool in which every row has one page."""
-    k_pages, v_pages = (cache.swapaxes(1, 2)[None] for cache in (inputs.k_pages, inputs.v_pages))
-    tables = jnp.arange(inputs.query.shape[0], dtype=jnp.int32)[:, None]
-    return reference.forward(inputs._replace(k_pages=k_pages, v_pages=v_pages, block_tables=tables), spec)
-
-
 def with_room(inputs: PagedInputs) -> PagedInputs:
     """Caches of as much room as the kernel takes: copies, where they have less or not whole octets."""
     room = inputs.k_pages.shape[1]
@@ -44,7 +37,7 @@ def _unsupported(inputs: PagedInputs, spec: PagedSpec) -> str | None:
 
 VARIANTS = {
     "sm90": Variant(_decode, _unsupported, is_hopper),
-    "reference": Variant(_reference, lambda inputs, spec: None, lambda: True),
+    "reference": Variant(reference.forward, lambda inputs, spec: None, lambda: True),
 }
 
 

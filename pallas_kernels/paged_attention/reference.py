@@ -66,9 +66,9 @@ def _decode(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]
     length = _chunk_length(inputs)
     bounds = first_key // length, _ceil_div(jnp.max(inputs.kv_lengths), length)
     row = functools.partial(_attend_row, inputs, spec, bounds)
-    out, lse = jax.vmap(row)(
-        inputs.query[:, None], positions[:, None], inputs.block_tables, inputs.kv_lengths
-    )
+    tables = inputs.block_tables
+    places = (inputs.k_pages, inputs.v_pages) if tables is None else tables
+    out, lse = jax.vmap(row)(inputs.query[:, None], positions[:, None], places, inputs.kv_lengths)
     return out[:, 0], lse[:, 0]
 
 
@@ -119,15 +119,19 @@ class _Softmax(NamedTuple):
     values: jax.Array  # f32[K, queries, G, H]
 
 
-def _attend_row(inputs: PagedInputs, spec: PagedSpec, bounds, query, positions, table, kv_length):
-    """Attends queries [T, N, H] of one row, at `positions` i32[T], to the chunks `bounds` of its pages."""
-    num_kv_heads, head_dim = inputs.k_pages.shape[2], inputs.k_pages.shape[4]
+def _attend_row(inputs: PagedInputs, spec: PagedSpec, bounds, query, positions, place, kv_length):
+    """Attends queries [T, N, H] of one row, at `positions` i32[T], to the chunks `bounds` of its pages, whose
+    table `place` is, or of the caches that it is."""
+    num_kv_heads, head_dim = inputs.k_pages.shape[2], inputs.k_pages.shape[-1]
     num_queries, num_heads, _ = query.shape
     groups = query.reshape(num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
     groups = groups.transpose(1, 0, 2, 3).astype(jnp.float32)  # K T G H
 
     def step(chunk, state: _Softmax) -> _Softmax:
-        key, value, token = _gather_chunk(inputs, table, kv_length, chunk)
+        if inputs.block_tables is None:
+            key, value, token = _slice_chunk(place, kv_length, chunk)
+        else:
+            key, value, token = _gather_chunk(inputs, place, kv_length, chunk)
         visible = token < kv_length
         if spec.is_causal:
             visible &= token <= positions[:, None]
@@ -172,6 +176,23 @@ def _gather_chunk(inputs: PagedInputs, table: jax.Array, kv_length: jax.Array, c
     return gather(inputs.k_pages, inputs.k_scale), gather(inputs.v_pages, inputs.v_scale), token
 
 
+def _slice_chunk(caches: tuple[jax.Array, jax.Array], kv_length: jax.Array, chunk: jax.Array):
+    """What _gather_chunk returns, of a row's caches [S, K, H]. The last chunk may begin among tokens of the
+    one before: their indices are then the row's length, which nobody sees.
+    """
+    room = caches[0].shape[0]
+    length = min(CHUNK, room)
+    first = jnp.minimum(chunk * length, room - length)
+    token = first + jnp.arange(length)
+    token = jnp.where(token < chunk * length, kv_length, token)
+
+    def take(cache: jax.Array) -> jax.Array:
+        tokens = lax.dynamic_slice_in_dim(cache, first, length).astype(jnp.float32)
+        return jnp.where((token < kv_length)[:, None, None], tokens, 0).transpose(1, 0, 2)
+
+    return *map(take, caches), token
+
+
 def _init_softmax(sinks: jax.Array | None, groups: jax.Array) -> _Softmax:
     """Before any key of queries f32[K, T, G, H]: nothing, or the sink alone, whose weight has no value. Made
     like the queries, for the loop that carries it."""
@@ -195,13 +216,17 @@ def _softmax_update(state: _Softmax, logits: jax.Array, value: jax.Array) -> _So
 
 
 def _chunk_length(inputs: PagedInputs) -> int:
-    """Tokens gathered at once: whole pages, so that the table is read once a page."""
+    """Tokens gathered at once: of pages whole ones, so that the table is read once a page."""
+    if inputs.block_tables is None:
+        return min(CHUNK, _capacity(inputs))
     page_size = inputs.k_pages.shape[3]
     return _ceil_div(CHUNK, page_size) * page_size
 
 
 def _capacity(inputs: PagedInputs) -> int:
     """Tokens that a row has room for."""
+    if inputs.block_tables is None:
+        return inputs.k_pages.shape[1]
     return inputs.block_tables.shape[1] * inputs.k_pages.shape[3]
 
 

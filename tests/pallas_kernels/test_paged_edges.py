@@ -19,7 +19,7 @@ from pallas_kernels import (
 from pallas_kernels.mosaic import SMEM_BYTES
 from pallas_kernels.paged_attention import decode_plan, reference, sm90
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
-from tests.pallas_kernels.paged_inputs import make_case, oracle
+from tests.pallas_kernels.paged_inputs import contiguous, make_case, oracle
 
 FEW_BITS = [jnp.int8, jnp.uint8, jnp.int16, jnp.uint32]
 
@@ -70,6 +70,31 @@ def test_ids_and_lengths_beyond_32_bits_are_not_wrapped(dtype):
         flash_attention(cache, cache, cache, kv_lengths=x) for x in (lengths, np.array([20, 48, 32]))
     ]
     np.testing.assert_array_equal(*far_and_full)
+
+
+@pytest.mark.parametrize("room", [1, 127, 128, 129, 300, 384])
+@pytest.mark.parametrize("window", [None, 140])
+def test_caches_are_taken_a_chunk_at_a_time(room, window):
+    """The last chunk of a room that holds no whole number of them lies over the one before."""
+    lengths = [room, min(room, 130), 0, room - 1]
+    case = make_case(rows=4, lengths=lengths, page_size=8, width=room // 8 + 1)
+    slopes = np.linspace(0.01, 0.04, 4, dtype=np.float32)
+    options = {"local_window_size": window, "alibi_slopes": slopes, "return_lse": True}
+    caches = contiguous(case, room)
+    result = contiguous_attention(case.query, *caches, case.kv_lengths, **options)
+    for actual, expected in zip(result, oracle(case, window, slopes=slopes), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=5e-6, rtol=5e-6)
+
+
+def test_caches_are_not_copied():
+    spec = jax.ShapeDtypeStruct
+    for room in (4096, 4100):
+        cache = spec((2, room, 2, 64), jnp.float32)
+        lowered = jax.jit(contiguous_attention).lower(
+            spec((2, 4, 64), jnp.float32), cache, cache, spec((2,), jnp.int32)
+        )
+        memory = lowered.compile().memory_analysis()
+        assert memory.temp_size_in_bytes < cache.size * cache.dtype.itemsize / 8
 
 
 def test_lengths_beyond_a_cache_count_as_its_room():
