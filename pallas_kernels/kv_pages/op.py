@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels import checks
@@ -203,6 +204,8 @@ def scatter_pages(
 def _write(implementation: str, arrays: Arrays, key, value, slots, layer) -> Arrays:
     if len(arrays) == 2:
         key, value = (x.astype(arrays[0].dtype) for x in (key, value))
+    elif key.dtype != value.dtype:
+        key, value = (x.astype(jnp.float32) for x in (key, value))
     return VARIANTS[implementation].write(arrays, key, value, slots, layer)
 
 

@@ -97,15 +97,16 @@ def paged_attention(
     tables choose the cuts: in calls of equal shapes a row of one query has the same bits whatever other rows
     hold; in calls of other shapes it may differ in the last ones. With batch_invariant the kernels cut by
     page size, heads, head dim and dtypes alone: a row's result has the same bits alone and among any others,
-    in tables of any width. While is_causal, a row of one query has the same bits with query_start and
+    in tables of any width. While is_causal, a row of one query then has the same bits with query_start and
     without; nothing is promised of the same query among several of its row. The cost: many rows are cut as
     finely as one, with parts of up to 4 R N H M Z / 512 bytes, results of short tables are merged too, and
     keys of few queries are not split. The reference leaves the order of sums to XLA.
 
     Served by the kernels, on a Hopper GPU: bf16 and fp16 queries of up to 4096 rows; head dims that are
     multiples of 16, of 32 in quantized pages, from 64 to 256; up to 4096 numbers in the queries of a KV head,
-    N / K * H. With query_start also: N / K up to 16, a scale above zero, H up to 224 in quantized pages. The
-    reference serves the rest (f32, H = 32, 48, 72, 88), and other devices, at the speed of XLA.
+    N / K * H. With query_start also: N / K up to 16, up to 8 with alibi_slopes or in quantized pages above H
+    = 128; a scale above zero; H up to 224 in quantized pages. The reference serves the rest (f32, H = 32, 48,
+    72, 88), and other devices, at the speed of XLA. It is made for serving: the kernels have no gradients.
 
     Inside shard_map over KV heads (query N, pools K) each device attends with its own heads: there is nothing
     to exchange. Outside, heads that lie along explicit mesh axes are left to the reference.
