@@ -19,7 +19,8 @@ from jaxattn.implementations import IMPLEMENTATIONS, AttentionCall
 from pallas_kernels import checks
 from pallas_kernels.device import default_device, device_name, is_hopper
 from pallas_kernels.flash_attention import SAVED_NAMES
-from pallas_kernels.flash_attention.arguments import check_arrays, make_spec
+from pallas_kernels.flash_attention.arguments import check_arrays, clip_lengths, make_spec
+from pallas_kernels.flash_attention.reference import zero_beyond
 from pallas_kernels.flash_attention.spec import AttentionInputs
 from pallas_kernels.variants import Unsupported, announce
 
@@ -45,7 +46,7 @@ def dot_product_attention(
     bias: Float[Array, "#B #N #T #S"] | None = None,
     mask: Bool[Array, "#B #N #T #S"] | None = None,
     *,
-    scale: float | None = None,
+    scale: float | Float[Array, ""] | None = None,
     is_causal: bool = False,
     query_seq_lengths: Int[Array, "B"] | None = None,
     key_value_seq_lengths: Int[Array, "B"] | None = None,
@@ -74,7 +75,8 @@ def dot_product_attention(
             a multiple of K: query head n reads KV head n // (N/K). On a GPU float32 is multiplied with the
             precision of TF32, as in JAX, unless `jax.default_matmul_precision` asks for more.
         bias: added to the logits, broadcastable to BNTS. mask: boolean, True where a key takes part.
-        scale: 1 / sqrt(H) by default.
+        scale: 1 / sqrt(H) by default. A jax.Array of one number, traced or learned, multiplies the query in
+            float32, which is then rounded to its dtype.
         is_causal: query i sees keys 0..i ("top_left"), or keys 0..i + S - T ("bottom_right", the lengths in
             the place of S and T where they are given).
         query_seq_lengths, key_value_seq_lengths: tokens in use of each batch row, at most T and S (more count
@@ -111,7 +113,7 @@ def dot_product_attention(
     checks.check_rank("query", query, "B T N H" if is_batched else "T N H")
     spec = make_spec(
         query,
-        scale=scale,
+        scale=None if isinstance(scale, jax.Array) else scale,
         is_causal=is_causal,
         causal_alignment=causal_alignment,
         local_window_size=local_window_size,
@@ -142,6 +144,8 @@ def dot_product_attention(
         deterministic=spec.deterministic,
     )
     _check_arrays(call)
+    if isinstance(scale, jax.Array):
+        call = _scale_query(call, scale)
     out, residual = _choose(call, implementation)(call)
     out = out if is_batched else out[0]
     if not return_residual:
@@ -170,6 +174,16 @@ def _slopes(x: Any) -> jax.Array | None:
 
 def _lengths(x: Any) -> jax.Array | None:
     return None if x is None else jnp.atleast_1d(jnp.asarray(x))
+
+
+def _scale_query(call: AttentionCall, scale: jax.Array) -> AttentionCall:
+    """The call with its scale, a static number to kernels, in the query."""
+    if scale.size != 1 or not jnp.isrealobj(scale):
+        raise ValueError(f"scale must be a number, or an array of one, got {checks.describe(scale)}")
+    # What lies beyond a length may be NaN, and would be in the gradient of the scale.
+    query = zero_beyond(call.query, clip_lengths(call.q_lengths, call.query.shape[1]))
+    query = query.astype(jnp.float32) * scale.astype(jnp.float32).reshape(())
+    return call._replace(query=query.astype(call.query.dtype), scale=1.0)
 
 
 def _check_arrays(call: AttentionCall) -> None:

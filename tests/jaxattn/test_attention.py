@@ -173,6 +173,32 @@ def test_gradients_agree_with_jax_nn(implementation):
 
 
 @pytest.mark.parametrize("implementation", HERE)
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_a_learned_scale_and_its_gradient_agree_with_jax_nn(implementation, shape):
+    q, k, v = inputs()
+    ours = functools.partial(dot_product_attention, is_causal=True, implementation=implementation)
+    theirs = functools.partial(jax.nn.dot_product_attention, is_causal=True)
+    run = lambda attend: jax.jit(
+        jax.value_and_grad(lambda scale, q: jnp.sin(attend(q, k, v, scale=scale)).sum(), argnums=(0, 1))
+    )(jnp.full(shape, 0.3), q)
+    for actual, expected in zip(jax.tree.leaves(run(ours)), jax.tree.leaves(run(theirs)), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=5e-6, rtol=1e-5)
+    np.testing.assert_allclose(ours(q, k, v, scale=jnp.full(shape, 0.3)), ours(q, k, v, scale=0.3), atol=2e-6)
+
+
+@pytest.mark.parametrize("implementation", HERE)
+def test_the_gradient_of_a_scale_ends_at_the_lengths(implementation):
+    q, k, v = inputs()
+    gradient = jax.grad(
+        lambda scale, q: dot_product_attention(
+            q, k, v, scale=scale, implementation=implementation, **LENGTHS
+        ).sum()
+    )
+    actual = gradient(jnp.float32(0.3), q.at[0, 5:].set(jnp.nan))
+    np.testing.assert_allclose(actual, gradient(jnp.float32(0.3), q), rtol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", HERE)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_what_lies_beyond_a_length_may_be_anything(implementation, value):
     operands = inputs()

@@ -22,6 +22,8 @@ WRONG = [
     ({"bias": jnp.ones((T, S), bool)}, "bias"),
     ({"scale": "x"}, "scale"),
     ({"scale": float("nan")}, "scale"),
+    ({"scale": jnp.ones(2)}, "scale"),
+    ({"scale": jnp.array(1j)}, "scale"),
     ({"logits_soft_cap": 0.0}, "logits_soft_cap"),
     ({"logits_soft_cap": "a"}, "logits_soft_cap"),
     ({"query_segment_ids": IDS[0]}, "query_segment_ids"),
