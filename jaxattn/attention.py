@@ -7,11 +7,12 @@ Hopper GPU it runs the Pallas kernel, on other NVIDIA GPUs cuDNN or XLA, on a CP
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxattn.block_mask import BlockMask
@@ -50,7 +51,7 @@ def dot_product_attention(
     is_causal: bool = False,
     query_seq_lengths: Int[Array, "B"] | None = None,
     key_value_seq_lengths: Int[Array, "B"] | None = None,
-    local_window_size: int | tuple[int | None, int | None] | None = None,
+    local_window_size: int | Sequence[int | None] | None = None,
     implementation: str | None = None,
     return_residual: bool = False,
     query_segment_ids: Int[Array, "*B T"] | None = None,
@@ -74,7 +75,8 @@ def dot_product_attention(
         query, key, value: BTNH, BSKH, BSKHv, or TNH, SKH, SKHv; float32, bfloat16 or float16, one dtype. N is
             a multiple of K: query head n reads KV head n // (N/K). On a GPU float32 is multiplied with the
             precision of TF32, as in JAX, unless `jax.default_matmul_precision` asks for more.
-        bias: added to the logits, broadcastable to BNTS. mask: boolean, True where a key takes part.
+        bias: added to the logits, broadcastable to BNTS; integers and float64 are taken as float32.
+        mask: boolean, True where a key takes part.
         scale: 1 / sqrt(H) by default. A jax.Array of one number, traced or learned, multiplies the query in
             float32, which is then rounded to its dtype.
         is_causal: query i sees keys 0..i ("top_left"), or keys 0..i + S - T ("bottom_right", the lengths in
@@ -106,27 +108,28 @@ def dot_product_attention(
     Raises ValueError for wrong arguments and NotImplementedError where the implementation named cannot do
     what is asked. From: Dao et al., FlashAttention (2022), FlashAttention-2 (2023).
     """
-    query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+    query, key, value = _array("query", query), _array("key", key), _array("value", value)
     if query.ndim not in (3, 4):
         raise ValueError(f"query must have the dimensions [B T N H] or [T N H], got shape {query.shape}")
     is_batched = query.ndim == 4
     checks.check_rank("query", query, "B T N H" if is_batched else "T N H")
+    window: Any = tuple(local_window_size) if isinstance(local_window_size, list) else local_window_size
     spec = make_spec(
         query,
         scale=None if isinstance(scale, jax.Array) else scale,
         is_causal=is_causal,
         causal_alignment=causal_alignment,
-        local_window_size=local_window_size,
+        local_window_size=window,
         logits_soft_cap=logits_soft_cap,
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
         deterministic=deterministic,
     )
     call = AttentionCall(
-        *(_batched(x, is_batched) for x in (query, key, value)),
-        bias=_rank_4("bias", bias),
+        *(x if is_batched else x[None] for x in (query, key, value)),
+        bias=_rank_4("bias", _float32("bias", bias)),
         alibi_slopes=_slopes(alibi_slopes),
-        sinks=None if sinks is None else jnp.asarray(sinks),
+        sinks=_float32("sinks", sinks),
         mask=_rank_4("mask", mask),
         q_segment_ids=_batched(query_segment_ids, is_batched),
         kv_segment_ids=_batched(key_value_segment_ids, is_batched),
@@ -154,6 +157,13 @@ def dot_product_attention(
     return out, residual if is_batched else residual[0]
 
 
+def _array(name: str, x: Any) -> jax.Array:
+    try:
+        return jnp.asarray(np.asarray(x) if isinstance(x, str) else x)  # JAX would read a number in a string
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name} must be an array, got {checks.describe(x)}") from error
+
+
 def _batched(x: Any, is_batched: bool) -> Any:
     return None if x is None else jnp.asarray(x) if is_batched else jnp.asarray(x)[None]
 
@@ -161,14 +171,23 @@ def _batched(x: Any, is_batched: bool) -> Any:
 def _rank_4(name: str, x: Any) -> jax.Array | None:
     if x is None:
         return None
-    x = jnp.asarray(x)
+    x = _array(name, x)
     if x.ndim > 4:
         raise ValueError(f"{name} must be broadcastable to [B, N, T, S], got shape {x.shape}")
     return x.reshape((1,) * (4 - x.ndim) + x.shape)
 
 
+def _float32(name: str, x: Any) -> jax.Array | None:
+    """Terms of the logits; of the dtypes that kernels do not read, those whose numbers float32 rounds."""
+    if x is None:
+        return None
+    x = _array(name, x)
+    is_rounded = x.dtype == jnp.float64 or jnp.issubdtype(x.dtype, jnp.integer)
+    return x.astype(jnp.float32) if is_rounded else x
+
+
 def _slopes(x: Any) -> jax.Array | None:
-    x = None if x is None else jnp.asarray(x)
+    x = _float32("alibi_slopes", x)
     return x[None] if x is not None and x.ndim == 1 else x
 
 

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxattn.attention import dot_product_attention
@@ -18,7 +19,11 @@ WRONG = [
     ({"bias": jnp.ones((1, 1, T, S + 1))}, "bias"),
     ({"bias": jnp.ones((1, 3, T, S))}, "bias"),
     ({"bias": jnp.ones((1, 1, 1, T, S))}, "bias"),
-    ({"bias": jnp.ones((T, S), jnp.int32)}, "bias"),
+    ({"bias": jnp.ones((T, S), jnp.complex64)}, "bias"),
+    ({"bias": object()}, "bias must be an array"),
+    ({"mask": {}}, "mask must be an array"),
+    ({"sinks": "x"}, "sinks must be an array"),
+    ({"alibi_slopes": [None] * N}, "alibi_slopes must be an array"),
     ({"bias": jnp.ones((T, S), bool)}, "bias"),
     ({"scale": "x"}, "scale"),
     ({"scale": float("nan")}, "scale"),
@@ -67,7 +72,36 @@ def test_wrong_operands_are_named(implementation):
         "query must have one of the dtypes": [x.astype(jnp.int32) for x in (q, k, v)],
         "key must have one of the dtypes": (q.astype(jnp.bfloat16), k, v),
         "the head dim of query": inputs((1, T, S, N, K, 300)),
+        "query must be an array, got None": (None, k, v),
+        "key must be an array, got 'q'": (q, "q", v),
+        "value must be an array, got {}": (q, k, {}),
     }
     for message, operands in wrong.items():
         with pytest.raises(ValueError, match=message):
             call(*operands)
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("implementation", HERE)
+def test_what_jax_nn_takes_too(implementation, x64):
+    call = functools.partial(dot_product_attention, *inputs(), implementation=implementation)
+    bias = np.arange(T * S).reshape(T, S) % 3
+    with jax.enable_x64(x64):
+        expected = jax.nn.dot_product_attention(*inputs(), bias)
+        for given in (bias, bias.astype(np.float64), bias.tolist(), jnp.asarray(bias, jnp.int8)):
+            np.testing.assert_allclose(call(given), expected, atol=2e-6)
+        gradient = jax.grad(lambda bias: jnp.sin(call(bias)).sum())(jnp.asarray(bias * 1.0))
+        assert gradient.dtype == (jnp.float64 if x64 else jnp.float32)
+        windowed = call(local_window_size=[1, 1])
+    np.testing.assert_array_equal(windowed, call(local_window_size=(1, 1)))
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_terms_of_the_logits_as_lists_and_numpy(x64):
+    call = functools.partial(dot_product_attention, *inputs())
+    slopes = [0.5, 0.25, 0.125, 0.0]
+    expected = call(sinks=jnp.array(slopes), alibi_slopes=jnp.array(slopes))
+    with jax.enable_x64(x64):
+        for given in (slopes, np.array(slopes), np.array([slopes] * B)):
+            actual = call(sinks=np.ravel(given)[:N], alibi_slopes=given)
+            np.testing.assert_allclose(actual, expected, atol=2e-6)
