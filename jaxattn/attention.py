@@ -20,7 +20,7 @@ from jaxattn.implementations import IMPLEMENTATIONS, AttentionCall
 from pallas_kernels import checks
 from pallas_kernels.device import default_device, device_name, is_hopper
 from pallas_kernels.flash_attention import SAVED_NAMES
-from pallas_kernels.flash_attention.arguments import check_arrays, clip_lengths, make_spec
+from pallas_kernels.flash_attention.arguments import check_arrays, clip_lengths, known_ids, make_spec
 from pallas_kernels.flash_attention.reference import zero_beyond
 from pallas_kernels.flash_attention.spec import AttentionInputs
 from pallas_kernels.variants import Unsupported, announce
@@ -89,6 +89,7 @@ def dot_product_attention(
             that the device has and that can do all that is asked.
         return_residual: also return the log-sum-exp of each row's logits, f32 BTN or TN.
         query_segment_ids, key_value_segment_ids: packed documents; a query sees the keys of its own id only.
+            Ids are int32.
         block_mask: a block-sparse mask; the kernel skips the tiles in which it shows nothing.
         alibi_slopes: a slope for each head: -slope |position - key index| is added to the logits and never
             stored; no gradient flows to the slopes.
@@ -113,6 +114,7 @@ def dot_product_attention(
         raise ValueError(f"query must have the dimensions [B T N H] or [T N H], got shape {query.shape}")
     is_batched = query.ndim == 4
     checks.check_rank("query", query, "B T N H" if is_batched else "T N H")
+    batch = query.shape[0] if is_batched else 1
     window: Any = tuple(local_window_size) if isinstance(local_window_size, list) else local_window_size
     spec = make_spec(
         query,
@@ -131,10 +133,10 @@ def dot_product_attention(
         alibi_slopes=_slopes(alibi_slopes),
         sinks=_float32("sinks", sinks),
         mask=_rank_4("mask", mask),
-        q_segment_ids=_batched(query_segment_ids, is_batched),
-        kv_segment_ids=_batched(key_value_segment_ids, is_batched),
-        q_lengths=_lengths(query_seq_lengths),
-        kv_lengths=_lengths(key_value_seq_lengths),
+        q_segment_ids=_ids("query_segment_ids", query_segment_ids, is_batched),
+        kv_segment_ids=_ids("key_value_segment_ids", key_value_segment_ids, is_batched),
+        q_lengths=_lengths("query_seq_lengths", query_seq_lengths, batch),
+        kv_lengths=_lengths("key_value_seq_lengths", key_value_seq_lengths, batch),
         dropout_key=dropout_key,
         block_mask=block_mask,
         is_causal=spec.is_causal,
@@ -157,15 +159,11 @@ def dot_product_attention(
     return out, residual if is_batched else residual[0]
 
 
-def _array(name: str, x: Any) -> jax.Array:
+def _array(name: str, x: Any, convert: Callable = jnp.asarray) -> Any:
     try:
-        return jnp.asarray(np.asarray(x) if isinstance(x, str) else x)  # JAX would read a number in a string
+        return convert(np.asarray(x) if isinstance(x, str) else x)  # JAX would read a number in a string
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{name} must be an array, got {checks.describe(x)}") from error
-
-
-def _batched(x: Any, is_batched: bool) -> Any:
-    return None if x is None else jnp.asarray(x) if is_batched else jnp.asarray(x)[None]
 
 
 def _rank_4(name: str, x: Any) -> jax.Array | None:
@@ -191,8 +189,22 @@ def _slopes(x: Any) -> jax.Array | None:
     return x[None] if x is not None and x.ndim == 1 else x
 
 
-def _lengths(x: Any) -> jax.Array | None:
-    return None if x is None else jnp.atleast_1d(jnp.asarray(x))
+def _ids(name: str, x: Any, is_batched: bool) -> Any:
+    x = known_ids(name, _whole_numbers(name, x))
+    return x if x is None or is_batched else x[None]
+
+
+def _lengths(name: str, x: Any, batch: int) -> Any:
+    x = _whole_numbers(name, x)
+    return x[None] if x is not None and x.ndim == 0 and batch == 1 else x
+
+
+def _whole_numbers(name: str, x: Any) -> Any:
+    """With all 64 bits of what JAX would cut to 32."""
+    if x is None:
+        return None
+    is_jax = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x))
+    return _array(name, x, jnp.asarray if is_jax else np.asarray)
 
 
 def _scale_query(call: AttentionCall, scale: jax.Array) -> AttentionCall:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Integer
 
 from pallas_kernels import checks, device
 from pallas_kernels.flash_attention import mapped, reference, sm90
-from pallas_kernels.flash_attention.arguments import check_arrays, clip_lengths, make_spec
+from pallas_kernels.flash_attention.arguments import check_arrays, clip_lengths, known_ids, make_spec
 from pallas_kernels.flash_attention.block_tiles import BlockTiles
 from pallas_kernels.flash_attention.config import FlashConfig
 from pallas_kernels.flash_attention.dropout import dropout_seed
@@ -116,8 +116,8 @@ def flash_attention(
         bias,
         sinks,
         alibi_slopes,
-        q_segment_ids,
-        kv_segment_ids,
+        known_ids("q_segment_ids", q_segment_ids),
+        known_ids("kv_segment_ids", kv_segment_ids),
         q_lengths,
         kv_lengths,
         block_mask=block_mask,

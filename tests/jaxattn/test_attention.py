@@ -238,6 +238,12 @@ def test_lengths_are_taken_as_int32_and_end_where_the_arrays_do(implementation):
         q_lengths, kv_lengths = jnp.array([9, 5], dtype), jnp.array([40, 4], dtype)
         actual = call(query_seq_lengths=q_lengths, key_value_seq_lengths=kv_lengths)
         np.testing.assert_array_equal(actual, expected)
+    for convert in (np.array, np.uint64, list):
+        q_lengths, kv_lengths = convert([2**40, 5]), convert([2**32 + 3, 4])
+        actual = call(query_seq_lengths=q_lengths, key_value_seq_lengths=kv_lengths)
+        np.testing.assert_array_equal(actual, expected)
+    actual = call(query_seq_lengths=[jnp.int32(7), 5], key_value_seq_lengths=[11, jnp.int32(4)])
+    np.testing.assert_array_equal(actual, expected)
 
 
 @pytest.mark.parametrize(

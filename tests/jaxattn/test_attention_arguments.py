@@ -39,6 +39,17 @@ WRONG = [
     ),
     ({"query_seq_lengths": jnp.ones(B)}, "query_seq_lengths"),
     ({"key_value_seq_lengths": jnp.ones(B + 1, jnp.int32)}, "key_value_seq_lengths"),
+    ({"key_value_seq_lengths": 5}, r"key_value_seq_lengths must have shape \[B\] = \[2\], got \(\)"),
+    ({"query_seq_lengths": "x"}, "query_seq_lengths"),
+    ({"query_seq_lengths": [[1], [1, 2]]}, "query_seq_lengths must be an array"),
+    (
+        {"query_segment_ids": np.full((B, T), 2**32 + 1), "key_value_segment_ids": IDS[1]},
+        r"query_segment_ids must lie in -2147483648\.\.2147483647 \(int32\), got 4294967297",
+    ),
+    (
+        {"query_segment_ids": IDS[0], "key_value_segment_ids": [[-(2**31) - 1] * S] * B},
+        "key_value_segment_ids must lie in .* got -2147483649",
+    ),
     ({"sinks": jnp.ones(N + 1)}, "sinks"),
     ({"alibi_slopes": jnp.ones((1, 1, N))}, "alibi_slopes"),
     ({"dropout_rate": 1.5, "dropout_key": jax.random.key(0)}, "dropout_rate"),
@@ -94,6 +105,14 @@ def test_what_jax_nn_takes_too(implementation, x64):
         assert gradient.dtype == (jnp.float64 if x64 else jnp.float32)
         windowed = call(local_window_size=[1, 1])
     np.testing.assert_array_equal(windowed, call(local_window_size=(1, 1)))
+
+
+def test_ids_of_64_bits_are_refused_where_jax_has_them():
+    wrong = pytest.raises(ValueError, match="query_segment_ids must lie in")
+    with jax.enable_x64(True), wrong:
+        dot_product_attention(
+            *inputs(), query_segment_ids=jnp.full((B, T), 2**40), key_value_segment_ids=IDS[1]
+        )
 
 
 @pytest.mark.parametrize("x64", [False, True])

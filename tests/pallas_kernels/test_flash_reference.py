@@ -207,9 +207,11 @@ def test_lengths_end_where_the_arrays_do(tensors):
         flash_attention, query, key, value, is_causal=True, causal_alignment="bottom_right", return_lse=True
     )
     expected = call(q_lengths=jnp.array([T, 0]), kv_lengths=jnp.array([S, 0]))
-    actual = call(q_lengths=jnp.array([2 * T, -3]), kv_lengths=jnp.array([S + 9, -1]))
-    for one, other in zip(actual, expected, strict=True):
-        np.testing.assert_array_equal(one, other)
+    for lengths in ([2 * T, -3], [S + 9, -1]), (np.array([2**32 + 1, -(2**40)]), np.array([2**40, -1])):
+        q_lengths, kv_lengths = (x if isinstance(x, np.ndarray) else jnp.array(x) for x in lengths)
+        actual = call(q_lengths=q_lengths, kv_lengths=kv_lengths)
+        for one, other in zip(actual, expected, strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("side", [2**30, 2**31 - 1, 2**40])
@@ -302,6 +304,10 @@ BAD_CALLS = {
     "sinks must have shape": ({}, {"sinks": jnp.ones((B, N))}),
     "sinks must have one of": ({}, {"sinks": jnp.ones((N,), jnp.int32)}),
     "must be given together": ({}, {"q_segment_ids": jnp.zeros((B, T), jnp.int32)}),
+    "q_segment_ids must lie in .* got 4294967296": (
+        {},
+        {"q_segment_ids": np.full((B, T), 2**32), "kv_segment_ids": np.zeros((B, S), np.int32)},
+    ),
     "q_lengths must have shape": ({}, {"q_lengths": jnp.zeros((B + 1,), jnp.int32)}),
     "kv_lengths must hold integers": ({}, {"kv_lengths": jnp.zeros((B,))}),
     "causal_alignment must be one of": ({}, {"causal_alignment": "left"}),
