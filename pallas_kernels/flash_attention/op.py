@@ -189,12 +189,32 @@ def _attend(implementation: str, spec: AttentionSpec, inputs: AttentionInputs) -
     return _forward(implementation, spec, inputs)
 
 
+def _without_derivative(function: Callable) -> Callable:
+    """function(implementation, spec, *arrays), whose derivative is an error that says what has one: JAX's own
+    would name what is inside.
+    """
+    call = jax.custom_jvp(function, nondiff_argnums=(0, 1))
+
+    @call.defjvp
+    def refuse(*arguments):
+        raise NotImplementedError(
+            "flash_attention has no second derivative; jaxattn.dot_product_attention has one, of "
+            "implementation='xla'"
+        )
+
+    return call
+
+
 # Jitted, so that the layers of an unrolled model share one trace and one lowered kernel.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _forward(implementation: str, spec: AttentionSpec, inputs: AttentionInputs):
     return mapped.forward(in_32_bits(lambda inputs: VARIANTS[implementation].forward(inputs, spec)), inputs)
 
 
+_first_forward = _without_derivative(_forward)  # of a gradient
+
+
+@_without_derivative
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _backward(
     implementation: str, spec: AttentionSpec, inputs: AttentionInputs, out, lse, out_grad, lse_grad
@@ -204,7 +224,7 @@ def _backward(
 
 
 def _attend_forward(implementation: str, spec: AttentionSpec, inputs: AttentionInputs):
-    out, lse = map(checkpoint_name, _forward(implementation, spec, inputs), SAVED_NAMES)
+    out, lse = map(checkpoint_name, _first_forward(implementation, spec, inputs), SAVED_NAMES)
     return (out, lse), (inputs, out, lse)
 
 

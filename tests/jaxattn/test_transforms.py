@@ -258,3 +258,28 @@ def test_checkpoint_keeps_what_the_backward_pass_needs():
         results.append(call(q, k, v, random(3, 2, H, H)))
     assert counts == [2, 1]
     assert_close(*results)
+
+
+# --- second derivatives ---
+
+ONCE = lambda q, k, **options: jax.grad(
+    lambda q: jnp.sin(dot_product_attention(q, k, k, is_causal=True, **options)).sum()
+)(q)
+TWICE = {
+    "gradient of a gradient": lambda q, k, **options: jax.grad(lambda q: ONCE(q, k, **options).sum())(q),
+    "forward over reverse": lambda q, k, **options: jax.jvp(
+        functools.partial(ONCE, k=k, **options), (q,), (q,)
+    ),
+    "of the cotangent alone": lambda q, k, **options: jax.grad(
+        lambda g: jax.vjp(lambda q: dot_product_attention(q, k, k, **options), q)[1](g)[0].sum()
+    )(q),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_a_second_derivative_says_who_has_one(name):
+    q, k, _ = inputs()
+    with pytest.raises(NotImplementedError, match="no second derivative.*implementation='xla'"):
+        jax.jit(TWICE[name])(q, k)
+    results = TWICE[name](q, k, implementation="xla")
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(results))
