@@ -109,7 +109,8 @@ def dot_product_attention(
     Raises ValueError for wrong arguments and NotImplementedError where the implementation named cannot do
     what is asked. From: Dao et al., FlashAttention (2022), FlashAttention-2 (2023).
     """
-    query, key, value = _array("query", query), _array("key", key), _array("value", value)
+    checks.check_bool("return_residual", return_residual)
+    query, key, value = as_array("query", query), as_array("key", key), as_array("value", value)
     if query.ndim not in (3, 4):
         raise ValueError(f"query must have the dimensions [B T N H] or [T N H], got shape {query.shape}")
     is_batched = query.ndim == 4
@@ -159,7 +160,8 @@ def dot_product_attention(
     return out, residual if is_batched else residual[0]
 
 
-def _array(name: str, x: Any, convert: Callable = jnp.asarray) -> Any:
+def as_array(name: str, x: Any, convert: Callable = jnp.asarray) -> Any:
+    """An argument as an array."""
     try:
         return convert(np.asarray(x) if isinstance(x, str) else x)  # JAX would read a number in a string
     except (TypeError, ValueError, OverflowError) as error:
@@ -169,7 +171,7 @@ def _array(name: str, x: Any, convert: Callable = jnp.asarray) -> Any:
 def _rank_4(name: str, x: Any) -> jax.Array | None:
     if x is None:
         return None
-    x = _array(name, x)
+    x = as_array(name, x)
     if x.ndim > 4:
         raise ValueError(f"{name} must be broadcastable to [B, N, T, S], got shape {x.shape}")
     return x.reshape((1,) * (4 - x.ndim) + x.shape)
@@ -179,7 +181,7 @@ def _float32(name: str, x: Any) -> jax.Array | None:
     """Terms of the logits; of the dtypes that kernels do not read, those whose numbers float32 rounds."""
     if x is None:
         return None
-    x = _array(name, x)
+    x = as_array(name, x)
     is_rounded = x.dtype == jnp.float64 or jnp.issubdtype(x.dtype, jnp.integer)
     return x.astype(jnp.float32) if is_rounded else x
 
@@ -204,7 +206,7 @@ def _whole_numbers(name: str, x: Any) -> Any:
     if x is None:
         return None
     is_jax = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x))
-    return _array(name, x, jnp.asarray if is_jax else np.asarray)
+    return as_array(name, x, jnp.asarray if is_jax else np.asarray)
 
 
 def _scale_query(call: AttentionCall, scale: jax.Array) -> AttentionCall:

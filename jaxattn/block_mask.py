@@ -66,7 +66,7 @@ class BlockMask:
     ) -> "BlockMask":
         """Query i sees keys i - left .. i + right; size: (left, right), None no limit, or an int for both."""
         shape = _shape(num_queries, num_keys)
-        return cls(block_rules.band(shape, checks.normalize_window(size), tile), shape)
+        return cls(block_rules.band(shape, checks.normalize_window(size, "size"), tile), shape)
 
     @classmethod
     def local_global(
@@ -81,7 +81,7 @@ class BlockMask:
         """A window, and num_global first tokens that see and are seen by all (Longformer, section 3.1)."""
         shape = _shape(num_queries, num_keys)
         _check_at_least("num_global", num_global, 0)
-        local = cls.window(*shape, size=window, tile=tile)
+        local = cls(block_rules.band(shape, checks.normalize_window(window, "window"), tile), shape)
         seeing, seen = (
             cls(block_rules.first_tokens(shape, num_global, axis, tile), shape) for axis in (0, 1)
         )
@@ -213,6 +213,12 @@ class BlockMask:
                 f"masks must agree in shape and tile, got {self.shape}, {self.tile} and "
                 f"{other.shape}, {other.tile}"
             )
+        leading, others = (mask.arrays.num_kv.shape[:2] for mask in (self, other))
+        if any(1 not in sizes and len(set(sizes)) > 1 for sizes in zip(leading, others, strict=True)):
+            raise ValueError(
+                f"masks must agree in [B, N], batch rows and heads, where neither has 1, got {leading} and "
+                f"{others}"
+            )
         return BlockMask(block_rules.combine(operation, self.arrays, other.arrays), self.shape)
 
     def __eq__(self, other) -> bool:
@@ -249,5 +255,5 @@ def _shape(num_queries: int, num_keys: int | None) -> tuple[int, int]:
 
 
 def _check_at_least(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int | np.integer) or value < least:
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")

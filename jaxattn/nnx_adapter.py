@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxattn.attention import dot_product_attention
+from jaxattn.attention import as_array, dot_product_attention
 
 EXACT_PRECISIONS = ("high", "highest", "float32", "tensorfloat32")
 
@@ -55,7 +55,8 @@ def nnx_attention(
             is_causal=is_causal,
             **({} if promote_dtype is None else {"promote_dtype": promote_dtype}),
         )
-    query, key, value = _promote((query, key, value), dtype, promote_dtype)
+    operands = tuple(map(_operand, ("query", "key", "value"), (query, key, value)))
+    query, key, value = _promote(operands, dtype, promote_dtype)
     batch = query.shape[:-3]
     is_dropping = dropout_rate > 0 and not deterministic
     out = dot_product_attention(
@@ -81,6 +82,13 @@ def _promote(arrays: tuple[jax.Array, ...], dtype: Any, promote_dtype: Callable[
         return promote_dtype(arrays, dtype=dtype)
     dtype = jnp.result_type(*arrays) if dtype is None else dtype
     return tuple(jnp.asarray(x, dtype) for x in arrays)
+
+
+def _operand(name: str, x: Any) -> jax.Array:
+    x = as_array(name, x)
+    if x.ndim < 3 or 0 in x.shape:
+        raise ValueError(f"{name} must have the dimensions [*batch T N H], each >= 1, got shape {x.shape}")
+    return x
 
 
 def _one_batch_dim(x: jax.Array | None, batch: tuple[int, ...]) -> Any:

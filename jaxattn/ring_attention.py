@@ -99,7 +99,13 @@ def ring_attention(
     except NameError:
         raise ValueError(f"axis_name must be an axis of a surrounding shard_map, got {axis_name!r}") from None
     check_arrays(AttentionInputs(query, key, value))
-    make_spec(query, scale=scale, logits_soft_cap=logits_soft_cap)
+    make_spec(
+        query,
+        scale=scale,
+        is_causal=is_causal,
+        logits_soft_cap=logits_soft_cap,
+        deterministic=deterministic,
+    )
     num_tokens = query.shape[1]
     if key.shape[1] != num_tokens:
         raise ValueError(f"key must have as many tokens as query, {num_tokens}, got {key.shape[1]}")
@@ -116,8 +122,9 @@ def ring_attention(
 
 def zigzag_positions(num_tokens: int, num_devices: int) -> Int[np.ndarray, "T"]:
     """The positions of a sequence's tokens in zig-zag order: device d's are the d-th part of them."""
-    if num_devices < 1:
-        raise ValueError(f"num_devices must be at least 1, got {num_devices}")
+    for name, number in (("num_tokens", num_tokens), ("num_devices", num_devices)):
+        if not isinstance(number, int | np.integer) or isinstance(number, bool) or number < 1:
+            raise ValueError(f"{name} must be an integer >= 1, got {number!r}")
     if num_tokens % (2 * num_devices):
         raise ValueError(f"num_tokens must be a multiple of 2 x {num_devices} devices, got {num_tokens}")
     chunks = np.arange(num_tokens).reshape(2 * num_devices, -1)

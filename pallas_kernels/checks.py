@@ -13,9 +13,15 @@ import numpy as np
 FAR = 1 << 30  # beyond any sequence, and still an i32 where a position is added
 
 
+def check_array(name: str, array: Any) -> None:
+    """Holds an argument to what has a shape and a dtype."""
+    if not (hasattr(array, "shape") and hasattr(array, "dtype")):
+        raise ValueError(f"{name} must be an array, got {type(array).__name__}")
+
+
 def check_rank(name: str, array: Any, letters: str) -> None:
     """Holds an array to the number of dimensions that `letters` ("B T N H") names."""
-    _check_array(name, array)
+    check_array(name, array)
     if array.ndim != len(letters.split()):
         raise ValueError(f"{name} must have the dimensions [{letters}], got shape {tuple(array.shape)}")
     if 0 in array.shape:
@@ -24,7 +30,7 @@ def check_rank(name: str, array: Any, letters: str) -> None:
 
 def check_shape(name: str, array: Any, expected: Sequence[int | tuple[int, ...]], letters: str) -> None:
     """Holds an array to a shape; a tuple in `expected` lists the sizes allowed for that dimension."""
-    _check_array(name, array)
+    check_array(name, array)
     allowed = [size if isinstance(size, tuple) else (size,) for size in expected]
     if array.ndim != len(allowed) or any(
         size not in sizes for size, sizes in zip(array.shape, allowed, strict=True)
@@ -94,6 +100,13 @@ def check_number(name: str, value: Any) -> float:
     return number
 
 
+def check_bool(name: str, value: Any) -> bool:
+    """A static argument as a bool."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name} must be a bool, known when it is traced, got {value!r}")
+    return bool(value)
+
+
 def check_soft_cap(logits_soft_cap: float | None) -> float | None:
     """Holds the soft cap to a positive number, or None for no cap."""
     if logits_soft_cap is None:
@@ -105,7 +118,7 @@ def check_soft_cap(logits_soft_cap: float | None) -> float | None:
 
 
 def normalize_window(
-    local_window_size: int | tuple[int | None, int | None] | None,
+    local_window_size: int | tuple[int | None, int | None] | None, name: str = "local_window_size"
 ) -> tuple[int | None, int | None]:
     """Turns the window argument into (left, right): numbers of keys >= 0, None for an unbounded side."""
     if local_window_size is None:
@@ -113,7 +126,7 @@ def normalize_window(
     sides = local_window_size if isinstance(local_window_size, tuple) else (local_window_size,) * 2
     if len(sides) != 2 or not all(side is None or _is_size(side) for side in sides):
         raise ValueError(
-            "local_window_size must be an int >= 0 or a pair (left, right) of such ints or None, "
+            f"{name} must be an int >= 0 or a pair (left, right) of such ints or None, "
             f"got {local_window_size!r}"
         )
     left, right = (None if side is None or side >= FAR else int(side) for side in sides)
@@ -128,8 +141,3 @@ def describe(value: Any) -> str:
     """An argument, for a message: of arrays the shape and dtype."""
     is_array = hasattr(value, "shape") and hasattr(value, "dtype")
     return f"{value.dtype}{list(value.shape)}" if is_array else repr(value)
-
-
-def _check_array(name: str, array: Any) -> None:
-    if not (hasattr(array, "shape") and hasattr(array, "dtype")):
-        raise ValueError(f"{name} must be an array, got {type(array).__name__}")

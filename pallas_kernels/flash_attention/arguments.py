@@ -68,6 +68,17 @@ def check_arrays(inputs: AttentionInputs, names: Mapping[str, str] | None = None
         check_block_tiles(inputs.block_mask, batch, num_heads, num_queries, num_keys)
 
 
+def shapes_of(query: Any, key: Any, value: Any = None) -> AttentionInputs:
+    """Of anything with a shape and a dtype, held to each other; value is like key by default."""
+    arrays: list[Any] = [query, key, key if value is None else value]
+    for name, x in zip(("query", "key", "value"), arrays, strict=True):
+        checks.check_array(name, x)
+    shapes: list[Any] = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+    inputs = AttentionInputs(*shapes)
+    check_arrays(inputs)
+    return inputs
+
+
 def make_spec(
     query: Array,
     *,
@@ -87,12 +98,12 @@ def make_spec(
         raise ValueError(f"config must be a FlashConfig (or None), got {config!r}")
     return AttentionSpec(
         scale=default_scale(query) if scale is None else checks.check_number("scale", scale),
-        is_causal=bool(is_causal),
+        is_causal=checks.check_bool("is_causal", is_causal),
         bottom_right=causal_alignment == "bottom_right",
         window=checks.normalize_window(local_window_size),
         logits_soft_cap=checks.check_soft_cap(logits_soft_cap),
         dropout_rate=_check_dropout(dropout_rate, dropout_key),
-        deterministic=bool(deterministic),
+        deterministic=checks.check_bool("deterministic", deterministic),
         config=config,
     )
 
@@ -139,4 +150,10 @@ def _is_one_key(key: Any) -> bool:
     if dtype is None:
         return False
     is_typed = jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    return key.ndim == 0 if is_typed else dtype == jnp.uint32 and key.ndim == 1
+    if is_typed or dtype != jnp.uint32 or key.ndim != 1:
+        return is_typed and key.ndim == 0
+    try:
+        jax.eval_shape(jax.random.wrap_key_data, jax.ShapeDtypeStruct(key.shape, dtype))
+    except TypeError:  # not as many words as a key has
+        return False
+    return True

@@ -15,14 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import checks
 from pallas_kernels.flash_attention import backward_fused_sm90, one_query_sm90, sm90
-from pallas_kernels.flash_attention.arguments import ALIGNMENTS, check_arrays
+from pallas_kernels.flash_attention.arguments import make_spec, shapes_of
 from pallas_kernels.flash_attention.backward_fused_block import block_keys
 from pallas_kernels.flash_attention.config import FlashConfig
 from pallas_kernels.flash_attention.forward_plan import FIRST, ForwardPlan
 from pallas_kernels.flash_attention.plan import AttentionPlan
-from pallas_kernels.flash_attention.spec import AttentionInputs, AttentionSpec
 from pallas_kernels.kv_tiles import kv_tiles
 
 FP32_BYTES = 4
@@ -78,16 +76,12 @@ def io_bytes(
     Not counted: what XLA does around the kernels (row sums of dO * O, casts). Raises ValueError for
     wrong arguments, NotImplementedError for float32 and what the Hopper kernels cannot serve.
     """
-    value = key if value is None else value
-    arrays: list[Any] = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value)]
-    inputs = AttentionInputs(*arrays)
-    check_arrays(inputs)
-    checks.check_choice("causal_alignment", causal_alignment, ALIGNMENTS)
-    spec = AttentionSpec(
-        scale=1.0,
+    inputs = shapes_of(query, key, value)
+    spec = make_spec(
+        inputs.query,
         is_causal=is_causal,
-        bottom_right=causal_alignment == "bottom_right",
-        window=checks.normalize_window(local_window_size),
+        causal_alignment=causal_alignment,
+        local_window_size=local_window_size,
         deterministic=deterministic,
         config=config,
     )
@@ -98,7 +92,8 @@ def io_bytes(
     if plan.keeps_fp32:
         raise NotImplementedError("float32 is not counted: most of what it adds is XLA's, around the kernels")
     is_fused, sum_dim = backward_fused_sm90.serves(plan, inputs), plan.head_dim
-    real = {"head_dim": query.shape[3], "value_dim": value.shape[3]}  # copies end there, sums of dQ do not
+    # Copies end there, sums of dQ do not.
+    real = {"head_dim": inputs.query.shape[3], "value_dim": inputs.value.shape[3]}
     forward, plan = dataclasses.replace(forward, **real), dataclasses.replace(plan, **real)
     is_decode = one_query_sm90.serves(inputs, spec)
     return IoBytes(

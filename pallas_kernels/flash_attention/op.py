@@ -135,6 +135,7 @@ def flash_attention(
         deterministic=deterministic,
         config=config,
     )
+    checks.check_bool("return_lse", return_lse)
     inputs = inputs._replace(
         q_lengths=clip_lengths(q_lengths, query.shape[1]), kv_lengths=clip_lengths(kv_lengths, key.shape[1])
     )

@@ -12,9 +12,8 @@ from typing import Any
 import jax
 
 from pallas_kernels import checks
-from pallas_kernels.flash_attention.arguments import check_arrays
+from pallas_kernels.flash_attention.arguments import make_spec, shapes_of
 from pallas_kernels.flash_attention.config import FlashConfig
-from pallas_kernels.flash_attention.spec import AttentionInputs
 
 logger = logging.getLogger("pallas_kernels")
 
@@ -42,19 +41,15 @@ def tuned_config(
     A config serves calls on the same kind of device and version of JAX, with the same head dims, dtype, mask
     kind and heads per KV head, and with lengths and batch x heads in the same power of two.
     """
-    value = key if value is None else value
-    arrays: list[Any] = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value)]
-    check_arrays(AttentionInputs(*arrays))
-    checks.check_soft_cap(logits_soft_cap)
-    name = shape_class(
-        query,
-        key,
-        value,
-        is_causal=is_causal,
-        local_window_size=local_window_size,
-        logits_soft_cap=logits_soft_cap,
-        deterministic=deterministic,
-    )
+    inputs = shapes_of(query, key, value)
+    options: Any = {
+        "is_causal": is_causal,
+        "local_window_size": local_window_size,
+        "logits_soft_cap": logits_soft_cap,
+        "deterministic": deterministic,
+    }
+    make_spec(inputs.query, **options)
+    name = shape_class(inputs.query, inputs.key, inputs.value, **options)
     entry = _read(cache_path()).get(device_kind(), {}).get(jax.__version__, {}).get(name)
     try:
         return None if entry is None else config_from_dict(entry["config"])

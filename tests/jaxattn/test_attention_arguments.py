@@ -56,6 +56,12 @@ WRONG = [
     ({"dropout_rate": -1.0}, "dropout_rate"),
     ({"dropout_rate": "x"}, "dropout_rate"),
     ({"dropout_rate": 0.5, "dropout_key": 0}, "dropout_key"),
+    ({"dropout_rate": 0.5, "dropout_key": jnp.zeros(3, jnp.uint32)}, r"dropout_key must be one key.*\[3\]"),
+    ({"dropout_rate": 0.5, "dropout_key": jnp.zeros(4, jnp.uint32)}, r"dropout_key must be one key.*\[4\]"),
+    ({"is_causal": "no"}, "is_causal must be a bool"),
+    ({"is_causal": jnp.array(True)}, "is_causal must be a bool"),
+    ({"deterministic": None}, "deterministic must be a bool"),
+    ({"return_residual": 1}, "return_residual must be a bool"),
 ]
 
 
@@ -66,9 +72,18 @@ def test_wrong_arguments_are_named(options, named, implementation):
         dot_product_attention(*inputs(), **options, implementation=implementation)
 
 
-def test_an_unknown_implementation_is_named():
-    with pytest.raises(ValueError, match="implementation"):
-        dot_product_attention(*inputs(), implementation="triton")
+@pytest.mark.parametrize("name", ["triton", [], {}])
+def test_an_unknown_implementation_is_named(name):
+    with pytest.raises(ValueError, match="implementation must be one of"):
+        dot_product_attention(*inputs(), implementation=name)
+
+
+@pytest.mark.parametrize("name", ["is_causal", "deterministic", "return_residual"])
+def test_a_traced_bool_is_named(name):
+    call = jax.jit(lambda flag: dot_product_attention(*inputs(), **{name: flag}))
+    with pytest.raises(ValueError, match=f"{name} must be a bool, known when it is traced"):
+        call(True)
+    assert dot_product_attention(*inputs(), **{name: np.bool_(False)}).shape == (B, T, N, 16)
 
 
 @pytest.mark.parametrize("implementation", HERE)

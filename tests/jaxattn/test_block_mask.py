@@ -204,7 +204,12 @@ BAD_MASKS = {
     "num_queries": lambda: BlockMask.causal(0),
     "num_keys": lambda: BlockMask.causal(3, -1),
     "alignment": lambda: BlockMask.causal(3, alignment="left"),
-    "local_window_size": lambda: BlockMask.window(3, size=-1),
+    "^size must be": lambda: BlockMask.window(3, size=-1),
+    "^window must be": lambda: BlockMask.local_global(3, window=-1, num_global=1),
+    "num_queries must be .* got True": lambda: BlockMask.causal(True),
+    r"agree in \[B, N\].* got \(1, 2\) and \(1, 3\)": lambda: (
+        BlockMask.random(64, density=0.5, num_heads=2) & BlockMask.random(64, density=0.5, num_heads=3)
+    ),
     "num_global": lambda: BlockMask.local_global(3, window=1, num_global=-1),
     "stride": lambda: BlockMask.strided(3, stride=0),
     "density": lambda: BlockMask.random(3, density=0.0),

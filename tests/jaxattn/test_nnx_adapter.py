@@ -98,3 +98,25 @@ def test_gradients_flow_through_the_layer():
     expected, actual = nnx.grad(loss)(theirs), nnx.grad(loss)(ours)
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, e, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "named"),
+    [
+        ([(2, 3, 0, 4, 8)] * 3, r"query must have the dimensions \[\*batch T N H\], each >= 1"),
+        ([(2, 3, 5, 4, 8), (2, 3, 0, 4, 8), (2, 3, 0, 4, 8)], "key must have the dimensions"),
+        ([(4, 8)] * 3, r"query must have .* got shape \(4, 8\)"),
+        ([(8,)] * 3, "query must have"),
+    ],
+)
+def test_wrong_operands_are_named(shapes, named):
+    with pytest.raises(ValueError, match=named):
+        nnx_attention(*map(jnp.ones, shapes))
+
+
+def test_operands_as_lists_are_arrays():
+    operands = [np.arange(48, dtype=np.float32).reshape(3, 2, 8) / 48] * 3
+    expected = nnx_attention(*operands)
+    np.testing.assert_array_equal(nnx_attention(*(x.tolist() for x in operands)), expected)
+    with pytest.raises(ValueError, match="value must be an array, got 'v'"):
+        nnx_attention(*operands[:2], "v")

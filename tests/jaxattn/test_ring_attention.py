@@ -143,6 +143,13 @@ def test_bad_calls_name_the_argument():
         zigzag_positions(26, 3)
     with pytest.raises(ValueError, match="num_devices"):
         zigzag_positions(32, 0)
+    for name, wrong in {
+        "num_devices": (16, 4.0),
+        "num_tokens": ("a", 4),
+        r"num_tokens .*16\.0": (16.0, 4),
+    }.items():
+        with pytest.raises(ValueError, match=f"{name}.*"):
+            zigzag_positions(*wrong)
     on_two = functools.partial(jax.shard_map, mesh=mesh_of(1, 2, 1), in_specs=(SPEC,) * 3, out_specs=SPEC)
     with pytest.raises(ValueError, match="query must have an even"):
         on_two(functools.partial(ring_attention, is_causal=True))(*(x[:, :-2] for x in (q, k, v)))
@@ -152,5 +159,7 @@ def test_bad_calls_name_the_argument():
         on_two(ring_attention)(q, k, v[:, :-2])
     with pytest.raises(ValueError, match="query must have the dimensions"):
         on_two(lambda q, k, v: ring_attention(q[0], k[0], v[0]))(q, k, v)
+    with pytest.raises(ValueError, match="is_causal must be a bool"):
+        on_two(functools.partial(ring_attention, is_causal="no"))(q, k, v)
     with pytest.raises(ValueError, match="logits_soft_cap"):
         on_two(functools.partial(ring_attention, logits_soft_cap=-1.0))(q, k, v)

@@ -135,6 +135,8 @@ WRONG = {
     "the head dim of query must be at most 256, got 300": arrays(h=300),
     r"query must have the dimensions \[B T N H\]": (SHAPED(64, 2, 64), SHAPED(1, 64, 2, 64)),
     r"key must have the dimensions \[B S K H\]": (SHAPED(1, 64, 2, 64), SHAPED(64, 2, 64)),
+    "query must be an array, got NoneType": (None, SHAPED(1, 64, 2, 64)),
+    "key must be an array, got str": (SHAPED(1, 64, 2, 64), "k"),
     "query must have one of the dtypes .* got int8": [SHAPED(1, 64, 2, 64, dtype=jnp.int8)] * 2,
 }
 
@@ -149,5 +151,11 @@ def test_wrong_arguments_are_named(message):
 def test_wrong_options_are_named():
     with pytest.raises(ValueError, match="causal_alignment must be one of"):
         io_bytes(*arrays(), causal_alignment="left")
+    for config in ("x", {}):
+        with pytest.raises(ValueError, match="config must be a FlashConfig"):
+            io_bytes(*arrays(), config=config)
+    for look_up in (io_bytes, tuned_config):
+        with pytest.raises(ValueError, match="is_causal must be a bool"):
+            look_up(*arrays(), is_causal="no")
     with pytest.raises(ValueError, match="logits_soft_cap must be positive"):
         tuned_config(*arrays(), logits_soft_cap=-1.0)

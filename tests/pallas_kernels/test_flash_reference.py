@@ -331,7 +331,14 @@ BAD_CALLS = {
     "alibi_slopes must be an array": ({}, {"alibi_slopes": [0.5] * N}),
     "config must be a FlashConfig": ({}, {"config": "x"}),
     "dropout_key must be given": ({}, {"dropout_rate": 0.1}),
+    r"dropout_key must be one key.*\[3\]": (
+        {},
+        {"dropout_rate": 0.1, "dropout_key": jnp.zeros(3, jnp.uint32)},
+    ),
+    "is_causal must be a bool": ({}, {"is_causal": "no"}),
+    "return_lse must be a bool": ({}, {"return_lse": 1}),
     "implementation must be one of": ({}, {"implementation": "cuda"}),
+    r"implementation must be one of .* got \[\]": ({}, {"implementation": []}),
 }
 
 
