@@ -1,6 +1,6 @@
 """Which tiles of a block-sparse mask a kernel visits: tile indices, and the elements of partial tiles."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,11 +56,15 @@ def pack_tiles(tiles: TileList, masks: np.ndarray, grid: tuple[int, ...]) -> Blo
     *leading, num_q_tiles, num_kv_tiles = grid
     if len(masks) == 0:
         raise ValueError("masks must hold at least one tile, got none")
-    return BlockTiles(
+    packed = BlockTiles(
         *_lists(tiles, tiles.q, tiles.kv, (*leading, num_q_tiles)),
         *_lists(tiles, tiles.kv, tiles.q, (*leading, num_kv_tiles)),
         masks=masks.astype(np.int8),
     )
+    arrays: Any = packed
+    for array in arrays:  # masks are compared and hashed by what they hold
+        array.setflags(write=False)
+    return packed
 
 
 def _lists(

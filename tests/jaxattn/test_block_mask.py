@@ -139,6 +139,13 @@ def test_is_a_pytree_and_hashable():
     assert jax.tree.unflatten(treedef, leaves) == mask
 
 
+def test_arrays_of_a_mask_cannot_be_written():
+    mask = MASKS["causal"][0] & MASKS["window"][0]
+    for array in mask.tiles():
+        with pytest.raises(ValueError, match="read-only"):
+            array[...] = 1
+
+
 def test_pictures(tmp_path):
     mask = BlockMask.causal(64, tile=(16, 16)) & BlockMask.window(64, size=(31, 0), tile=(16, 16))
     assert repr(mask) == "BlockMask(T=64, S=64, tile=(16, 16), density=0.562)"
