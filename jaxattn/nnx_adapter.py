@@ -10,7 +10,11 @@ from jaxtyping import Array, Bool, Float
 
 from jaxattn.attention import as_array, dot_product_attention
 
-EXACT_PRECISIONS = ("high", "highest", "float32", "tensorfloat32")
+EXACT_PRECISIONS = (
+    *("high", "highest", "float32", "tensorfloat32"),
+    # Of jax.lax.DotAlgorithmPreset, those that lose less than TF32.
+    *("f32_f32_f32", "f64_f64_f64", "tf32_tf32_f32_x3", "bf16_bf16_f32_x6", "bf16_bf16_f32_x9"),
+)
 
 
 def nnx_attention(
@@ -105,6 +109,6 @@ def _one_batch_dim(x: jax.Array | None, batch: tuple[int, ...]) -> Any:
 
 
 def _is_exact(precision: Any) -> bool:
-    """jax.lax.Precision, its name, or a pair of them (one for each operand)."""
+    """jax.lax.Precision or DotAlgorithmPreset, its name, or a pair of them (one for each operand)."""
     given = precision if isinstance(precision, tuple) else (precision,)
     return any(getattr(p, "name", str(p)).lower() in EXACT_PRECISIONS for p in given if p is not None)

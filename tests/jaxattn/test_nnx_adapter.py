@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxattn import nnx_attention
+from jaxattn import nnx_adapter, nnx_attention
 
 FEATURES = 24
 
@@ -98,6 +98,33 @@ def test_gradients_flow_through_the_layer():
     expected, actual = nnx.grad(loss)(theirs), nnx.grad(loss)(ours)
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, e, atol=1e-4)
+
+
+PRESETS = jax.lax.DotAlgorithmPreset
+
+
+@pytest.mark.parametrize(
+    ("precision", "implementation"),
+    [
+        (None, None),
+        ("highest", "reference"),
+        ((jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGHEST), "reference"),
+        (PRESETS.F32_F32_F32, "reference"),
+        ("BF16_BF16_F32_X9", "reference"),
+        (PRESETS.TF32_TF32_F32, None),
+        (PRESETS.BF16_BF16_F32, None),
+    ],
+)
+def test_who_computes_a_precision(precision, implementation, monkeypatch):
+    asked = []
+
+    def attend(query, key, value, *, implementation, **options):
+        asked.append(implementation)
+        return query
+
+    monkeypatch.setattr(nnx_adapter, "dot_product_attention", attend)
+    nnx_attention(*[jnp.ones((1, 2, 2, 8))] * 3, precision=precision)
+    assert asked == [implementation]
 
 
 @pytest.mark.parametrize(
