@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import flash_attention
@@ -133,13 +134,22 @@ def zigzag_positions(num_tokens: int, num_devices: int) -> Int[np.ndarray, "T"]:
 
 
 def to_zigzag(x: Array, num_devices: int, *, axis: int = 1) -> Array:
-    """An array of tokens in order, along `axis`, in zig-zag order."""
-    return jnp.take(x, zigzag_positions(x.shape[axis], num_devices), axis=axis)
+    """An array of tokens in order, along `axis`, in zig-zag order; on an explicit mesh it lies as x does."""
+    return _take(x, zigzag_positions(x.shape[axis], num_devices), axis)
 
 
 def from_zigzag(x: Array, num_devices: int, *, axis: int = 1) -> Array:
     """The inverse of `to_zigzag`."""
-    return jnp.take(x, zigzag_positions(x.shape[axis], num_devices).argsort(), axis=axis)
+    return _take(x, zigzag_positions(x.shape[axis], num_devices).argsort(), axis)
+
+
+def _take(x: Array, order: Int[np.ndarray, "T"], axis: int) -> Array:
+    sharding = jax.typeof(x).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return jnp.take(x, order, axis=axis)
+    # On axes of an explicit mesh the sharding is part of the type, and to be named.
+    index = (slice(None),) * (axis % x.ndim)
+    return x.at[(*index, order)].get(out_sharding=sharding)
 
 
 # --- who sees whom in one step ------------------------------------------------------------------------------

@@ -23,9 +23,9 @@ B, CHUNK, N, K, H = 2, 6, 4, 2, 8
 SPEC = P("data", "context", "tensor")
 
 
-def mesh_of(data, context, tensor):
+def mesh_of(data, context, tensor, axis_type=AxisType.Auto):
     devices = np.array(jax.devices()[: data * context * tensor]).reshape(data, context, tensor)
-    return Mesh(devices, ("data", "context", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    return Mesh(devices, ("data", "context", "tensor"), axis_types=(axis_type,) * 3)
 
 
 def inputs(num_devices, dtype=jnp.float32):
@@ -81,6 +81,17 @@ def test_inside_a_shard_map_along_its_axis_alone():
         np.testing.assert_allclose(one, other, atol=3e-6)
 
 
+def test_on_an_explicit_mesh():
+    operands = inputs(2)
+    expected = with_gradients(functools.partial(dot_product_attention, is_causal=True))(*operands)
+    mesh = mesh_of(2, 2, 2, AxisType.Explicit)
+    sharded = [jax.device_put(x, NamedSharding(mesh, SPEC)) for x in operands]
+    actual = with_gradients(on_ring(mesh, is_causal=True))(*sharded)
+    for one, other in zip(actual, expected, strict=True):
+        assert one.sharding.is_equivalent_to(sharded[0].sharding, 4)
+        np.testing.assert_allclose(one, other, atol=3e-6)
+
+
 def test_in_bfloat16_it_is_as_near_the_truth_as_one_device():
     operands = inputs(4, jnp.bfloat16)
     truth = with_gradients(functools.partial(dot_product_attention, is_causal=True))(
@@ -133,6 +144,11 @@ def test_zigzag_balances_and_returns():
     x = jnp.arange(48).reshape(2, 24)
     np.testing.assert_array_equal(to_zigzag(x, 3)[0], positions.reshape(-1))
     np.testing.assert_array_equal(from_zigzag(to_zigzag(x, 3), 3), x)
+    mesh = mesh_of(1, 4, 2, AxisType.Explicit)
+    x = jax.device_put(x, NamedSharding(mesh, P(None, "context")))
+    for axis in (1, -1):
+        np.testing.assert_array_equal(to_zigzag(x, 3, axis=axis)[0], positions.reshape(-1))
+        np.testing.assert_array_equal(from_zigzag(to_zigzag(x, 3), 3, axis=axis), x)
 
 
 def test_bad_calls_name_the_argument():
