@@ -1,7 +1,8 @@
 """Attention over whole sequences, and the choice of who computes it.
 
-`dot_product_attention` takes everything `jax.nn.dot_product_attention` takes and more. Where there is a
-Hopper GPU it runs the Pallas kernel, on other NVIDIA GPUs cuDNN or XLA, on a CPU the chunked reference.
+`dot_product_attention` takes what `jax.nn.dot_product_attention` takes, but for what it lists, and more.
+Where there is a Hopper GPU it runs the Pallas kernel, on other NVIDIA GPUs cuDNN or XLA, on a CPU the chunked
+reference.
 """
 
 import dataclasses
@@ -29,7 +30,8 @@ __all__ = ["IMPLEMENTATIONS", "SAVE_ATTENTION", "FlashAttention", "dot_product_a
 
 logger = logging.getLogger("jaxattn")
 
-# A policy for jax.checkpoint: the output and the log-sum-exp are kept, the kernel is not run twice.
+# A policy for jax.checkpoint: the output and the log-sum-exp are kept, the kernel is not run twice. What
+# cuDNN or XLA computes has neither of these names: it is computed again.
 SAVE_ATTENTION = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
 OUR_NAMES = {
     "q_segment_ids": "query_segment_ids",
@@ -103,8 +105,12 @@ def dot_product_attention(
     the other, and all is in a shard_map that is manual along other axes alone. Inside shard_map each device
     needs a dropout_key of its own.
 
-    `jax.checkpoint(f, policy=jaxattn.SAVE_ATTENTION)` does not compute attention a second time. Gradients of
-    gradients take implementation="xla".
+    `jax.checkpoint(f, policy=jaxattn.SAVE_ATTENTION)` does not compute attention a second time; where
+    cuDNN or XLA computes it, it saves nothing.
+
+    What jax.nn takes and this does not: operands of float64, complex numbers or integers, empty axes, head
+    dims above 256; and what needs implementation="xla": gradients of gradients, forward mode (jvp), symbolic
+    shapes of jax.export.
 
     Raises ValueError for wrong arguments and NotImplementedError where the implementation named cannot do
     what is asked. From: Dao et al., FlashAttention (2022), FlashAttention-2 (2023).
