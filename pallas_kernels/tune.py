@@ -281,7 +281,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     heads = options.heads.split("/")
     if (
-        not all(part.isdigit() and int(part) for part in heads)
+        not all(part.isdecimal() and int(part) for part in heads)
         or len(heads) > 2
         or int(heads[0]) % int(heads[-1])
     ):
@@ -294,8 +294,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must {allowed}, got {value}")
     if options.window is not None and options.window < 0:
         parser.error(f"--window must be at least 0, got {options.window}")
-    if options.soft_cap is not None and not options.soft_cap > 0:
-        parser.error(f"--soft-cap must be positive, got {options.soft_cap}")
+    if options.soft_cap is not None and not 0 < options.soft_cap < float("inf"):
+        parser.error(f"--soft-cap must be positive and finite, got {options.soft_cap}")
+    if not options.seconds >= 0:
+        parser.error(f"--seconds must be at least 0, got {options.seconds}")
     return options
 
 

@@ -6,6 +6,7 @@ import re
 import numpy as np
 
 from jaxattn import BlockMask
+from pallas_kernels.flash_attention.arguments import MAX_HEAD_DIM
 
 TOKENS, WIDTH = 16384, 2048  # tokens, and N x H, of the rows of the main table
 NUM_DOCUMENTS = 8  # in a row of packed documents
@@ -163,7 +164,7 @@ def parse_row(text: str) -> Row:
     fields: dict = {}
     for word in re.split(r"[ ,]+", text.strip()):
         name, _, value = word.partition("=")
-        if name in ("B", "T", "S", "N", "K", "H", "window") and value.isdigit():
+        if name in ("B", "T", "S", "N", "K", "H", "window") and value.isdecimal():
             fields[name] = int(value)
         elif name == "density" and value in map(str, FLEX_ATTENTION):
             fields[name] = float(value)
@@ -181,6 +182,8 @@ def parse_row(text: str) -> Row:
             )
     if missing := [name for name in "BTNH" if not fields.get(name)]:
         raise ValueError(f"--shape: {', '.join(missing)} must be given and be at least 1, got {text!r}")
+    if fields["H"] > MAX_HEAD_DIM:
+        raise ValueError(f"--shape: H must be at most {MAX_HEAD_DIM}, got {text!r}")
     row = Row("given", **fields)
     if row.N % row.K:
         raise ValueError(f"--shape: N must be a multiple of K, got {text!r}")

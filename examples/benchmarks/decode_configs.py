@@ -63,7 +63,7 @@ def changes_of(name: str) -> dict[str, Any]:
     changes = {}
     for part in name.split():
         field, _, value = part.partition("=")
-        if field not in FIELDS or not value.isdigit():
+        if field not in FIELDS or not value.isdecimal():
             raise ValueError(f"{part!r} is not FIELD=NUMBER, FIELD one of {', '.join(FIELDS)}")
         changes[field] = FIELDS[field](int(value))
     return changes

@@ -146,7 +146,7 @@ def parse() -> argparse.Namespace:
         options.claims = options.only_claims or not (options.quick or options.rows or options.shape)
     try:
         options.selected = select(options)
-    except (ValueError, re.error) as error:
+    except ValueError as error:
         parser.error(str(error))
     return options
 
@@ -160,7 +160,10 @@ def select(options: argparse.Namespace) -> list[Row]:
     rows = MAIN_ROWS if options.quick else ROWS
     if not options.rows:
         return rows
-    chosen = [row for row in ROWS if re.search(options.rows, f"{row.section} {row.label}")]
+    try:
+        chosen = [row for row in ROWS if re.search(options.rows, f"{row.section} {row.label}")]
+    except re.error as error:
+        raise ValueError(f"--rows: {options.rows!r} is no regular expression: {error}") from error
     if not chosen:
         raise ValueError(f"--rows: {options.rows!r} matches none of " + "; ".join(row.label for row in ROWS))
     return chosen

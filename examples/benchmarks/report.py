@@ -27,7 +27,7 @@ def parser(description: str | None, out: str = "write every figure here, as JSON
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--out", help=out)
-    made.add_argument("--max-seconds", type=float, help="what is not reached by then is not measured")
+    made.add_argument("--max-seconds", type=seconds, help="what is not reached by then is not measured")
     return made
 
 
@@ -35,6 +35,13 @@ def positive(text: str) -> int:
     """The type of an argument that counts something."""
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def seconds(text: str) -> float:
+    """The type of an argument that is a time."""
+    if not (value := float(text)) >= 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
     return value
 
 

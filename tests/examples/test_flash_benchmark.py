@@ -50,6 +50,8 @@ def test_flops_count_visible_pairs():
         ("B=1 T=2 N=3 H=4 D=5", "'D=5' is none of"),
         ("", "'' is none of"),
         ("B=1 T=2 N=32 K=5 H=4", "N must be a multiple of K"),
+        ("B=1 T=2 N=3 H=300", "H must be at most 256"),
+        ("B=² T=2 N=3 H=4", "'B=²' is none of"),
     ],
 )
 def test_a_wrong_shape_is_said(text, message):
@@ -259,6 +261,23 @@ def test_claims_are_published_beside_the_rows(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("sys.argv", ["x", "--plot-from", str(out)])
     flash_attention.main()
     assert "forward, jaxattn: 1,024 (ran at 768)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rows", "("], "--rows: '(' is no regular expression"),
+        (["--max-seconds", "-1"], "--max-seconds: must be at least 0, got -1"),
+        (["--max-seconds", "nan"], "--max-seconds: must be at least 0, got nan"),
+        (["--max-seconds", "x"], "--max-seconds: invalid seconds value: 'x'"),
+        (["--shape", "B=1 T=2 N=3 H=300"], "--shape: H must be at most 256"),
+    ],
+)
+def test_a_wrong_command_line_is_said(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr("sys.argv", ["x", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        flash_attention.main()
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_no_gpu_is_one_line_and_exit_code_2(monkeypatch, capsys):

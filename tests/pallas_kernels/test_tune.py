@@ -58,11 +58,15 @@ def test_no_gpu_is_one_line_and_exit_code_2(capsys):
     [
         (["--heads", "3/2"], "--heads must be N or N/K"),
         (["--heads", "x"], "--heads must be N or N/K"),
+        (["--heads", "²"], "--heads must be N or N/K"),
         (["--batch", "0"], "--batch must be at least 1"),
         (["--head-dim", "300"], "--head-dim must lie in 1..256, got 300"),
         (["--value-dim", "0"], "--value-dim must lie in 1..256, got 0"),
         (["--window", "-3"], "--window must be at least 0, got -3"),
-        (["--soft-cap", "-3"], "--soft-cap must be positive, got -3"),
+        (["--soft-cap", "-3"], "--soft-cap must be positive and finite, got -3"),
+        (["--soft-cap", "inf"], "--soft-cap must be positive and finite, got inf"),
+        (["--seconds", "-1"], "--seconds must be at least 0, got -1"),
+        (["--seconds", "nan"], "--seconds must be at least 0, got nan"),
         (["--show", "-1"], "--show must be at least 1, got -1"),
     ],
 )
