@@ -74,7 +74,7 @@ def check_choice(name: str, value: Any, allowed: Collection[Any]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def check_flag(name: str, value: Any) -> bool:
+def check_bool(name: str, value: Any) -> bool:
     """Holds a static argument to True or False."""
     if not isinstance(value, bool | np.bool_):
         raise ValueError(f"{name} must be a bool, known when it is traced, got {describe(value)}")
@@ -98,13 +98,6 @@ def check_number(name: str, value: Any) -> float:
     if not abs(number) <= float(jnp.finfo(jnp.float32).max):
         raise ValueError(f"{name} must be a finite number, known when it is traced, got {value!r}")
     return number
-
-
-def check_bool(name: str, value: Any) -> bool:
-    """A static argument as a bool."""
-    if not isinstance(value, bool | np.bool_):
-        raise ValueError(f"{name} must be a bool, known when it is traced, got {value!r}")
-    return bool(value)
 
 
 def check_soft_cap(logits_soft_cap: float | None) -> float | None:

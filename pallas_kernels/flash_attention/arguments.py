@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Int32, Integer
 
 from pallas_kernels import checks
@@ -121,13 +120,11 @@ def clip_lengths(lengths: Integer[Array, "B"] | None, limit: int) -> Int32[Array
 
 
 def known_ids(name: str, ids: Any) -> Any:
-    """Ids as i32, where their values are known: cut to 32 bits, two that differ could be one."""
-    is_wide = isinstance(ids, jax.Array) and ids.dtype.itemsize > 4 and not isinstance(ids, Tracer)
-    is_known = isinstance(ids, np.ndarray) or (is_wide and ids.is_fully_addressable)
-    if not is_known or not np.issubdtype(ids.dtype, np.integer):
+    """Ids as i32, where the host knows them: cut to 32 bits, two that differ could be one."""
+    if not isinstance(ids, np.ndarray) or not np.issubdtype(ids.dtype, np.integer):
         return ids
-    values, int32 = np.asarray(ids), np.iinfo(np.int32)
-    outside = values[(values < int32.min) | (values > int32.max)]
+    int32 = np.iinfo(np.int32)
+    outside = ids[(ids < int32.min) | (ids > int32.max)]
     if outside.size:
         raise ValueError(f"{name} must lie in {int32.min}..{int32.max} (int32), got {outside[0]}")
     return jnp.asarray(ids, jnp.int32)

@@ -134,7 +134,7 @@ def paged_attention(
     check_config("prefill_config", prefill_config, PrefillConfig)
     if batch_invariant and prefill_config is not None and prefill_config.splits > 1:
         raise ValueError(f"prefill_config.splits must be 1 if batch_invariant, got {prefill_config.splits}")
-    is_causal = checks.check_flag("is_causal", is_causal)
+    is_causal = checks.check_bool("is_causal", is_causal)
     if not is_causal and checks.normalize_window(local_window_size) != (None, None):
         raise ValueError(f"local_window_size must be None if is_causal is False, got {local_window_size!r}")
     spec = dataclasses.replace(spec, is_causal=is_causal, prefill_config=prefill_config)
@@ -154,7 +154,7 @@ def make_spec(
         window_left=left,
         logits_soft_cap=checks.check_soft_cap(logits_soft_cap),
         config=config,
-        batch_invariant=checks.check_flag("batch_invariant", batch_invariant),
+        batch_invariant=checks.check_bool("batch_invariant", batch_invariant),
     )
 
 

@@ -122,14 +122,6 @@ def test_what_jax_nn_takes_too(implementation, x64):
     np.testing.assert_array_equal(windowed, call(local_window_size=(1, 1)))
 
 
-def test_ids_of_64_bits_are_refused_where_jax_has_them():
-    wrong = pytest.raises(ValueError, match="query_segment_ids must lie in")
-    with jax.enable_x64(True), wrong:
-        dot_product_attention(
-            *inputs(), query_segment_ids=jnp.full((B, T), 2**40), key_value_segment_ids=IDS[1]
-        )
-
-
 @pytest.mark.parametrize("x64", [False, True])
 def test_terms_of_the_logits_as_lists_and_numpy(x64):
     call = functools.partial(dot_product_attention, *inputs())
