@@ -100,11 +100,11 @@ def dot_product_attention(
         deterministic: the same inputs give the same gradient bits (the forward always does).
 
     Under vmap, and in a jit over arrays sharded by batch rows and heads, nothing is gathered and the same
-    weights are dropped as on one device. Under both, let the mapped axis be the sharded one, or heads: batch
-    rows that are sharded inside a vmap are gathered, and refused on an explicit mesh. Where query heads lie on more devices than there are KV heads, each
-    has all of these and takes the one it needs. Heads are gathered where neither of the two numbers divides
-    the other, and all is in a shard_map that is manual along other axes alone. Inside shard_map each device
-    needs a dropout_key of its own.
+    weights are dropped as on one device. Of both together the mapped axis, or heads, may be sharded: batch
+    rows that are sharded inside a vmap are gathered, and refused on an explicit mesh. Where query heads lie
+    on more devices than there are KV heads, each has all of these and takes the one it needs. Heads are
+    gathered where neither of the two numbers divides the other, and all is in a shard_map that is manual
+    along other axes alone. Inside shard_map each device needs a dropout_key of its own.
 
     `jax.checkpoint(f, policy=jaxattn.SAVE_ATTENTION)` does not compute attention a second time; where
     cuDNN or XLA computes it, it saves nothing.
