@@ -8,14 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import flash_attention
-from tests.pallas_kernels import flash_cases, flash_fused_cases
-from tests.pallas_kernels.flash_cases import (
-    SMALL,
-    compare,
-    poison_padding,
-    random_inputs,
-    unbounded,
-)
+from tests.pallas_kernels import flash_compile_cases, flash_fused_cases
+from tests.pallas_kernels.flash_cases import SMALL, compare, poison_padding, random_inputs
+from tests.pallas_kernels.flash_compile_cases import unbounded
 from tests.pallas_kernels.flash_features import DROPOUT, FEATURES, RAGGED, bias_of
 from tests.pallas_kernels.flash_fused_cases import fused_config
 from tests.pallas_kernels.interpreter import interpreted
@@ -82,7 +77,7 @@ def on_float32(case: CompileCase) -> CompileCase:
 
 
 PREFIX = "flash_attention:"
-COMPILED = flash_cases.COMPILE | flash_fused_cases.COMPILE
+COMPILED = flash_compile_cases.COMPILE | flash_fused_cases.COMPILE
 COMPILE = {
     f"{PREFIX}float32 {name}": on_float32(COMPILED[f"{PREFIX}{name}"])
     for name in (

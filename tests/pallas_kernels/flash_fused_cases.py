@@ -12,13 +12,11 @@ import jax.numpy as jnp
 from pallas_kernels.flash_attention import backward_fused_sm90, sm90
 from pallas_kernels.flash_attention.config import FlashConfig, FusedConfig, default_config
 from pallas_kernels.flash_attention.spec import AttentionInputs, AttentionSpec
-from tests.pallas_kernels.flash_cases import (
-    BACKWARD_CASES,
+from tests.pallas_kernels.flash_cases import BACKWARD_CASES, SMALL, check_backward
+from tests.pallas_kernels.flash_compile_cases import (
     LENGTHS,
     PERSISTENT_SPILLS,
-    SMALL,
     backward_case,
-    check_backward,
     shapes,
     unbounded,
 )

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 MODULES = (
     "cascade_cases",
     "flash_cases",
+    "flash_compile_cases",
     "flash_float32_cases",
     "flash_fused_cases",
     "flash_random",
