@@ -111,9 +111,10 @@ class PrefillPlan(LaunchPlan):
 
     @property
     def leaves_singles(self) -> bool:
-        """Whether rows of one query are decode's: not where a prompt is alone, for which the launch, found to
-        have nothing to do, would cost more than it could save."""
-        return self.spec.is_causal and (self.num_rows > 1 or self.spec.batch_invariant)
+        """Whether rows of one query are decode's: not where a row is alone with more than an octet of tokens,
+        most likely a prompt, of which that launch would find nothing to do."""
+        is_prompt = self.num_rows == 1 and self.num_tokens > OCTET
+        return self.spec.is_causal and (not is_prompt or self.spec.batch_invariant)
 
     @property
     def capacity(self) -> int:

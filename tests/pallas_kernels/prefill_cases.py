@@ -101,12 +101,12 @@ PREFILL_CASES: dict[str, dict[str, Any]] = {
         **{"rows": 3, "page_size": 16, "lengths": [40, 70, 30], "query_lengths": [6, 1, 9], "past": 500},
     },
     "one query, the only row": {
-        **{"rows": 1, "width": 20, "lengths": [150], "query_lengths": [1], "padding": 7},
+        **{"rows": 1, "width": 20, "lengths": [150], "query_lengths": [1], "padding": 15},
         "config": dataclasses.replace(SMALL, splits=2),
         "call": {"sinks": None},
     },
     "one query, the only row, packed tiles": {
-        **{"rows": 1, "heads": 3, "kv_heads": 1, "lengths": [40], "query_lengths": [1], "padding": 7},
+        **{"rows": 1, "heads": 3, "kv_heads": 1, "lengths": [40], "query_lengths": [1], "padding": 15},
         "config": dataclasses.replace(SMALL, packs=True),
     },
     "softmax a tile ahead, H=256, group 5 of 15 octets": {
