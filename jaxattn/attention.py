@@ -123,13 +123,12 @@ def dot_product_attention(
     is_batched = query.ndim == 4
     checks.check_rank("query", query, "B T N H" if is_batched else "T N H")
     batch = query.shape[0] if is_batched else 1
-    window: Any = tuple(local_window_size) if isinstance(local_window_size, list) else local_window_size
     spec = make_spec(
         query,
         scale=None if isinstance(scale, jax.Array) else scale,
         is_causal=is_causal,
         causal_alignment=causal_alignment,
-        local_window_size=window,
+        local_window_size=local_window_size,
         logits_soft_cap=logits_soft_cap,
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,

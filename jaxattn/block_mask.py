@@ -255,5 +255,5 @@ def _shape(num_queries: int, num_keys: int | None) -> tuple[int, int]:
 
 
 def _check_at_least(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+    if not checks.is_int(value) or value < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import flash_attention
+from pallas_kernels import checks, flash_attention
 from pallas_kernels.flash_attention import SAVED_NAMES, flash_attention_gradients
 from pallas_kernels.flash_attention.arguments import check_arrays, make_spec
 from pallas_kernels.flash_attention.spec import AttentionInputs
@@ -124,7 +124,7 @@ def ring_attention(
 def zigzag_positions(num_tokens: int, num_devices: int) -> Int[np.ndarray, "T"]:
     """The positions of a sequence's tokens in zig-zag order: device d's are the d-th part of them."""
     for name, number in (("num_tokens", num_tokens), ("num_devices", num_devices)):
-        if not isinstance(number, int | np.integer) or isinstance(number, bool) or number < 1:
+        if not checks.is_int(number) or number < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {number!r}")
     if num_tokens % (2 * num_devices):
         raise ValueError(f"num_tokens must be a multiple of 2 x {num_devices} devices, got {num_tokens}")

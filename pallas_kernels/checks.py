@@ -74,6 +74,11 @@ def check_choice(name: str, value: Any, allowed: Collection[Any]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
+def is_int(value: Any) -> bool:
+    """Whether a static argument is an integer, as which Python takes True and False too."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def check_bool(name: str, value: Any) -> bool:
     """Holds a static argument to True or False."""
     if not isinstance(value, bool | np.bool_):
@@ -111,23 +116,20 @@ def check_soft_cap(logits_soft_cap: float | None) -> float | None:
 
 
 def normalize_window(
-    local_window_size: int | tuple[int | None, int | None] | None, name: str = "local_window_size"
+    local_window_size: int | Sequence[int | None] | None, name: str = "local_window_size"
 ) -> tuple[int | None, int | None]:
     """Turns the window argument into (left, right): numbers of keys >= 0, None for an unbounded side."""
     if local_window_size is None:
         return None, None
-    sides = local_window_size if isinstance(local_window_size, tuple) else (local_window_size,) * 2
-    if len(sides) != 2 or not all(side is None or _is_size(side) for side in sides):
+    is_pair = isinstance(local_window_size, tuple | list)
+    sides: Any = local_window_size if is_pair else (local_window_size,) * 2
+    if len(sides) != 2 or not all(side is None or (is_int(side) and side >= 0) for side in sides):
         raise ValueError(
             f"{name} must be an int >= 0 or a pair (left, right) of such ints or None, "
             f"got {local_window_size!r}"
         )
     left, right = (None if side is None or side >= FAR else int(side) for side in sides)
     return left, right
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 0
 
 
 def describe(value: Any) -> str:

@@ -197,6 +197,11 @@ def mutable(array: jax.Array) -> Any:
     return jax.new_ref(lax.optimization_barrier(array))
 
 
+def buffer_bytes(*sizes: int, alignment: int = 1024) -> int:
+    """Shared memory of buffers of these sizes, each of which begins at a multiple of so many bytes."""
+    return sum(-(-size // alignment) * alignment for size in sizes)
+
+
 def call_in_place(call: Callable[[Any], tuple], array: Any, out_type: tuple) -> list[Any]:
     """[array, as call(ref) left it, *results]: call runs a kernel on a mutable reference to the array, or to
     each of a tree. (Custom partitioning takes no function that makes one with jax.new_ref.)

@@ -328,14 +328,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if not device.is_hopper():
         print(
-            f"tune: needs a Hopper GPU (compute capability 9.0), found {jax.devices()[0].device_kind}",
+            f"tune: needs a Hopper GPU (compute capability 9.0), found {device.device_name()}",
             file=sys.stderr,
         )
         return 2
     call = make_call(options)
     best, all_trials = tune(call, options.backward, options.iterations, options.seconds)
     for stage, trials in enumerate(all_trials):
-        print(f"\n{'forward' if stage == 0 else 'forward + backward'}, {tuned.device_kind()}")
+        print(f"\n{'forward' if stage == 0 else 'forward + backward'}, {device.device_name()}")
         print(table(trials, call.flops * (3.5 if stage else 1), options.show))
     last, first = all_trials[-1], all_trials[0]
     if not any(trial.microseconds for trial in last):

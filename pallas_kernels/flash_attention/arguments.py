@@ -1,7 +1,7 @@
 """What flash_attention takes: its checks, for callers that know the arguments by other names too."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -84,7 +84,7 @@ def make_spec(
     scale: float | None = None,
     is_causal: bool = False,
     causal_alignment: str = "top_left",
-    local_window_size: int | tuple[int | None, int | None] | None = None,
+    local_window_size: int | Sequence[int | None] | None = None,
     logits_soft_cap: float | None = None,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Collection
 from typing import NamedTuple
 
+from pallas_kernels import checks
+
 MAX_STAGES = 8
 TILES = (64, 128, 192, 256)
 # Of the forward kernel. At H = 256 what wgmma reads from shared memory is the limit, 128 bytes a clock: of 64
@@ -22,18 +24,14 @@ IN_ORDER = 4096  # keys from which the fused backward is the faster deterministi
 def _check(config, **choices: tuple[int, ...]) -> None:
     """Holds fields to the numbers that each may be, and numbers of stages to 1..MAX_STAGES."""
     for name, allowed in choices.items():
-        if not _is_int(number := getattr(config, name)) or number not in allowed:
+        if not checks.is_int(number := getattr(config, name)) or number not in allowed:
             raise ValueError(f"{name} must be one of {allowed}, got {number!r}")
     stages = {"stages": config.stages}
     if getattr(config, "value_stages", None) is not None:
         stages["value_stages"] = config.value_stages
     for name, number in stages.items():
-        if not _is_int(number) or not 1 <= number <= MAX_STAGES:
+        if not checks.is_int(number) or not 1 <= number <= MAX_STAGES:
             raise ValueError(f"{name} must lie in 1..{MAX_STAGES}, got {number!r}")
-
-
-def _is_int(number) -> bool:
-    return isinstance(number, int) and not isinstance(number, bool)
 
 
 def _check_kinds(config, **kinds: type) -> None:

@@ -13,7 +13,8 @@ from pallas_kernels.flash_attention.spec import AttentionInputs, AttentionSpec
 from pallas_kernels.paged_attention import decode_plan, decode_sm90
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 
-MIN_KEYS = 1024  # of fewer, a launch that merges parts costs what it saves
+# A guess: of 4,096 keys the other kernel took 305 us, 2.6 times what reading K and V takes (an H200).
+MIN_KEYS = 1024
 
 
 def serves(inputs: AttentionInputs, spec: AttentionSpec) -> bool:

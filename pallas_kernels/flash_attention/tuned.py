@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from pallas_kernels import checks
+from pallas_kernels.device import device_name
 from pallas_kernels.flash_attention.arguments import make_spec, shapes_of
 from pallas_kernels.flash_attention.config import FlashConfig
 
@@ -50,7 +51,7 @@ def tuned_config(
     }
     make_spec(inputs.query, **options)
     name = shape_class(inputs.query, inputs.key, inputs.value, **options)
-    entry = _read(cache_path()).get(device_kind(), {}).get(jax.__version__, {}).get(name)
+    entry = _read(cache_path()).get(device_name(), {}).get(jax.__version__, {}).get(name)
     try:
         return None if entry is None else config_from_dict(entry["config"])
     except (KeyError, TypeError, ValueError) as error:
@@ -65,7 +66,7 @@ def save_config(name: str, config: FlashConfig, figures: dict[str, float]) -> Pa
     entries = _read(path)
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     entry = {"config": dataclasses.asdict(config), **figures, "date": date}
-    entries.setdefault(device_kind(), {}).setdefault(jax.__version__, {})[name] = entry
+    entries.setdefault(device_name(), {}).setdefault(jax.__version__, {})[name] = entry
     # Readers see the old file or the new one, never half of it.
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         file.write(json.dumps(entries, indent=1) + "\n")
@@ -77,10 +78,6 @@ def cache_path() -> Path:
     """$XDG_CACHE_HOME/jaxattn/flash_configs.json, in ~/.cache where that is not set."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(home).expanduser() / "jaxattn" / "flash_configs.json"
-
-
-def device_kind() -> str:
-    return jax.devices()[0].device_kind
 
 
 def shape_class(

@@ -14,7 +14,17 @@ from jax import lax
 
 from pallas_kernels.kv_pages.pool import Arrays
 from pallas_kernels.kv_pages.quantize import LIMITS, scale_and_inverse, to_codes
-from pallas_kernels.mosaic import SMEM_BYTES, TMA_ALIGNMENT, broadcast_rows, div, mutable, pl, plgpu, rem
+from pallas_kernels.mosaic import (
+    SMEM_BYTES,
+    TMA_ALIGNMENT,
+    broadcast_rows,
+    buffer_bytes,
+    div,
+    mutable,
+    pl,
+    plgpu,
+    rem,
+)
 
 ROWS = 64  # rows of a register tile of one warpgroup
 MAX_BLOCK = 16  # tokens of a program, whose slots are held in registers
@@ -37,8 +47,8 @@ def unsupported(key: jax.Array) -> str | None:
 
 
 def shared_bytes(*sizes: int) -> int:
-    """Shared memory of buffers, each of which begins at a multiple of 1,024 bytes, and of a barrier."""
-    return sum(-(-size // 1024) * 1024 for size in sizes) + BARRIER_BYTES
+    """Shared memory of buffers and of a barrier."""
+    return buffer_bytes(*sizes) + BARRIER_BYTES
 
 
 def write_kv(arrays: Arrays, key, value, slots, layer) -> Arrays:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.kv_pages.pool import QUANTIZED
 from pallas_kernels.manual import unsupported_layout
-from pallas_kernels.mosaic import SMEM_BYTES, plgpu, swizzled_smem
+from pallas_kernels.mosaic import SMEM_BYTES, buffer_bytes, plgpu, swizzled_smem
 from pallas_kernels.mosaic_inline import REDUCTION_SIZE
 from pallas_kernels.paged_attention.config import (
     COUNTED_ROWS,
@@ -206,7 +206,7 @@ def make_plan(inputs: PagedInputs, spec: PagedSpec, cut: Cut | None = None) -> P
     plan = Plan(**facts, config=config, **own, skips_pages=inputs.skipped_pages is not None)
     if spec.config is None:
         return _shrink(plan)
-    if (needed := shared_bytes(plan, alignment=1)) > SMEM_BYTES:
+    if (needed := sum(_buffer_sizes(plan))) > SMEM_BYTES:
         raise ValueError(f"config must fit {SMEM_BYTES:,} bytes of shared memory, got {config}: {needed:,}")
     return plan
 
@@ -227,11 +227,14 @@ def _shrink(plan: Plan) -> Plan:
     return plan
 
 
-def shared_bytes(plan: Plan, alignment: int = 1024) -> int:
-    """Shared memory that a launch takes, where each buffer begins at a multiple of so many bytes."""
+def shared_bytes(plan: Plan) -> int:
+    """Shared memory that a launch takes."""
+    return buffer_bytes(*_buffer_sizes(plan)) + RESERVED_BYTES
+
+
+def _buffer_sizes(plan: Plan) -> list[int]:
     buffers = [x for x in jax.tree.leaves(scratch_types(plan)) if not isinstance(x, plgpu.Barrier)]
-    sizes = [math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in buffers]
-    return sum(-(-size // alignment) * alignment for size in sizes) + RESERVED_BYTES * (alignment > 1)
+    return [math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in buffers]
 
 
 class Inputs(NamedTuple):

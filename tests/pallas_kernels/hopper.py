@@ -33,6 +33,14 @@ class Compiled(NamedTuple):
     hlo: str
 
 
+def abstract_mesh(num_cores: int = 132):
+    """For jax.sharding.use_abstract_mesh: what is traced under it is for an H200 that need not be here."""
+    from jax.sharding import AbstractDevice, AbstractMesh
+
+    device = AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=num_cores)
+    return AbstractMesh((), (), abstract_device=device)
+
+
 def setup() -> None:
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # no cuDNN or cuBLAS here, and none needed
     os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"  # to standard output: a folder would get every pass's dump
@@ -49,16 +57,14 @@ def compile_for_hopper(function, specs, donate=(), num_devices=1, partition=()) 
     import jax
     import numpy as np
     from jax.experimental import topologies
-    from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, PartitionSpec
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     topology = topologies.get_topology_desc(
         "", "cuda", topology=f"1x{num_devices}x1", target_config=TARGET.read_text()
     )
     sharding = NamedSharding(Mesh(np.array(topology.devices), ("devices",)), PartitionSpec(*partition))
     specs = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), specs)
-    device = AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
-    mesh = AbstractMesh((), (), abstract_device=device)
-    with jax.default_device(topology.devices[0]), jax.sharding.use_abstract_mesh(mesh):
+    with jax.default_device(topology.devices[0]), jax.sharding.use_abstract_mesh(abstract_mesh()):
         jitted = jax.jit(function, out_shardings=sharding, donate_argnums=donate)
         lowered = jitted.trace(*specs).lower(lowering_platforms=("cuda",))
         compiled, output = _with_output(lowered.compile)

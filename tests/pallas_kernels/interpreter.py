@@ -37,6 +37,7 @@ from jax._src.state import types as state_types
 
 from pallas_kernels.flash_attention import mapped
 from pallas_kernels.mosaic import TMA_ALIGNMENT, plgpu
+from tests.pallas_kernels.hopper import abstract_mesh
 from tests.pallas_kernels.plain_terms import plain_terms
 
 Interpreter = jaxpr_interpret.JaxprInterpreter
@@ -50,12 +51,10 @@ def interpreted(num_cores: int = 2):
     """
     install()
     _Detector.seen.clear()
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=num_cores)
-    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
     try:
         with (
             plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)),
-            jax.sharding.use_abstract_mesh(mesh),
+            jax.sharding.use_abstract_mesh(abstract_mesh(num_cores)),
             # The interpreter's callbacks are ordered, which a partitioned function may not contain.
             unittest.mock.patch.object(mapped, "_partitioned", lambda function, _: function),
             plain_terms(),

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import mosaic_quick, paged_attention
+from tests.pallas_kernels.hopper import abstract_mesh
 
 
 def lower_decode() -> str:
@@ -14,9 +15,8 @@ def lower_decode() -> str:
     def attend(*arrays):
         return paged_attention(*arrays, implementation="sm90")
 
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
     arrays = query, pages, pages, spec((3, 4), jnp.int32), spec((3,), jnp.int32)
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+    with jax.sharding.use_abstract_mesh(abstract_mesh()):
         jax.clear_caches()
         return jax.jit(attend).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
 

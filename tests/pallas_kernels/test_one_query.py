@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import FlashConfig, flash_attention
+from tests.pallas_kernels.hopper import abstract_mesh
 
 LAST = {"causal_alignment": "bottom_right"}
 BATCH, KEYS, HEADS = 2, 1024, 4
@@ -14,12 +15,11 @@ BATCH, KEYS, HEADS = 2, 1024, 4
 
 def kernels_of(t=1, s=KEYS, h=64, hv=None, dtype=jnp.bfloat16, given=(), **options) -> str:
     """The call as lowered for a Hopper GPU."""
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
     shapes = [(BATCH, t, HEADS, h), (BATCH, s, 2, h), (BATCH, s, 2, hv or h)]
     arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     named = {name: jax.ShapeDtypeStruct(*array) for name, array in given}
     call = functools.partial(flash_attention, implementation="sm90", **options)
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+    with jax.sharding.use_abstract_mesh(abstract_mesh()):
         lowered = jax.jit(lambda arrays, named: call(*arrays, **named)).trace(arrays, named)
         return lowered.lower(lowering_platforms=("cuda",)).as_text()
 

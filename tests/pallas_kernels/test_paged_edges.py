@@ -19,6 +19,7 @@ from pallas_kernels import (
 from pallas_kernels.mosaic import SMEM_BYTES
 from pallas_kernels.paged_attention import decode_plan, reference, sm90
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
+from tests.pallas_kernels.hopper import abstract_mesh
 from tests.pallas_kernels.paged_inputs import contiguous, make_case, oracle
 
 FEW_BITS = [jnp.int8, jnp.uint8, jnp.int16, jnp.uint32]
@@ -241,10 +242,8 @@ def test_cuts_that_do_not_fit_shared_memory(name, config):
     pages = jnp.zeros((1, 3, 2, 16, 256), jnp.bfloat16)
     query, tables = jnp.zeros((4, 4, 256), jnp.bfloat16), jnp.ones((2, 2), jnp.int32)
     call = functools.partial(paged_attention, query, pages, pages, tables, jnp.array([9, 9]))
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
-    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
     message = rf"^{name} must fit 232,448 bytes of shared memory, got P\w+\("
-    with jax.sharding.use_abstract_mesh(mesh), pytest.raises(ValueError, match=message):
+    with jax.sharding.use_abstract_mesh(abstract_mesh()), pytest.raises(ValueError, match=message):
         call(query_start=jnp.array([0, 2, 4]), implementation="sm90", **{name: config})
 
 

@@ -11,6 +11,7 @@ import jax
 import pytest
 
 from tests.pallas_kernels import tables
+from tests.pallas_kernels.hopper import abstract_mesh
 from tests.pallas_kernels.worker import ROOT, Worker
 
 HOPPER_PYTHON = Path(os.environ.get("JAXATTN_HOPPER_PYTHON", ROOT / ".venv-hopper/bin/python"))
@@ -63,8 +64,7 @@ def test_interpreted_without_races_and_right(interpreter, name):
 @pytest.mark.parametrize("name", rows(tables.COMPILE))
 def test_lowers_for_cuda(name):
     case = tables.COMPILE[name]
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+    with jax.sharding.use_abstract_mesh(abstract_mesh()):
         lowered = jax.jit(case.function).trace(*case.specs).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
 

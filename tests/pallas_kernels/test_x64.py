@@ -16,6 +16,7 @@ from pallas_kernels import (
     paged_attention,
     write_kv,
 )
+from tests.pallas_kernels.hopper import abstract_mesh
 
 DTYPE, LONG = jnp.bfloat16, jnp.int64
 POOLS = [((2, 64, 2, 16, 64), DTYPE)] * 2
@@ -36,9 +37,7 @@ LENGTHS = {"q_lengths": ((2,), LONG), "kv_lengths": ((2,), LONG)}
 
 def lowered(function, arrays, named) -> str:
     """For a Hopper GPU, under x64."""
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", platform="gpu", num_cores=132)
-    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
-    with jax.enable_x64(True), jax.sharding.use_abstract_mesh(mesh):
+    with jax.enable_x64(True), jax.sharding.use_abstract_mesh(abstract_mesh()):
         arrays, named = (
             jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(*x), x, is_leaf=lambda x: isinstance(x, tuple) and len(x) == 2
