@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int32, Integer
+from jaxtyping import Array, Bool, Int32, Integer
 
 from pallas_kernels.flash_attention.block_tiles import BlockTiles
 from pallas_kernels.flash_attention.plan import AttentionPlan
@@ -24,7 +24,7 @@ class TileLists(NamedTuple):
     count: Any  # i32[B|1, N|1, tiles]
     num_masked: Any  # i32[B|1, N|1, tiles], of which the first so many need an element mask
     index: Any  # i32[B|1, N|1, tiles, A]
-    mask: Any  # i32[B|1, N|1, tiles, A], of masks
+    mask: Any  # i32[B|1, N|1, tiles, A], of masks; or of partial tiles alone, where no others need one
     masks: Any  # i8[U, own, other]
 
     @classmethod
@@ -34,6 +34,8 @@ class TileLists(NamedTuple):
         """
         count, num_partial, index, mask = tiles[:4] if owns_queries else tiles[4:8]
         masks = tiles.masks if owns_queries else tiles.masks.swapaxes(1, 2)
+        if not mask_all:
+            return cls(count, num_partial, index, mask, masks)
         place = jnp.arange(index.shape[3])
         mask = jnp.where(
             place < num_partial[..., None],
@@ -41,7 +43,7 @@ class TileLists(NamedTuple):
             masks.shape[0],
         )
         masks = jnp.concatenate([masks, jnp.ones_like(masks[:1])])
-        return cls(count, count if mask_all else num_partial, index, mask, masks)
+        return cls(count, count, index, mask, masks)
 
     def row_of(self, batch, head, first_row):
         """Where the lists of a tile of own rows stand."""
@@ -99,7 +101,8 @@ class Extras(NamedTuple):
             return None
         parts = self.lists.masks.shape[2] // shape[1]
         row = self.lists.row_of(batch, head, first_row)
-        mask = self.lists.masks.at[self.lists.mask[*row, div(place, parts)]]
+        listed = lax.min(div(place, parts), self.lists.mask.shape[3] - 1)
+        mask = self.lists.masks.at[self.lists.mask[*row, listed]]
         first_row = rem(first_row, self.lists.masks.shape[1])
         first_column = rem(place, parts) * shape[1]
         return mask.at[pl.ds(first_row, shape[0]), pl.ds(first_column, shape[1])]
@@ -175,15 +178,18 @@ def tiles_that_meet(
     other_low, other_high = _extremes(other_ids, other)
     meets = (own_low[:, :, None] <= other_high[:, None]) & (other_low[:, None] <= own_high[:, :, None])
     is_one = (own_low == own_high)[:, :, None] & (other_low == other_high)[:, None]
-    full = meets & is_one
-    num_tiles = meets.shape[2]
-    index = jnp.arange(num_tiles, dtype=jnp.int32)
-    start = jnp.min(jnp.where(meets, index, num_tiles), axis=2)
-    stop = jnp.max(jnp.where(meets, index + 1, 0), axis=2)
-    full_start = jnp.min(jnp.where(full, index, num_tiles), axis=2)
-    ends = ~full & (index >= full_start[..., None])
-    full_stop = jnp.min(jnp.where(ends, index, num_tiles), axis=2)
+    start, stop, _ = _span(meets)
+    full_start, full_stop, num_full = _span(meets & is_one)
+    # All are sums over the same tiles, in one launch; to end a first of several runs would take another.
+    full_stop = jnp.where(num_full == full_stop - full_start, full_stop, full_start)
     return jnp.stack([start, full_start, full_stop, stop], axis=2)
+
+
+def _span(is_in: Bool[Array, "B O X"]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(first, one beyond the last, how many) of X are in, i32[B, O]; of none first is X and last 0."""
+    index = jnp.arange(is_in.shape[2], dtype=jnp.int32)
+    first = jnp.min(jnp.where(is_in, index, is_in.shape[2]), axis=2)
+    return first, jnp.max(jnp.where(is_in, index + 1, 0), axis=2), is_in.sum(axis=2, dtype=jnp.int32)
 
 
 def tiles_by_weight(plan: AttentionPlan, extras: Extras, footprint: Footprint) -> Int32[Array, "B blocks"]:
@@ -196,18 +202,25 @@ def tiles_by_weight(plan: AttentionPlan, extras: Extras, footprint: Footprint) -
     own, other, count, owns_queries = footprint
     num_rows = plan.num_queries if owns_queries else plan.num_keys
 
-    def num_visited(batch, tile):
-        q_length, kv_length = plan.lengths_of(batch, extras)
+    assert extras.segment_tiles is not None
+    # Part by part, not as a reduction, which would be a launch of its own.
+    parts = [extras.segment_tiles[:, part::count] for part in range(count)]
+    lowest = functools.reduce(lax.min, [part[:, :, 0] for part in parts])
+    highest = functools.reduce(lax.max, [part[:, :, 3] for part in parts])
+    lengths = [jnp.broadcast_to(x, plan.batch) for x in plan.lengths_of(slice(None), extras)]
+
+    def num_visited(lengths, tile, lowest, highest):
+        q_length, kv_length = lengths
         first_row, offset = tile * own * count, plan.offset(q_length, kv_length)
         if owns_queries:
             tiles = kv_tiles(first_row, own * count, offset, q_length, kv_length, plan.reach, other)
         else:
             tiles = kv_tiles(first_row, own * count, -offset, kv_length, q_length, plan.reach[::-1], other)
-        tiles = extras.narrow(tiles, batch, tile * count, count)
-        return tiles.stop - tiles.start
+        return lax.max(lax.min(tiles.stop, highest) - lax.max(tiles.start, lowest), 0)
 
-    tiles = jnp.arange(math.ceil(num_rows / (own * count)), dtype=jnp.int32)
-    visited = jax.vmap(jax.vmap(num_visited, (None, 0)), (0, None))(jnp.arange(plan.batch), tiles)
+    blocks = jnp.arange(math.ceil(num_rows / (own * count)), dtype=jnp.int32)
+    of_row = jax.vmap(num_visited, (None, 0, 0, 0))
+    visited = jax.vmap(of_row, (0, None, 0, 0))(lengths, blocks, lowest, highest)
     return jnp.argsort(visited if owns_queries else -visited, axis=1).astype(jnp.int32)
 
 

@@ -33,10 +33,11 @@ from pallas_kernels.flash_attention.forward_tile import (
     finish_rows,
     skip_tile,
 )
+from pallas_kernels.flash_attention.forward_work import Work, own_tiles
 from pallas_kernels.flash_attention.items import Items, Tickets
 from pallas_kernels.flash_attention.operands import Operand
 from pallas_kernels.flash_attention.spec import AttentionInputs
-from pallas_kernels.kv_tiles import KvTiles, Steps, kv_tiles
+from pallas_kernels.kv_tiles import KvTiles, Steps
 from pallas_kernels.mosaic import (
     call_in_place,
     div,
@@ -70,19 +71,6 @@ class Barriers(NamedTuple):
     turn: Any  # one for each of two warpgroups: its turn on the tensor cores has come; or None
 
 
-class Work(NamedTuple):
-    """An item: where it stands."""
-
-    batch: Any
-    head: Any
-    kv_head: Any
-    row_tile: Any
-    first_row: Any  # of the first warpgroup
-    q_length: Any
-    kv_length: Any
-    tiles: KvTiles  # those any warpgroup of the block sees; places in a list, with a block mask
-
-
 def launch(plan: ForwardPlan, inputs: AttentionInputs, query, key, value):
     """Launches the kernel: (out [B, T, N, Hv], lse f32[B, N, T]). The output has the arrays' dtype;
     plan.keeps_fp32: it is fp32.
@@ -103,7 +91,7 @@ def launch(plan: ForwardPlan, inputs: AttentionInputs, query, key, value):
     q_free = plgpu.Barrier(num_barriers=num_buffers)
     batch, rows, heads, _ = query.shape
     num_blocks = min(plan.order.num_blocks, num_multiprocessors())
-    tickets = Tickets.types(config.warpgroups) if plan.draws_items else None
+    tickets = Tickets.types(plan) if plan.draws_items else None
     extras = prepare(plan, inputs, Footprint(config.tile_q, config.tile_kv, config.warpgroups))
     out_type = (
         halves.out_type(plan, (batch, rows, heads, value.shape[3])),
@@ -135,40 +123,13 @@ def _forward_body(
     plan: ForwardPlan, num_blocks, q, k, v, extras, table, out, lse, buffers, barriers, ring, tickets
 ):
     warpgroup = lax.axis_index("warpgroup")
-    items = Items(plan.order.num_blocks, num_blocks, table, tickets)
+    items = Items(plan, extras, num_blocks, table, tickets)
     specialize(
         plan.config.warpgroups,
         warpgroup,
         compute=lambda: attend_items(plan, warpgroup, items, extras, out, lse, buffers, barriers, ring),
         load=lambda: load_items(plan, items, extras, q, k, v, buffers, barriers, ring),
     )
-
-
-def _find_work(plan: ForwardPlan, item, extras: Extras) -> Work:
-    order = plan.order if plan.draws_items else plan.order.by_tile
-    tile, batch_head = order.locate(item)
-    batch, head = plan.split_heads(batch_head, plan.num_heads)
-    tile = extras.own_tile(batch, tile)
-    q_length, kv_length = plan.lengths_of(batch, extras)
-    # A mask known to be the same for every item would be kept in registers; hide_end's not on a diagonal.
-    if plan.has_masked_end and not (plan.config.splits_rows and plan.reach[1] is not None):
-        kv_length = lax.optimization_barrier(kv_length)
-    first_row = plan.first_row(tile, FIRST)
-    count = plan.leading_rows // plan.config.tile_q
-    tiles = _tiles_of_rows(plan, extras, batch, head, first_row, q_length, kv_length, count)
-    return Work(batch, head, div(head, plan.group), tile, first_row, q_length, kv_length, tiles)
-
-
-def _tiles_of_rows(
-    plan: ForwardPlan, extras: Extras, batch, head, first_row, q_length, kv_length, count: int
-) -> KvTiles:
-    """What the rows of `count` warpgroups see."""
-    tile_q, tile_kv = plan.config.tile_q, plan.config.tile_kv
-    offset = plan.offset(q_length, kv_length)
-    tiles = kv_tiles(first_row, count * tile_q, offset, q_length, kv_length, plan.reach, tile_kv)
-    if plan.num_spare_rows and count == 1:
-        tiles = tiles._replace(stop=where(first_row < 0, 0, tiles.stop))
-    return extras.visits(tiles, batch, head, first_row, tile_q, tile_kv, count)
 
 
 # --- the loading warpgroup ---
@@ -201,32 +162,34 @@ def load_items(
                 ids = extras.q_segment_ids.at[work.batch, pl.ds(first, config.tile_q)]
                 plgpu.copy_gmem_to_smem(ids, buffers.ids.at[buffer], loaded)
 
-    def load_item(turn, item, position):
-        work = _find_work(plan, item, extras)
+    def load_item(turn, work: Work, position):
         count = work.tiles.stop - work.tiles.start
+        kv_head, first_row = div(work.head, plan.group), plan.first_row(work.row_tile, FIRST)
 
-        def first_key(step):
-            place = work.tiles.stop - 1 - step
-            tile = extras.tile_at(place, work.batch, work.head, work.first_row, config.tile_kv)
-            return tile * config.tile_kv
+        def tile_of(step):
+            place = lax.max(work.tiles.stop - 1 - step, 0)
+            return extras.tile_at(place, work.batch, work.head, first_row, config.tile_kv)
 
-        def rows(operand: Operand, first):
-            return operand.rows(work.batch, first, config.tile_kv, work.kv_head, work.kv_length)
+        def rows(operand: Operand, tile):
+            return operand.rows(work.batch, tile * config.tile_kv, config.tile_kv, kv_head, work.kv_length)
 
-        def load_keys(step):
-            first, ids = first_key(step), extras.kv_segment_ids
-            ids = None if ids is None else ids.at[work.batch, pl.ds(first, config.tile_kv)]
-            ring.load_keys(position + step, rows(k, first), ids)
+        def load_keys(step, tile):
+            ids = extras.kv_segment_ids
+            ids = None if ids is None else ids.at[work.batch, pl.ds(tile * config.tile_kv, config.tile_kv)]
+            ring.load_keys(position + step, rows(k, tile), ids)
 
         # Before the wait for a free buffer, which is free when the item before last has been stored.
-        pl.when(count > 0)(lambda: load_keys(0))
+        first = tile_of(0)
+        pl.when(count > 0)(lambda: load_keys(0, first))
         load_queries(work, turn)
 
-        def load_tile(step, _):
-            ring.load_values(position + step, rows(v, first_key(step)))
-            pl.when(step + 1 < count)(lambda: load_keys(step + 1))
+        def load_tile(step, tile):
+            following = tile_of(step + 1)
+            ring.load_values(position + step, rows(v, tile))
+            pl.when(step + 1 < count)(lambda: load_keys(step + 1, following))
+            return following
 
-        lax.fori_loop(0, count, load_tile, None)
+        lax.fori_loop(0, count, load_tile, first)
         return position + count
 
     num_items, stop = items.visit_loading(load_item, jnp.int32(0))
@@ -264,8 +227,7 @@ def attend_items(
         turn_of = Turn(barriers.turn.at[warpgroup], barriers.turn.at[1 - warpgroup])
         pl.when(warpgroup == 1)(turn_of.give)
 
-    def attend_item(turn, item, position):
-        work = _find_work(plan, item, extras)
+    def attend_item(turn, work: Work, position):
         buffer = _buffer_of(plan, turn, warpgroup)
         plgpu.barrier_wait(barriers.q_loaded.at[buffer])
 
@@ -273,17 +235,22 @@ def attend_items(
             if plan.config.q_stages > 1:
                 pl.when(turn > 0)(lambda: _release_buffer(plan, barriers, turn - 1, warpgroup))
 
-        first_row = plan.first_row(work.row_tile, warpgroup)
-        lengths = work.q_length, work.kv_length
-        ids = None if buffers.ids is None else buffers.ids.at[buffer]
-        rows = Rows(work.batch, work.head, first_row, *lengths, extras, buffers.q.at[buffer], ids, position)
-        acc, softmax = attend_rows(plan, work.tiles, rows, ring, turn_of, release)
+        def rows_of(work: Work) -> Rows:
+            place = work.batch, work.head, plan.first_row(work.row_tile, warpgroup)
+            ids = None if buffers.ids is None else buffers.ids.at[buffer]
+            lengths, queries = (work.q_length, work.kv_length), buffers.q.at[buffer]
+            return Rows(*place, *lengths, extras, queries, ids, position)
+
+        own = own_tiles(plan, work, warpgroup, extras)
+        acc, softmax = attend_rows(plan, work.tiles, own, rows_of(work), ring, turn_of, release)
+        # Found again: where the item stands would take registers from the tiles.
+        if plan.draws_items:
+            work = items.again(turn, warpgroup)
         out_smem = (buffers.q if buffers.out is None else buffers.out).at[buffer]
         lse_smem = buffers.lse.at[buffer]
-        rest = finish_rows(plan, rows, acc, softmax, out_smem, lse_smem)
-        # Found again: where the item stands would take registers from the tiles.
-        if plan.config.warpgroups > 2 or plan.config.splits_rows or plan.draws_items:
-            work = _find_work(plan, items.again(turn, item), extras)
+        rest = finish_rows(plan, rows_of(work), acc, softmax, out_smem, lse_smem)
+        if not plan.draws_items and (plan.config.warpgroups > 2 or plan.config.splits_rows):
+            work = items.again(turn, warpgroup)
         first_row = plan.first_row(work.row_tile, warpgroup)
         plgpu.commit_smem()
         is_ours = first_row >= 0 if plan.num_spare_rows else True
@@ -305,7 +272,7 @@ def attend_items(
             _release_buffer(plan, barriers, turn, warpgroup)
         return position + work.tiles.stop - work.tiles.start
 
-    num_items, _ = items.visit(attend_item, jnp.int32(0))
+    num_items, _ = items.visit(warpgroup, attend_item, jnp.int32(0))
     if turn_of is not None:
         pl.when(warpgroup == 0)(turn_of.wait)
     if plan.config.q_stages > 1:
@@ -319,16 +286,16 @@ def _release_buffer(plan: ForwardPlan, barriers: Barriers, turn, warpgroup):
     plgpu.barrier_arrive(barriers.q_free.at[_buffer_of(plan, turn, warpgroup)])
 
 
-def attend_rows(plan: ForwardPlan, tiles: KvTiles, rows: Rows, ring: KeyValueRing, turn, release):
-    """Online softmax over the block's KV tiles that the rows see, from the last to the first: (acc, softmax).
+def attend_rows(
+    plan: ForwardPlan, tiles: KvTiles, own: KvTiles, rows: Rows, ring: KeyValueRing, turn, release
+):
+    """Online softmax over the block's KV tiles that the rows see (own), from the last to the first: (acc,
+    softmax).
 
     Only the ends of the rows' own range need a mask. That range may be empty. release() frees the buffer of
     the item before, whose output may still be on its way: called late enough not to wait for it.
     """
     config = plan.config
-    own = _tiles_of_rows(
-        plan, rows.extras, rows.batch, rows.head, rows.first_row, rows.q_length, rows.kv_length, 1
-    ).clamp(tiles)
     steps = own.steps_before(tiles.stop)
     skip = functools.partial(skip_tile, ring, rows, turn)
     tile = Tile(plan, ring, rows, tiles.stop - 1, turn)
