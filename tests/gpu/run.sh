@@ -5,7 +5,9 @@
 # the GPU (compiling is most of the time). TEST_SECONDS: what a test may take before it counts as hung (120).
 # MAX_SECONDS: what the whole run may take. LEFT_OF=RESULT.json: only what did not pass in that run.
 cd "$(dirname "$0")/../.." || exit 1
-export COMMAND="${JAXATTN_RANDOM_CASES:+JAXATTN_RANDOM_CASES=$JAXATTN_RANDOM_CASES }${LEFT_OF:+LEFT_OF=$LEFT_OF }tests/gpu/run.sh $*"
+random="${JAXATTN_RANDOM_CASES:+JAXATTN_RANDOM_CASES=$JAXATTN_RANDOM_CASES }"
+random="$random${JAXATTN_RANDOM_DRAWS:+JAXATTN_RANDOM_DRAWS=$JAXATTN_RANDOM_DRAWS }"
+export COMMAND="$random${LEFT_OF:+LEFT_OF=$LEFT_OF }tests/gpu/run.sh $*"
 result=examples/benchmarks/results/gpu_tests.json
 case ${1:-} in *.json) result=$1 && shift ;; esac
 case "$*" in *tests/gpu*) ;; *) set -- tests/gpu "$@" ;; esac

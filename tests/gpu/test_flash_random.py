@@ -1,7 +1,8 @@
 """flash_attention's Hopper kernels on random shapes, masks and combinations of features, against the
-reference in fp32; what lies beyond the lengths is NaN.
+reference in fp32; what lies beyond the lengths is poison.
 
-JAXATTN_RANDOM_CASES sets how many are drawn (JAXATTN_RANDOM_SEED: from where on).
+JAXATTN_RANDOM_CASES sets how many are compiled (JAXATTN_RANDOM_SEED: from where on), JAXATTN_RANDOM_DRAWS
+with how many draws of data, lengths, ids, biases and the like each is checked.
 """
 
 import functools
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import flash_attention
+from tests.pallas_kernels.draws import FIRST, NUM_ON_GPU
 from tests.pallas_kernels.flash_cases import random_inputs
-from tests.pallas_kernels.flash_random import FIRST, check
+from tests.pallas_kernels.flash_random import check
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,7 +27,7 @@ CASES = range(FIRST, FIRST + int(os.environ.get("JAXATTN_RANDOM_CASES", "200")))
 
 @pytest.mark.parametrize("seed", CASES)
 def test_random_call(seed):
-    check(seed)
+    check(seed, NUM_ON_GPU)
 
 
 def test_dropout_drops_the_same_weights_forward_and_backward():

@@ -85,10 +85,10 @@ def check_backward(
         compare(one, other, dtype, tolerance=10 if sums_rows else 1)
 
 
-def poison_padding(query, key, value, q_lengths=None, kv_lengths=None, **_):
+def poison_padding(query, key, value, q_lengths=None, kv_lengths=None, poison_with=jnp.nan, **_):
     def poison(x, lengths):
         inside = jnp.arange(x.shape[1]) < lengths[:, None]
-        return jnp.where(inside[..., None, None], x, jnp.nan)
+        return jnp.where(inside[..., None, None], x, poison_with)
 
     if q_lengths is not None:
         query = poison(query, q_lengths)

@@ -1,6 +1,6 @@
 """Random calls of flash_attention: rows of tables.py, and what tests/gpu/test_flash_random.py runs.
 
-JAXATTN_INTERPRETED_CASES sets how many are interpreted (JAXATTN_RANDOM_SEED: from where on).
+JAXATTN_INTERPRETED_CASES sets how many are interpreted (draws.py: from where on, and how often).
 """
 
 import collections
@@ -16,12 +16,12 @@ import tests.pallas_kernels.tolerance as tolerance
 from jaxattn.block_mask import BlockMask
 from pallas_kernels import flash_attention
 from pallas_kernels.flash_attention.block_tiles import BlockTiles
+from tests.pallas_kernels.draws import FIRST, NUM_INTERPRETED, check_draws, poison_of
 from tests.pallas_kernels.flash_cases import IN_BLOCKS, poison_padding, random_inputs
 from tests.pallas_kernels.flash_fused_cases import fused_config
 from tests.pallas_kernels.interpreter import interpreted
 from tests.pallas_kernels.tables import CompileCase
 
-FIRST = int(os.environ.get("JAXATTN_RANDOM_SEED", "0"))
 CASES = range(FIRST, FIRST + int(os.environ.get("JAXATTN_INTERPRETED_CASES", "2")))
 DIFFERENTIATED = ("bias", "sinks")
 SCALES = (0.75, 0.87, 1.0, 1.2)  # of values, in the naive computation
@@ -87,11 +87,49 @@ def random_tiles(rng, t, s, batch, n):
     return BlockMask.from_dense((kinds == 1) | ((kinds == 2) & (rng.random(kinds.shape) < 0.3))).tiles()
 
 
+def redraw(shape, arguments, seed):
+    """The arguments with others of the same shapes and dtypes for those at run time; edges are likely."""
+    rng = np.random.default_rng(seed)
+    has = lambda probability: rng.random() < probability
+    batch, t, s, n = (shape[name] for name in ("batch", "t", "s", "n"))
+    others = {}
+    for name, length in (("q_lengths", t), ("kv_lengths", s)):
+        edges = rng.choice([0, 1, length], batch)
+        others[name] = np.where(rng.random(batch) < 0.6, edges, rng.integers(0, length + 1, batch))
+    documents = rng.choice([1, 2, 5, 40])
+    ids = [rng.integers(0, documents, (batch, length)) for length in (t, s)]
+    if has(0.7):
+        ids = [np.sort(x, axis=1) for x in ids]
+    ids[1] += documents * (rng.random((batch, 1)) < 0.2)  # whose queries and keys do not meet
+    others["q_segment_ids"], others["kv_segment_ids"] = ids
+    if "bias" in arguments:
+        sizes = arguments["bias"].shape
+        is_hidden = rng.random(sizes) < rng.choice([0.0, 0.1, 0.9])
+        is_hidden |= rng.random((*sizes[:3], 1)) < 0.1  # from whole rows
+        others["bias"] = np.where(is_hidden, -np.inf, rng.normal(size=sizes))
+    if "alibi_slopes" in arguments:
+        others["alibi_slopes"] = 2.0 ** -rng.uniform(1, 8, arguments["alibi_slopes"].shape)
+    others["sinks"] = np.where(rng.random(n) < 0.2, -np.inf, 3 * rng.normal(size=n))
+    drawn = {name: jnp.asarray(x, arguments[name].dtype) for name, x in others.items() if name in arguments}
+    if "dropout_key" in arguments:
+        drawn["dropout_key"] = jax.random.key(rng.integers(2**31))
+    if "block_mask" in arguments:
+        drawn["block_mask"] = redraw_tiles(rng, arguments["block_mask"])
+    return arguments | drawn
+
+
+def redraw_tiles(rng, tiles):
+    """The tiles of each batch row and head for another, with less or nothing to see in partial ones."""
+    rows, heads = (rng.permutation(size) for size in tiles.num_kv.shape[:2])
+    is_kept = rng.random(tiles.masks.shape) < rng.choice([0.0, 0.1, 1.0])
+    return BlockTiles(*(x[rows][:, heads] for x in tiles[:-1]), masks=tiles.masks * is_kept)
+
+
 def attention(implementation, arguments):
-    """A function of arrays and cotangents: output, log-sum-exp and gradients by name."""
-    differentiated = {name: arguments[name] for name in DIFFERENTIATED if name in arguments}
+    """A function of arrays and cotangents, and of other arguments at run time: output, log-sum-exp and
+    gradients by name. It is compiled once for all of the same shapes.
+    """
     static = {name: x for name, x in arguments.items() if not isinstance(x, jax.Array | BlockTiles)}
-    given = {name: x for name, x in arguments.items() if name not in static and name not in differentiated}
 
     # Each array is rounded to its dtype, also where XLA would rather leave a rounding and its undoing out.
     @functools.partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
@@ -103,7 +141,12 @@ def attention(implementation, arguments):
         (d_query, d_key, d_value), others = vjp((cotangents[0].astype(out.dtype), cotangents[1]))
         return {"out": out, "lse": lse, "query": d_query, "key": d_key, "value": d_value} | others
 
-    return lambda arrays, cotangents: step(list(arrays), differentiated, given, cotangents)
+    def call(arrays, cotangents, arguments=arguments):
+        given = {name: x for name, x in arguments.items() if name not in static}
+        differentiated = {name: given.pop(name) for name in DIFFERENTIATED if name in given}
+        return step(list(arrays), differentiated, given, cotangents)
+
+    return call
 
 
 def naive_errors(reference, arrays, cotangents):
@@ -140,22 +183,28 @@ def assert_near_reference(results, reference, arrays, cotangents):
         tolerance.assert_close(name, results[name], expected[name], limit, lambda name=name: naive()[name])
 
 
-def check(seed, is_interpreted=False, **limits):
-    """Output, log-sum-exp and gradients of a call whose padding is NaN, against the reference in fp32."""
-    shape, arguments = draw(seed, **limits)
-    arrays, cotangents = random_arrays(shape, seed)
-    poisoned, poisoned_cotangents = poison_padding(*arrays, **arguments), cotangents
-    if "q_lengths" in arguments:
-        inside = (jnp.arange(shape["t"]) < arguments["q_lengths"][:, None])[..., None]
-        out_grad, lse_grad = cotangents
-        poisoned_cotangents = (
-            jnp.where(inside[..., None], out_grad, jnp.nan),
-            jnp.where(inside, lse_grad, jnp.nan),
-        )
-    with interpreted() if is_interpreted else contextlib.nullcontext():
-        results = attention("sm90", arguments)(poisoned, poisoned_cotangents)
-        results = jax.block_until_ready(results)
-    assert_near_reference(results, attention("reference", arguments), arrays, cotangents)
+def check(seed, num_draws=NUM_INTERPRETED, is_interpreted=False, **limits):
+    """Output, log-sum-exp and gradients of calls whose padding is poisoned, against the reference in fp32."""
+    shape, first = draw(seed, **limits)
+    kernel, reference = (attention(name, first) for name in ("sm90", "reference"))
+
+    def check_draw(number):
+        arguments = redraw(shape, first, (seed, number)) if number else first
+        arrays, cotangents = random_arrays(shape, seed + (number << 20))
+        padding = {"poison_with": poison_of(number), **arguments}
+        poisoned = poison_padding(*arrays, **padding), poison_cotangents(*cotangents, **padding)
+        with interpreted() if is_interpreted else contextlib.nullcontext():
+            results = jax.block_until_ready(kernel(*poisoned, arguments))
+        assert_near_reference(results, functools.partial(reference, arguments=arguments), arrays, cotangents)
+
+    check_draws(seed, num_draws, check_draw)
+
+
+def poison_cotangents(out_grad, lse_grad, poison_with, q_lengths=None, **_):
+    if q_lengths is None:
+        return out_grad, lse_grad
+    inside = (jnp.arange(out_grad.shape[1]) < q_lengths[:, None])[..., None]
+    return jnp.where(inside[..., None], out_grad, poison_with), jnp.where(inside, lse_grad, poison_with)
 
 
 INTERPRET = {

@@ -33,17 +33,20 @@ def make_case(
     query_lengths=None,
     layers=2,
     shared=0,
+    num_pages=None,
+    poison_with=np.nan,
 ) -> Case:
     """Draws a case in fp32. Rows own distinct pages, shuffled; without query_lengths one query a row.
 
-    shared: leading pages, full ones, that rows have in common with the first.
+    shared: leading pages, full ones, that rows have in common with the first. num_pages: of the pool; page 0
+    and those that no row needs, two by default, are free. poison_with: what free slots hold.
     """
     rng = np.random.default_rng(seed)
     if lengths is None:
         lengths = rng.integers(0, width * page_size + 1, rows)
     lengths = np.asarray(lengths, np.int32)
     counts = -(-lengths // page_size)
-    num_pages = int(counts.sum()) + 3
+    num_pages = num_pages or int(counts.sum()) + 3
     pages = rng.permutation(np.arange(1, num_pages))
     tables = np.full((rows, width), GARBAGE, np.int32)
     shape = (layers, num_pages, kv_heads, page_size, head_dim)
@@ -56,7 +59,7 @@ def make_case(
         common = min(shared, lengths[0] // page_size, lengths[row] // page_size)
         tables[row, :common] = tables[0, :common]
     for array in (k_pages, v_pages):
-        np.moveaxis(array, 2, 3)[:, ~is_used] = np.nan
+        np.moveaxis(array, 2, 3)[:, ~is_used] = poison_with
     query_lengths = np.ones(rows, int) if query_lengths is None else np.asarray(query_lengths)
     query_start = np.concatenate([[0], np.cumsum(query_lengths)]).astype(np.int32)
     query = rng.standard_normal((query_start[-1], heads, head_dim)).astype(np.float32)

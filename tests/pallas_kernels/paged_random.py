@@ -1,6 +1,6 @@
 """Random calls of paged_attention: rows of tables.py, and what tests/gpu/test_paged_random.py draws from.
 
-JAXATTN_INTERPRETED_CASES sets how many are interpreted (JAXATTN_RANDOM_SEED: from where on).
+JAXATTN_INTERPRETED_CASES sets how many are interpreted (draws.py: from where on, and how often).
 """
 
 import functools
@@ -12,11 +12,11 @@ import numpy as np
 
 from pallas_kernels import PAGE_SIZES, PagedConfig, PrefillConfig
 from pallas_kernels.kv_pages.pool import QUANTIZED
+from tests.pallas_kernels.draws import FIRST, NUM_INTERPRETED, check_draws, poison_of
 from tests.pallas_kernels.paged_cases import check_decode
 from tests.pallas_kernels.prefill_cases import check_prefill
 from tests.pallas_kernels.tables import CompileCase
 
-FIRST = int(os.environ.get("JAXATTN_RANDOM_SEED", "0"))
 CASES = range(FIRST, FIRST + int(os.environ.get("JAXATTN_INTERPRETED_CASES", "2")))
 
 
@@ -60,6 +60,7 @@ def draw(seed: int, max_rows: int, max_keys: int, max_queries: int) -> Call:
         "lengths": lengths,
         "query_lengths": queries,
         "shared": int(rng.integers(4)) if has() else 0,
+        "num_pages": int((-(-lengths // page_size)).sum()) + 3,
     }
     features: dict[str, Any] = {name: None for name in ("sinks", "alibi_slopes") if has()}
     if has():
@@ -76,9 +77,44 @@ def draw(seed: int, max_rows: int, max_keys: int, max_queries: int) -> Call:
     return Call(shapes, pages, dtype, features, decode, prefill if is_ragged else None, int(rng.integers(9)))
 
 
+def redraw(call: Call, number: int) -> Call:
+    """Another draw of a call, of the same shapes: its pages and tokens are dealt to rows anew, often up to an
+    edge. Draw 0 is the call itself.
+    """
+    if number == 0:
+        return call
+    shapes = call.shapes
+    rng = np.random.default_rng([shapes["seed"], number])
+    rows, page_size, width = (shapes[name] for name in ("rows", "page_size", "width"))
+    room, border = width * page_size, page_size * rng.integers(1, width + 1, rows)
+    kinds, some = rng.integers(0, 8, rows), rng.integers(0, room + 1, rows)
+    lengths = np.choose(kinds, [0, 1, room, border - 1, border, np.minimum(border + 1, room), some, some])
+    divided, queries = shapes["query_lengths"], np.zeros(rows, int)
+    pages, tokens = shapes["num_pages"] - 1, 0 if divided is None else int(divided.sum()) + call.padding
+    for row in rng.permutation(rows):  # each takes of what is left
+        lengths[row] = min(lengths[row], pages * page_size)
+        pages -= -(-int(lengths[row]) // page_size)
+        queries[row] = min(
+            tokens, rng.choice([0, 1, int(lengths[row]), tokens, int(rng.integers(tokens + 1))])
+        )
+        tokens -= int(queries[row])
+    drawn = {
+        "seed": [shapes["seed"], number],
+        "lengths": lengths,
+        "query_lengths": None if divided is None else queries,
+        "shared": int(rng.choice([0, 1, 3, width])),
+        "poison_with": poison_of(number),
+    }
+    return call._replace(shapes=shapes | drawn, padding=tokens)
+
+
 def check(seed: int) -> None:
     """An interpreted call, small enough for that."""
-    call = draw(seed, max_rows=2, max_keys=200, max_queries=16)
+    first = draw(seed, max_rows=2, max_keys=200, max_queries=16)
+    check_draws(seed, NUM_INTERPRETED, lambda number: check_call(redraw(first, number)))
+
+
+def check_call(call: Call) -> None:
     arguments = {"dtype": call.dtype, "pages": call.pages, "call": call.features, **call.shapes}
     if call.prefill is None:
         check_decode(config=call.decode, **arguments)
