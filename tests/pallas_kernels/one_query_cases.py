@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import flash_attention
-from pallas_kernels.flash_attention import one_query_sm90
 from pallas_kernels.paged_attention import decode_plan, decode_sm90
 from tests.pallas_kernels.flash_cases import compare, poison_padding, random_inputs
 from tests.pallas_kernels.interpreter import interpreted
@@ -50,9 +49,8 @@ def check(is_mapped=False, is_differentiated=True, **options):
 
     expected_out, expected_lse, *expected = results("reference")
     few_programs = mock.patch.object(decode_plan, "NUM_PROGRAMS", 4)
-    few_keys = mock.patch.object(one_query_sm90, "MIN_KEYS", 256)
     watched = mock.patch.object(decode_sm90, "attend", wraps=decode_sm90.attend)
-    with few_programs, few_keys, watched as attended, interpreted():
+    with few_programs, watched as attended, interpreted():
         out, lse, *gradients = results("sm90")
     assert attended.called
     np.testing.assert_allclose(lse, expected_lse, atol=1e-4, rtol=1e-4)
@@ -87,6 +85,7 @@ def compile_case(batch=32, s=4096, n=32, k=8, h=128, **options) -> CompileCase:
 
 COMPILE = {
     "flash_attention:one query": compile_case(),
+    "flash_attention:one query, few keys": compile_case(s=256, n=16, k=16, h=64),
     "flash_attention:one query, merged": compile_case(batch=1, s=16384, is_causal=True, **LAST),
     **{
         f"flash_attention:one query, {name} on two devices": compile_case()._replace(

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import FlashConfig, flash_attention
+from pallas_kernels.flash_attention import one_query_sm90
 from tests.pallas_kernels.hopper import abstract_mesh
 
 LAST = {"causal_alignment": "bottom_right"}
-BATCH, KEYS, HEADS = 2, 1024, 4
+BATCH, KEYS, HEADS = 2, one_query_sm90.MIN_KEYS, 4
 
 
 def kernels_of(t=1, s=KEYS, h=64, hv=None, dtype=jnp.bfloat16, given=(), **options) -> str:
