@@ -201,10 +201,10 @@ def tiles_by_weight(plan: AttentionPlan, extras: Extras, footprint: Footprint) -
     """
     own, other, count, owns_queries = footprint
     num_rows = plan.num_queries if owns_queries else plan.num_keys
-
     assert extras.segment_tiles is not None
+    num_blocks = math.ceil(num_rows / (own * count))
     # Part by part, not as a reduction, which would be a launch of its own.
-    parts = [extras.segment_tiles[:, part::count] for part in range(count)]
+    parts = [extras.segment_tiles[:, part : num_blocks * count : count] for part in range(count)]
     lowest = functools.reduce(lax.min, [part[:, :, 0] for part in parts])
     highest = functools.reduce(lax.max, [part[:, :, 3] for part in parts])
     lengths = [jnp.broadcast_to(x, plan.batch) for x in plan.lengths_of(slice(None), extras)]
@@ -218,7 +218,7 @@ def tiles_by_weight(plan: AttentionPlan, extras: Extras, footprint: Footprint) -
             tiles = kv_tiles(first_row, own * count, -offset, kv_length, q_length, plan.reach[::-1], other)
         return lax.max(lax.min(tiles.stop, highest) - lax.max(tiles.start, lowest), 0)
 
-    blocks = jnp.arange(math.ceil(num_rows / (own * count)), dtype=jnp.int32)
+    blocks = jnp.arange(num_blocks, dtype=jnp.int32)
     of_row = jax.vmap(num_visited, (None, 0, 0, 0))
     visited = jax.vmap(of_row, (0, None, 0, 0))(lengths, blocks, lowest, highest)
     return jnp.argsort(visited if owns_queries else -visited, axis=1).astype(jnp.int32)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import FlashConfig
+from jaxattn.block_mask import BlockMask
 from pallas_kernels.flash_attention.extras import Footprint, prepare
 from pallas_kernels.flash_attention.forward_plan import ITEM_COST, ForwardPlan
 from pallas_kernels.flash_attention.sm90 import forward_plan_of
@@ -157,3 +158,16 @@ def test_packed_documents_are_taken_by_what_they_see(owns_queries, is_causal):
     for blocks, weights in zip(np.asarray(order), visited, strict=True):
         assert sorted(blocks) == list(range(num_blocks))
         assert list(weights[blocks]) == sorted(weights, reverse=not owns_queries)
+
+
+@pytest.mark.parametrize("owns_queries", [True, False])
+def test_every_block_is_taken_once_where_ids_are_padded_to_tiles_of_a_block_mask(owns_queries):
+    length, own = 900, 64  # 15 blocks, and 16 in whole tiles of the mask
+    ids = jnp.arange(length)[None] // 300
+    plan = dataclasses.replace(
+        PLAN, batch=1, num_queries=length, num_keys=length, has_segments=True, has_block_mask=True
+    )
+    tiles = jax.tree.map(jnp.asarray, BlockMask.random(length, length, density=0.5).tiles())
+    inputs = AttentionInputs(*[jnp.zeros(())] * 3, q_segment_ids=ids, kv_segment_ids=ids, block_mask=tiles)
+    (order,) = np.asarray(prepare(plan, inputs, Footprint(own, 128, 1, owns_queries)).by_weight)
+    assert sorted(order) == list(range(15))
