@@ -17,8 +17,8 @@ from jax import lax
 
 from pallas_kernels.mosaic import LOG2_E, ceil_div, clip, div, pl, plgpu, rem, where
 from pallas_kernels.mosaic_inline import THREADS
-from pallas_kernels.paged_attention.decode_consumer import copy_head
-from pallas_kernels.paged_attention.decode_plan import Inputs, Outputs, Plan
+from pallas_kernels.paged_attention.decode_memory import Inputs, Outputs
+from pallas_kernels.paged_attention.decode_plan import Plan
 from pallas_kernels.paged_attention.plan import is_single
 from pallas_kernels.paged_attention.prefill_config import WARPGROUP_ROWS
 from pallas_kernels.paged_attention.units import split_range
@@ -123,7 +123,7 @@ def _kernel(plan: Plan, operands, *refs):
         else:
             staged[...] = values
             plgpu.commit_smem()
-            copy_head(plan, staged, out)
+            plgpu.copy_smem_to_gmem(staged.at[pl.ds(0, plan.head_dim)], out)
             plgpu.wait_smem_to_gmem(0)
 
 

@@ -140,6 +140,11 @@ def default_config(
     return PagedConfig(tile=tile, split=split, stages=stages, consumers=consumers, dynamic=dynamic)
 
 
+def block_columns(head_dim: int, itemsize: int) -> int:
+    """Columns of a block of K, V and queries in shared memory."""
+    return 128 // itemsize if head_dim % 64 else head_dim
+
+
 def choose_split(num_rows: int, num_kv_heads: int, capacity: int, batch_invariant: bool) -> int:
     """Tokens after which default_config cuts a row."""
     if batch_invariant:

@@ -26,6 +26,7 @@ from pallas_kernels.paged_attention.decode_tile import (
     bias_and_mask,
     cap,
     is_visible,
+    multiply_blocks,
     raise_maximum,
     store_transposed,
     zero_unseen,
@@ -79,7 +80,7 @@ def multiply_keys(tile: Tile):
     plgpu.barrier_wait(k.full.at[slot])
 
     def multiply(products_ref):
-        plgpu.wgmma(products_ref, k.pages.at[slot], tile.queries.query.transpose((1, 0)))
+        multiply_blocks(tile, products_ref)
         k_scale = load_rows(k.scale.at[slot])
         plgpu.barrier_wait(v.full.at[slot])
         v_scale, values = load_rows(v.scale.at[slot]), load_values(tile)
@@ -95,10 +96,11 @@ def multiply_keys(tile: Tile):
 
 def load_values(tile: Tile) -> list[jax.Array]:
     """V^T of one tile in fp16, by blocks of 64 rows, interleaved."""
-    codes = tile.scratch.v.pages.at[tile.slot]
-    if tile.plan.page_dtype != jnp.int8:  # integers hold no NaN
+    plan, codes = tile.plan, tile.scratch.v.pages.at[tile.slot]
+    if plan.page_dtype != jnp.int8:  # integers hold no NaN
         zero_unseen(tile, codes)
-    return [load_codes_transposed(codes, column) for _, column in tile.plan.blocks]
+    places = [divmod(row, plan.block) for row in range(0, plan.width, 64)]
+    return [load_codes_transposed(codes.at[block], column) for block, column in places]
 
 
 def multiply_values(tile: Tile, values: list[jax.Array], weights, old):
@@ -110,7 +112,7 @@ def multiply_values(tile: Tile, values: list[jax.Array], weights, old):
     plgpu.barrier_arrive(tile.scratch.v.empty.at[slot])
 
     def multiply(values_ref):
-        for (row, _), block in zip(tile.plan.blocks, values, strict=True):
-            plgpu.wgmma(values_ref.at[pl.ds(row, 64)], block, work.weights.transpose((1, 0)))
+        for place, block in enumerate(values):
+            plgpu.wgmma(values_ref.at[pl.ds(64 * place, 64)], block, work.weights.transpose((1, 0)))
 
     return pl.run_state(multiply)(plgpu.WGMMAAccumulatorRef.init(old))

@@ -21,7 +21,8 @@ from pallas_kernels.mosaic import (
 )
 from pallas_kernels.mosaic_inline import reduce_rows, store_deinterleaved
 from pallas_kernels.paged_attention import decode_codes, decode_tile
-from pallas_kernels.paged_attention.decode_plan import BUFFERS, Merge, Outputs, Plan, Scratch, Workspace
+from pallas_kernels.paged_attention.decode_memory import Merge, Outputs, Scratch, Workspace
+from pallas_kernels.paged_attention.decode_plan import BUFFERS, Plan
 from pallas_kernels.paged_attention.decode_tile import MASKED, Softmax, Tile, UnitQueries, store_transposed
 from pallas_kernels.paged_attention.units import Schedule, Unit, for_each_unit
 
@@ -42,7 +43,7 @@ class Result(NamedTuple):
 
     maximum: jax.Array  # f32[columns], in units of log2
     total: jax.Array  # f32[columns]
-    values: jax.Array  # f32[H, columns]
+    values: jax.Array  # f32[width, columns]
 
 
 def consume(plan: Plan, consumer, outputs: Outputs, scratch: Scratch):
@@ -194,12 +195,5 @@ def copy_heads(plan: Plan, unit: Unit, source, out):
         plgpu.copy_smem_to_gmem(source, out.at[pl.ds(first_head, plan.group)])
         return
     for i in range(plan.group):
-        copy_head(plan, source.at[first_column + i], out.at[first_head + i])
-
-
-def copy_head(plan: Plan, source, out):
-    """Starts the copies of one head's values [width] to global memory [H]."""
-    plgpu.copy_smem_to_gmem(source.at[pl.ds(0, plan.whole)], out.at[pl.ds(0, plan.whole)])
-    if rest := plan.head_dim - plan.whole:
-        source = source.at[pl.ds(plan.width - rest, rest)]
-        plgpu.copy_smem_to_gmem(source, out.at[pl.ds(plan.whole, rest)])
+        own = source.at[first_column + i, pl.ds(0, plan.head_dim)]
+        plgpu.copy_smem_to_gmem(own, out.at[first_head + i])

@@ -17,9 +17,11 @@ from pallas_kernels.paged_attention.config import (
     MAX_ROWS,
     NUM_PROGRAMS,
     PagedConfig,
+    block_columns,
     default_config,
     numbers_size,
 )
+from pallas_kernels.paged_attention.decode_memory import Merge, Queries, Scratch, Tickets, Tiles, Workspace
 from pallas_kernels.paged_attention.plan import LaunchPlan, facts_of
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 
@@ -107,6 +109,21 @@ class Plan(LaunchPlan):
     def table_width(self) -> int:
         assert self.page_size is not None
         return self.capacity // self.page_size
+
+    @property
+    def ends_within(self) -> bool:
+        """Whether H ends within a block of columns: copies then end there too, see mosaic_copy.load_block."""
+        return self.head_dim % 64 != 0
+
+    @property
+    def block(self) -> int:
+        """Columns of a block of K, V and queries in shared memory: all, or, where H ends within a block, those
+        of 128 bytes. (Of the narrower rows that would divide such an H copies are slow.)"""
+        return block_columns(self.head_dim, jnp.dtype(self.page_dtype).itemsize)
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.head_dim // self.block)
 
     @property
     def copy_rows(self) -> int:
@@ -237,102 +254,10 @@ def _buffer_sizes(plan: Plan) -> list[int]:
     return [math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in buffers]
 
 
-class Inputs(NamedTuple):
-    """Operands in global memory; None where the plan has none."""
-
-    query: Any  # [R, N, H], or [R, K * columns, H] where groups are padded; see Plan.query_rows
-    query_factor: Any  # f32[R, N or K * columns], of codes
-    starts: Any  # i32[R + 1]: of ragged rows, each one's query among all
-    k_pages: Any  # [L, P, K, Z, H], or [R, S, K, H]
-    v_pages: Any
-    tables: Any  # [R * M]
-    lengths: Any  # [R]
-    skipped: Any  # i32[R]: pages at the start of each table
-    layer: Any  # [1]
-    k_scale: Any  # f32[L, P, K, Z]
-    v_scale: Any
-    sinks: Any  # f32[K, columns]
-    slopes: Any  # f32[K, columns]
-    counter: Any  # Counters.decode: units drawn; whether there are none
-    out: Any  # [tokens, N, H]: others' results, to which ours are added
-
-
-class Outputs(NamedTuple):
-    """Results in global memory."""
-
-    out: Any  # [R, N, H], or others' results [tokens, N, H], or parts f32[R, splits, N, width]
-    lse: Any  # f32[R, splits, K, columns]
-
-
-class Tiles(NamedTuple):
-    """A ring of K or V tiles."""
-
-    pages: Any  # [stages, tile, H]
-    scale: Any  # f32[stages, tile], of quantized pages
-    full: Any
-    empty: Any
-    ids: Any  # i32[BUFFERS, ids_per_split]: written by copies, read by the producer that started them
-    ids_full: Any
-
-
-class Tickets(NamedTuple):
-    """A ring of indices of units, which the K producer draws for its program."""
-
-    index: Any  # i32[BUFFERS]
-    full: Any
-    empty: Any
-
-
-class Queries(NamedTuple):
-    """A ring of a unit's queries and of what is given for each head."""
-
-    query: Any  # [BUFFERS, query_rows, H]
-    factor: Any  # f32[BUFFERS, columns]
-    sinks: Any  # f32[BUFFERS, columns]
-    slopes: Any  # f32[BUFFERS, columns]
-    full: Any
-    empty: Any
-
-
-class Workspace(NamedTuple):
-    """What each consumer warpgroup needs for itself."""
-
-    weights: Any  # [consumers, columns, tile]
-    reduction: Any  # f32[consumers, REDUCTION_SIZE]
-
-
-class Merge(NamedTuple):
-    """What the second consumer hands to the first at the end of a unit."""
-
-    values: Any  # f32[columns, H]
-    maximum: Any  # f32[columns]
-    total: Any  # f32[columns]
-    full: Any
-    empty: Any
-
-
-class Scratch(NamedTuple):
-    """Shared memory and barriers of a program."""
-
-    k: Tiles
-    v: Tiles
-    queries: Queries
-    lengths: Any  # i32[numbers_size]; NOT_OURS of a row that is left alone
-    starts: Any  # i32[numbers_size], of ragged rows
-    skipped: Any  # i32[numbers_size], where tables begin with others' pages
-    lengths_full: Any
-    counts: Any  # i32[numbers_size]: units of each row, where they are counted
-    counted: Any
-    tickets: Tickets | None
-    work: Workspace
-    merge: Merge | None
-    out: Any  # [columns, width]
-
-
 def scratch_types(plan: Plan) -> Scratch:
     config, columns, width = plan.config, plan.columns, plan.width
     # The swizzle of V, if wgmma reads both from shared memory.
-    row = config.tile if plan.is_quantized else plan.head_dim
+    row = config.tile if plan.is_quantized else plan.block
     weights = swizzled_smem((config.consumers, columns, config.tile), plan.weights_dtype, row)
     reduction = plgpu.SMEM((config.consumers, REDUCTION_SIZE), jnp.float32)
     numbers = plgpu.SMEM((plan.numbers_size,), jnp.int32)
@@ -358,10 +283,10 @@ def _tiles(plan: Plan) -> Tiles:
     has_ids = plan.page_size is not None
     ids_size = plan.ids_per_split if has_ids else 0
     return Tiles(
-        pages=swizzled_smem((config.stages, config.tile, plan.head_dim), plan.page_dtype),
+        pages=swizzled_smem((config.stages, plan.num_blocks, config.tile, plan.block), plan.page_dtype),
         scale=plgpu.SMEM((config.stages, config.tile), jnp.float32) if plan.is_quantized else None,
         full=plgpu.Barrier(
-            num_barriers=config.stages, num_arrivals=plan.num_copies * (1 + plan.is_quantized)
+            num_barriers=config.stages, num_arrivals=plan.num_copies * (plan.num_blocks + plan.is_quantized)
         ),
         empty=plgpu.Barrier(num_barriers=config.stages),
         ids=plgpu.SMEM((BUFFERS, ids_size), jnp.int32) if has_ids else None,
@@ -374,9 +299,9 @@ def _tiles(plan: Plan) -> Tiles:
 def _queries(plan: Plan) -> Queries:
     per_head = plgpu.SMEM((BUFFERS, plan.columns), jnp.float32)
     dtype = plan.page_dtype if plan.is_quantized else plan.query_dtype
-    num_arrivals = 1 + plan.is_quantized + plan.has_sinks + plan.has_slopes
+    num_arrivals = plan.num_blocks + plan.is_quantized + plan.has_sinks + plan.has_slopes
     return Queries(
-        query=swizzled_smem((BUFFERS, plan.query_rows, plan.head_dim), dtype),
+        query=swizzled_smem((BUFFERS, plan.num_blocks, plan.query_rows, plan.block), dtype),
         factor=per_head if plan.is_quantized else None,
         sinks=per_head if plan.has_sinks else None,
         slopes=per_head if plan.has_slopes else None,

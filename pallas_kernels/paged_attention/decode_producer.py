@@ -7,17 +7,11 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.mosaic import clip, div, pl, plgpu, rem
+from pallas_kernels.mosaic_copy import load_block
 from pallas_kernels.mosaic_inline import load_numbers
-from pallas_kernels.paged_attention.decode_plan import (
-    BUFFERS,
-    MAX_BOX,
-    Inputs,
-    Plan,
-    Queries,
-    Scratch,
-    Tiles,
-)
-from pallas_kernels.paged_attention.page_tiles import copy_by_warps
+from pallas_kernels.paged_attention.decode_memory import Inputs, Queries, Scratch, Tiles
+from pallas_kernels.paged_attention.decode_plan import BUFFERS, MAX_BOX, Plan
+from pallas_kernels.paged_attention.page_tiles import copy_by_warps, share_among_warps
 from pallas_kernels.paged_attention.units import Schedule, Unit, drain, for_each_unit
 
 COPIES = 8  # whose page ids are in registers together
@@ -45,8 +39,6 @@ def produce(
 ):
     """A producer warpgroup: keeps every slot of the ring filled with the next tile's pages."""
     layer = inputs.layer[0]
-    if plan.page_size is not None:
-        pages = pages.at[layer]
     if plan.is_quantized:
         scale = scale.at[layer]
 
@@ -62,7 +54,7 @@ def produce(
         buffer = rem(units, BUFFERS)
         if plan.page_size is not None:
             plgpu.barrier_wait(tiles.ids_full.at[buffer])
-        fetch = functools.partial(fetch_tile, plan, pages, scale, tiles, buffer, unit, count)
+        fetch = functools.partial(fetch_tile, plan, layer, pages, scale, tiles, buffer, unit, count)
         lax.fori_loop(0, unit.num_tiles, fetch, None)
         plgpu.commit_smem()  # all ids are read before a copy overwrites them
         return count + unit.num_tiles, units + 1
@@ -117,7 +109,7 @@ def fetch_queries(plan: Plan, inputs: Inputs, unit: Unit, queries: Queries, unit
     first, full = pl.multiple_of(first, 8), queries.full.at[buffer]
     rows = pl.ds(first * (plan.query_rows // plan.columns), plan.query_rows)
     row = unit.token if plan.finds_queries else unit.row
-    plgpu.copy_gmem_to_smem(inputs.query.at[row, rows], queries.query.at[buffer], full)
+    share(plan, functools.partial(copy_rows, plan, inputs.query, (row, rows), queries.query.at[buffer], full), [()])
     mode = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
     for source, place, target in (
         (inputs.query_factor, (unit.row, pl.ds(first, plan.columns)), queries.factor),
@@ -128,24 +120,37 @@ def fetch_queries(plan: Plan, inputs: Inputs, unit: Unit, queries: Queries, unit
             plgpu.copy_gmem_to_smem(source.at[place], target.at[buffer], full, oob_mode=mode)
 
 
-def fetch_tile(plan: Plan, pages, scale, tiles: Tiles, buffer, unit: Unit, count, index, _):
+def fetch_tile(plan: Plan, layer, pages, scale, tiles: Tiles, buffer, unit: Unit, count, index, _):
     """Starts the copies of one tile into its slot of the ring."""
     slot = rem(count + index, plan.config.stages)
     token = unit.start + index * plan.config.tile
     if plan.page_size is None:
         wait_until_empty(plan, tiles, slot, count + index)
-        source = pages.at[
-            unit.row, pl.ds(pl.multiple_of(token, plan.config.tile), plan.config.tile), unit.head
-        ]
-        plgpu.copy_gmem_to_smem(source, tiles.pages.at[slot], tiles.full.at[slot])
+        rows = pl.ds(pl.multiple_of(token, plan.config.tile), plan.config.tile)
+        place, full = (unit.row, rows, unit.head), tiles.full.at[slot]
+        share(plan, functools.partial(copy_rows, plan, pages, place, tiles.pages.at[slot], full), [()])
         return
     wait_until_empty(plan, tiles, slot, count + index)
     for first in range(0, plan.num_copies, COPIES):
         places = range(first, min(first + COPIES, plan.num_copies))
         # Their ids first: between copies each load would be waited for.
         page_ids = load_numbers(tiles.ids.at[buffer], id_columns(plan, unit, token, places))
-        copy = functools.partial(copy_page, plan, pages, scale, tiles, slot, unit, token)
-        copy_by_warps(copy, list(zip(places, page_ids, strict=True)))
+        copy = functools.partial(copy_page, plan, layer, pages, scale, tiles, slot, unit, token)
+        share(plan, copy, list(zip(places, page_ids, strict=True)))
+
+
+def share(plan: Plan, copy, arguments):
+    """Calls copy for each of the arguments, copies that end within a block by warps alone."""
+    (share_among_warps if plan.ends_within else copy_by_warps)(copy, arguments)
+
+
+def copy_rows(plan: Plan, array, place: tuple, target, barrier):
+    """Starts the copies of array[place], [rows, H], into blocks of columns [blocks, rows, block]."""
+    if not plan.ends_within:
+        plgpu.copy_gmem_to_smem(array.at[place], target.at[0], barrier)
+        return
+    for block in range(plan.num_blocks):
+        load_block(array, place, block * plan.block, target.at[block], barrier)
 
 
 def wait_until_empty(plan: Plan, tiles: Tiles, slot, index):
@@ -169,7 +174,7 @@ def id_columns(plan: Plan, unit: Unit, token: jax.Array, places: range) -> list[
     return [column_of(place) for place in places]
 
 
-def copy_page(plan: Plan, pages, scale, tiles: Tiles, slot, unit: Unit, token, place, page):
+def copy_page(plan: Plan, layer, pages, scale, tiles: Tiles, slot, unit: Unit, token, place, page):
     """Starts the copy of a page, or of the part of it that a tile takes, and of its scales."""
     assert plan.page_size is not None
     rows = pl.ds(0, plan.copy_rows)
@@ -178,8 +183,7 @@ def copy_page(plan: Plan, pages, scale, tiles: Tiles, slot, unit: Unit, token, p
         rows = pl.ds(pl.multiple_of(offset, plan.copy_rows), plan.copy_rows)
     full, target = tiles.full.at[slot], pl.ds(place * plan.copy_rows, plan.copy_rows)
     page = clip(page, 0, plan.num_pages - 1)
-    source = pages.at[page, unit.head, rows]
-    plgpu.copy_gmem_to_smem(source, tiles.pages.at[slot, target], full)
+    copy_rows(plan, pages, (layer, page, unit.head, rows), tiles.pages.at[slot, :, target], full)
     if plan.is_quantized:
         mode = plgpu.OOBFillMode.PROMISE_IN_BOUNDS  # not a tensor copy, so that 32 bytes may lie anywhere
         plgpu.copy_gmem_to_smem(

@@ -27,7 +27,8 @@ from pallas_kernels.mosaic import make_kernel, mutable, pl, plgpu
 from pallas_kernels.paged_attention.combine_sm90 import combine_parts
 from pallas_kernels.paged_attention.decode_codes import split_query
 from pallas_kernels.paged_attention.decode_consumer import consume
-from pallas_kernels.paged_attention.decode_plan import Inputs, Outputs, Plan, make_plan, scratch_types
+from pallas_kernels.paged_attention.decode_memory import Inputs, Outputs
+from pallas_kernels.paged_attention.decode_plan import Plan, make_plan, scratch_types
 from pallas_kernels.paged_attention.decode_producer import fetch_numbers, produce
 from pallas_kernels.paged_attention.plan import Counters
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec

@@ -8,7 +8,8 @@ from jax import lax
 
 from pallas_kernels.mosaic import LOG2_E, broadcast_columns, broadcast_rows, pl, plgpu, row_iota, where
 from pallas_kernels.mosaic_inline import reduce_rows
-from pallas_kernels.paged_attention.decode_plan import Plan, Scratch, Workspace
+from pallas_kernels.paged_attention.decode_memory import Scratch, Workspace
+from pallas_kernels.paged_attention.decode_plan import Plan
 from pallas_kernels.paged_attention.page_tiles import zero_invisible
 from pallas_kernels.paged_attention.units import Unit
 
@@ -20,13 +21,13 @@ class Softmax(NamedTuple):
 
     maximum: jax.Array  # f32[columns], in units of log2: what exponents are relative to
     total: jax.Array  # f32[tile, columns]: summed over tokens once, at the end
-    values: jax.Array  # f32[H, columns]
+    values: jax.Array  # f32[width, columns]
 
 
 class UnitQueries(NamedTuple):
     """What a unit's columns bring along."""
 
-    query: Any  # [columns, H], or [2 columns, H] in codes
+    query: Any  # [blocks, columns, block], or [blocks, 2 columns, block] in codes
     factor: jax.Array | None  # f32[columns]: codes to logits in units of log2, before a soft cap
     slopes: jax.Array | None  # f32[columns], in units of log2
 
@@ -65,7 +66,7 @@ def multiply_keys(tile: Tile):
     plgpu.barrier_wait(ring.full.at[tile.slot])
 
     def multiply(logits_ref):
-        plgpu.wgmma(logits_ref, ring.pages.at[tile.slot], tile.queries.query.transpose((1, 0)))
+        multiply_blocks(tile, logits_ref)
         return logits_ref[...]
 
     accumulator = plgpu.WGMMAAccumulatorRef((tile.plan.config.tile, tile.plan.columns), jnp.float32)
@@ -73,6 +74,13 @@ def multiply_keys(tile: Tile):
     plgpu.barrier_arrive(ring.empty.at[tile.slot])
     spec = tile.plan.spec
     return logits * (spec.scale * LOG2_E if spec.logits_soft_cap is None else spec.scale)
+
+
+def multiply_blocks(tile: Tile, products_ref):
+    """K Q^T, a block of columns after the other; what lies beyond H is zero in both."""
+    keys, query = tile.scratch.k.pages.at[tile.slot], tile.queries.query
+    for block in range(tile.plan.num_blocks):
+        plgpu.wgmma(products_ref, keys.at[block], query.at[block].transpose((1, 0)))
 
 
 def cap(plan: Plan, logits):
@@ -105,12 +113,9 @@ def multiply_values(tile: Tile, weights, old):
 
     def multiply(values_ref):
         right = work.weights.transpose((1, 0))
-        if plan.whole == plan.head_dim:
-            plgpu.wgmma(values_ref, values.transpose((1, 0)), right)
-            return
-        for row, column in plan.blocks:
-            block = values.at[:, pl.ds(column, 64)]
-            plgpu.wgmma(values_ref.at[pl.ds(row, 64)], block.transpose((1, 0)), right)
+        for block in range(plan.num_blocks):
+            rows = values_ref.at[pl.ds(block * plan.block, plan.block)]
+            plgpu.wgmma(rows, values.at[block].transpose((1, 0)), right)
 
     result: Any = pl.run_state(multiply)(plgpu.WGMMAAccumulatorRef.init(old))
     plgpu.barrier_arrive(ring.empty.at[tile.slot])
@@ -123,7 +128,8 @@ def zero_unseen(tile: Tile, values_ref):
 
     @pl.when((tile.start < unit.first_visible) | (stop > unit.end))
     def _():
-        zero_invisible(values_ref, tile.start, unit.first_visible, unit.end)
+        for block in range(tile.plan.num_blocks):
+            zero_invisible(values_ref.at[block], tile.start, unit.first_visible, unit.end)
         plgpu.commit_smem()
 
 

@@ -22,7 +22,12 @@ def copy_by_warps(copy, arguments):
     if len(arguments) < WARPS:
         for each in arguments:
             copy(*each)
-        return
+    else:
+        share_among_warps(copy, arguments)
+
+
+def share_among_warps(copy, arguments):
+    """Calls copy for each of the arguments, in one of the warps."""
 
     @plgpu.warp_map
     def _(warp):

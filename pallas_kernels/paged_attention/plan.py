@@ -35,19 +35,9 @@ class LaunchPlan:
 
     @property
     def width(self) -> int:
-        """Rows of the transposed values: wgmma takes them by 64. A last block that H does not fill begins
-        before it should; its rows that were taken twice are never stored."""
+        """Columns of parts in fp32, and rows of decode's transposed values, which wgmma takes by 64: what lies
+        beyond H is no part of the result."""
         return -(-self.head_dim // 64) * 64
-
-    @property
-    def blocks(self) -> list[tuple[int, int]]:
-        """(row of the transposed values, column of V) where each block of 64 begins."""
-        return [(row, min(row, self.head_dim - 64)) for row in range(0, self.width, 64)]
-
-    @property
-    def whole(self) -> int:
-        """Of the head dim, what fills blocks of 64."""
-        return self.head_dim // 64 * 64
 
 
 class Counters(NamedTuple):

@@ -157,7 +157,4 @@ def _merge_splits(plan: PrefillPlan, work: WorkList, out: jax.Array, lse: jax.Ar
     shape = plan.num_tokens, plan.num_heads
     lse = jnp.where(total > 0, maximum + jnp.log(total), -jnp.inf).reshape(shape)
     values = values.astype(plan.query_dtype).reshape(*shape, plan.width)
-    rest = plan.head_dim - plan.whole
-    if rest:  # the last block begins before it should
-        values = jnp.concatenate([values[..., : plan.whole], values[..., plan.width - rest :]], axis=-1)
-    return values, lse
+    return values[..., : plan.head_dim], lse

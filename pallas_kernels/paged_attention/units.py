@@ -11,7 +11,8 @@ from jax import lax
 from pallas_kernels.mosaic import ceil_div, div, pl, plgpu, rem, where
 from pallas_kernels.mosaic_inline import BY_THREAD, THREADS, draw, gather, load_numbers
 from pallas_kernels.paged_attention.config import ROW_BLOCK
-from pallas_kernels.paged_attention.decode_plan import BUFFERS, NOT_OURS, Plan, Scratch, Tickets
+from pallas_kernels.paged_attention.decode_memory import Scratch, Tickets
+from pallas_kernels.paged_attention.decode_plan import BUFFERS, NOT_OURS, Plan
 from pallas_kernels.paged_attention.plan import is_single
 
 

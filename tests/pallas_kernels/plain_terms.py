@@ -56,6 +56,7 @@ def plain_terms():
         "pass_turn": (lambda counters, place: None, backward_fused_adds),
         "load_exactly": (_load_exactly, mosaic_copy),
         "store_exactly": (_store_exactly, mosaic_copy),
+        "load_block": (_load_block, decode_producer),
         "store_rows": (_store_rows, prefill_consumer),
         "load_numbers": (
             _load_numbers,
@@ -120,6 +121,15 @@ def _load_exactly(array, place, target, barrier):
         target[:, pl.ds(array.shape[-1], missing)] = jnp.zeros((rows, missing), target.dtype)
     own = target.at[:, pl.ds(0, array.shape[-1])]
     plgpu.copy_gmem_to_smem(array.at[*batch, pl.ds(row, rows), head], own, barrier)
+
+
+def _load_block(array, place, column, target, barrier):
+    rows, columns = target.shape
+    own = min(columns, array.shape[-1] - column)
+    if own < columns:
+        target[:, pl.ds(own, columns - own)] = jnp.zeros((rows, columns - own), target.dtype)
+    source = array.at[(*place, pl.ds(column, own))]
+    plgpu.copy_gmem_to_smem(source, target.at[:, pl.ds(0, own)], barrier)
 
 
 def _store_exactly(source, array, place):
