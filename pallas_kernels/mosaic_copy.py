@@ -1,4 +1,4 @@
-"""TMA copies of a head's rows that end where the array does, in Mosaic GPU's own operations.
+"""TMA copies of rows that end where the array does, in Mosaic GPU's own operations.
 
 Pallas copies tiles of 8 rows and of a swizzle's columns, each whole: of lengths that are no multiples of 8 it
 would copy rows of the next sequence, of head dims that are none of a swizzle's width columns of the next
@@ -24,7 +24,6 @@ from pallas_kernels.mosaic import int32, pl, plgpu, swizzle_transforms
 NOT_UNROLLED = "#llvm.loop_annotation<unroll = <disable = true>>"
 OCTET = 8  # rows of a swizzled tile
 THREADS, WARPS = 128, 4  # of a warpgroup; each thread arrives at a barrier
-LANES = THREADS // WARPS
 THREAD_SUBSETS = mgpu_utils.ThreadSubset.WARPGROUP, mgpu_utils.ThreadSubset.WARP  # one leads each
 SPLAT = plgpu.Layout.WG_SPLAT
 BARRIER: Any = mgpu_utils.BarrierRef  # without phases: it is not waited for
@@ -92,35 +91,37 @@ def store_exactly(source: Any, array: Any, place: tuple) -> None:
 
 
 def load_block(array: Any, place: tuple, column: int, target: Any, barrier: Any) -> None:
-    """Starts the copy of columns of some rows into shared memory, one arrival at the barrier; a warp calls it.
+    """Starts the copy of some columns of rows into shared memory, one arrival at the barrier; for one warp.
 
-    array: [..., H] in global memory; place: of every dim before the last an index, or pl.ds of the rows;
-    target: [rows, columns], swizzled, of as many columns as the swizzle is wide: array's from `column` on, and
-    0 where it has ended.
+    array: [..., H] in global memory; place: of each dim before the last an index, or pl.ds of the rows;
+    target: [rows, columns], swizzled, as wide as the swizzle. It gets columns from `column` on, and 0 for
+    those past H, which count as bytes too.
     """
     rows, columns = target.shape
     num_bytes = rows * columns * jnp.dtype(target.dtype).itemsize
     transforms = swizzle_transforms(columns, target.dtype)
     starts = tuple(int32(x.start if isinstance(x, pl.Slice) else x) for x in place)
-    is_slice = [isinstance(x, pl.Slice) for x in place]
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), (SPLAT,) * len(place), plgpu.RefType(transforms), SPLAT))
     def load(ctx, source, indices, smem, address):
         i32 = ir.IntegerType.get_signless(32)
         pointer = llvm.inttoptr(llvm.PointerType.get(3), address.registers.item())
         loaded = BARRIER(pointer, mgpu_utils.c(0, i32), phases=None, num_barriers=1)
-        loaded.arrive(arrival_count=WARPS - 1, can_complete=False)  # as of the warps that do not take part
-        nvvm.mbarrier_arrive_expect_tx(pointer, mgpu_utils.c(num_bytes // LANES, i32))
-        indices = [arith.index_cast(ir.IndexType.get(), x.registers.item()) for x in indices]
-        indices = [mgpu_utils.DynamicSlice(x, rows) if y else x for x, y in zip(indices, is_slice, strict=True)]
+        leads = mgpu_utils.single_thread_predicate(mgpu_utils.ThreadSubset.WARP)
+        loaded.arrive_expect_tx(num_bytes, leads)
+        loaded.arrive(THREADS - 1, predicate=leads)  # for the threads of a warpgroup, which a barrier awaits
+        gmem_slice = [arith.index_cast(ir.IndexType.get(), x.registers.item()) for x in indices]
+        for dim, index in enumerate(place):
+            if isinstance(index, pl.Slice):
+                gmem_slice[dim] = mgpu_utils.DynamicSlice(gmem_slice[dim], rows)
         ctx.async_copy(
             src_ref=source,
             dst_ref=mgpu_utils.memref_fold(mgpu_utils.memref_slice(smem, (slice(None), 0)), 0, 2),
-            gmem_slice=(*indices, mgpu_utils.DynamicSlice(_index(column), columns)),
+            gmem_slice=(*gmem_slice, mgpu_utils.DynamicSlice(_index(column), columns)),
             swizzle=columns * jnp.dtype(target.dtype).itemsize,
             barrier=loaded,
             arrive=False,
-            predicate=mgpu_utils.single_thread_predicate(mgpu_utils.ThreadSubset.WARP),
+            predicate=leads,
         )
 
     load(array, starts, target, barrier_address(barrier))

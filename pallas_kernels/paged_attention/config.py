@@ -16,6 +16,7 @@ MANY_UNITS_SPLIT = 4096  # where no split gives every multiprocessor one unit
 FEW_KV_HEADS = 4
 INVARIANT_SPLITS = (512, 1024)  # of so few, and of more: a row of 16384 has 128 units at K = 4 and at K = 8
 MAX_STAGES = 8
+MIN_ROOM = 128  # tokens of a cache: the default's tile for all dtypes that caches have
 IN_FLIGHT = 112 << 10  # bytes of K and V that a multiprocessor waits for at a time
 
 
@@ -62,6 +63,14 @@ def numbers_size(num_rows: int) -> int:
     of which every thread of a warpgroup takes as many."""
     size = -(-(num_rows + ROW_BLOCK) // 128) * 128
     return size if size <= MAX_BOX else -(-size // MAX_BOX) * MAX_BOX
+
+
+def block_columns(head_dim: int, itemsize: int) -> int:
+    """Columns of a block of K, V and queries in shared memory: all, or, if H is no multiple of 64, those of
+    128 bytes, the last not filled: of the rows of 32 or 64 bytes that divide such an H the copy engine moves
+    fewer bytes in the same time.
+    """
+    return 128 // itemsize if head_dim % 64 else head_dim
 
 
 def fixed_bytes(
@@ -116,12 +125,14 @@ def default_config(
     a program, 128 both).
     """
     is_quantized = itemsize == 1
+    block = block_columns(head_dim, itemsize)
+    padded = -(-head_dim // block) * block
     split = choose_split(num_rows, num_kv_heads, capacity, batch_invariant)
     most_rows = MAX_ROWS if batch_invariant else num_rows
 
     def stages_that_fit(tile: int, consumers: int, num_rows: int, is_ragged: bool) -> int:
-        fixed = fixed_bytes(num_rows, head_dim, columns, tile, consumers, split, page_size, is_ragged)
-        return max(0, SMEM_BYTES - fixed) // (2 * tile * (head_dim * itemsize + 4 * is_quantized))
+        fixed = fixed_bytes(num_rows, padded, columns, tile, consumers, split, page_size, is_ragged)
+        return max(0, SMEM_BYTES - fixed) // (2 * tile * (padded * itemsize + 4 * is_quantized))
 
     for tile in (256, 128, 64):
         consumers = 2 if tile < 256 and (is_quantized or head_dim <= 64) else 1
@@ -138,11 +149,6 @@ def default_config(
     units = num_rows * num_kv_heads * -(-capacity // split)
     dynamic = units >= 3 * NUM_PROGRAMS and not is_quantized
     return PagedConfig(tile=tile, split=split, stages=stages, consumers=consumers, dynamic=dynamic)
-
-
-def block_columns(head_dim: int, itemsize: int) -> int:
-    """Columns of a block of K, V and queries in shared memory."""
-    return 128 // itemsize if head_dim % 64 else head_dim
 
 
 def choose_split(num_rows: int, num_kv_heads: int, capacity: int, batch_invariant: bool) -> int:

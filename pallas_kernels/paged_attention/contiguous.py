@@ -1,5 +1,7 @@
 """contiguous_attention: decode over caches without pages, by the same kernel and the same reference."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -9,17 +11,18 @@ from pallas_kernels.device import is_hopper
 from pallas_kernels.kv_pages import pool
 from pallas_kernels.manual import jit_kernels, unsupported_layout
 from pallas_kernels.paged_attention import decode_plan, decode_sm90, reference
-from pallas_kernels.paged_attention.config import MAX_BOX, PagedConfig
+from pallas_kernels.paged_attention.config import MIN_ROOM, PagedConfig
 from pallas_kernels.paged_attention.op import Variant, check_heads, make_spec
 from pallas_kernels.paged_attention.prefill_config import OCTET
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 from pallas_kernels.variants import choose
 
 
-def with_room(inputs: PagedInputs) -> PagedInputs:
-    """Caches of as much room as the kernel takes: copies, where they have less or not whole octets."""
+def with_room(inputs: PagedInputs, config: PagedConfig | None = None) -> PagedInputs:
+    """Caches of room for a tile or more: copies, where they have less or not whole octets."""
     room = inputs.k_pages.shape[1]
-    more = max(MAX_BOX, room + -room % OCTET) - room
+    least = max(MIN_ROOM, 0 if config is None else config.tile)
+    more = max(least, room + -room % OCTET) - room
     if not more:
         return inputs
     k, v = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (inputs.k_pages, inputs.v_pages))
@@ -27,11 +30,11 @@ def with_room(inputs: PagedInputs) -> PagedInputs:
 
 
 def _decode(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]:
-    return decode_sm90.forward(with_room(inputs), spec)
+    return decode_sm90.forward(with_room(inputs, spec.config), spec)
 
 
 def _unsupported(inputs: PagedInputs, spec: PagedSpec) -> str | None:
-    shapes = jax.eval_shape(with_room, inputs)
+    shapes = jax.eval_shape(functools.partial(with_room, config=spec.config), inputs)
     return decode_plan.unsupported_shapes(shapes) or unsupported_layout(inputs)
 
 
@@ -72,7 +75,8 @@ def contiguous_attention(
         others: as those of paged_attention.
 
     Served by the kernel: what paged_attention's serve without query_start. The reference serves the rest. The
-    kernel takes caches of S >= 256, a multiple of 8; others are copied into such at every call.
+    kernel takes caches of S >= 128, and of config's tile, a multiple of 8; others are copied into such at
+    every call.
 
     Raises ValueError for wrong arguments, NotImplementedError where the implementation named cannot serve.
     """

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.kv_pages.pool import QUANTIZED
 from pallas_kernels.manual import unsupported_layout
 from pallas_kernels.mosaic import SMEM_BYTES, buffer_bytes, plgpu, swizzled_smem
 from pallas_kernels.mosaic_inline import REDUCTION_SIZE
@@ -15,6 +14,7 @@ from pallas_kernels.paged_attention.config import (
     COUNTED_ROWS,
     MAX_BOX,
     MAX_ROWS,
+    MIN_ROOM,
     NUM_PROGRAMS,
     PagedConfig,
     block_columns,
@@ -112,13 +112,12 @@ class Plan(LaunchPlan):
 
     @property
     def ends_within(self) -> bool:
-        """Whether H ends within a block of columns: copies then end there too, see mosaic_copy.load_block."""
-        return self.head_dim % 64 != 0
+        """Whether H ends within a block: copies then do, and what lies beyond is zero."""
+        return self.head_dim % self.block != 0
 
     @property
     def block(self) -> int:
-        """Columns of a block of K, V and queries in shared memory: all, or, where H ends within a block, those
-        of 128 bytes. (Of the narrower rows that would divide such an H copies are slow.)"""
+        """Columns of a block of K, V and queries in shared memory."""
         return block_columns(self.head_dim, jnp.dtype(self.page_dtype).itemsize)
 
     @property
@@ -181,7 +180,7 @@ def unsupported_shapes(inputs: PagedInputs) -> str | None:
     head_dim, dtype, page_dtype = inputs.query.shape[-1], inputs.query.dtype, inputs.k_pages.dtype
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"query and pages must be bf16 or fp16, got {dtype} and {page_dtype}"
-    step = 32 if page_dtype in QUANTIZED else 16  # bytes, and elements, of the narrowest swizzle
+    step = 16 // jnp.dtype(page_dtype).itemsize  # TMA takes rows at multiples of 16 bytes
     if head_dim % step or not 64 <= head_dim <= 256:
         return f"the head dim must be a multiple of {step} in 64..256, got {head_dim}"
     num_kv_heads = inputs.k_pages.shape[2]
@@ -191,8 +190,8 @@ def unsupported_shapes(inputs: PagedInputs) -> str | None:
     if (num_rows := inputs.kv_lengths.shape[0]) > MAX_ROWS:
         return f"the numbers of at most {MAX_ROWS} rows are kept in shared memory, got {num_rows}"
     room = inputs.k_pages.shape[1]  # of a cache: TMA takes it in tiles, of 8 tokens as they lie in memory
-    if inputs.block_tables is None and (room < MAX_BOX or room % 8):
-        return f"caches must have room for {MAX_BOX} tokens or more, in multiples of 8, got {room}"
+    if inputs.block_tables is None and (room < MIN_ROOM or room % 8):
+        return f"caches must have room for {MIN_ROOM} tokens or more, in multiples of 8, got {room}"
     return None
 
 

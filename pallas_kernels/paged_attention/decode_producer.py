@@ -109,7 +109,8 @@ def fetch_queries(plan: Plan, inputs: Inputs, unit: Unit, queries: Queries, unit
     first, full = pl.multiple_of(first, 8), queries.full.at[buffer]
     rows = pl.ds(first * (plan.query_rows // plan.columns), plan.query_rows)
     row = unit.token if plan.finds_queries else unit.row
-    share(plan, functools.partial(copy_rows, plan, inputs.query, (row, rows), queries.query.at[buffer], full), [()])
+    copy = functools.partial(copy_rows, plan, inputs.query, (row, rows), queries.query.at[buffer], full)
+    share(plan, copy, [()])
     mode = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
     for source, place, target in (
         (inputs.query_factor, (unit.row, pl.ds(first, plan.columns)), queries.factor),
@@ -128,7 +129,8 @@ def fetch_tile(plan: Plan, layer, pages, scale, tiles: Tiles, buffer, unit: Unit
         wait_until_empty(plan, tiles, slot, count + index)
         rows = pl.ds(pl.multiple_of(token, plan.config.tile), plan.config.tile)
         place, full = (unit.row, rows, unit.head), tiles.full.at[slot]
-        share(plan, functools.partial(copy_rows, plan, pages, place, tiles.pages.at[slot], full), [()])
+        copy = functools.partial(copy_rows, plan, pages, place, tiles.pages.at[slot], full)
+        share(plan, copy, [()])
         return
     wait_until_empty(plan, tiles, slot, count + index)
     for first in range(0, plan.num_copies, COPIES):
@@ -140,7 +142,7 @@ def fetch_tile(plan: Plan, layer, pages, scale, tiles: Tiles, buffer, unit: Unit
 
 
 def share(plan: Plan, copy, arguments):
-    """Calls copy for each of the arguments, copies that end within a block by warps alone."""
+    """Calls copy for each of the arguments, where H ends within a block in one warp: so is load_block."""
     (share_among_warps if plan.ends_within else copy_by_warps)(copy, arguments)
 
 

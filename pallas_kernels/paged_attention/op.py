@@ -103,10 +103,11 @@ def paged_attention(
     keys of few queries are not split. The reference leaves the order of sums to XLA.
 
     Served by the kernels, on a Hopper GPU: bf16 and fp16 queries of up to 4096 rows; head dims that are
-    multiples of 16, of 32 in quantized pages, from 64 to 256; up to 4096 numbers in the queries of a KV head,
-    N / K * H. With query_start also: N / K up to 16, up to 8 with alibi_slopes or in quantized pages above H
-    = 128; a scale above zero; H up to 224 in quantized pages. The reference serves the rest (f32, H = 32, 48,
-    72, 88), and other devices, at the speed of XLA. It is made for serving: the kernels have no gradients.
+    multiples of 8, of 16 in quantized pages, from 64 to 256; up to 4096 numbers in the queries of a KV head,
+    N / K * H. With query_start: head dims that are multiples of 16, of 32 in quantized pages and there up to
+    224; N / K up to 16, up to 8 with alibi_slopes or in quantized pages above H = 128; a scale above zero.
+    The reference serves the rest (f32, H = 32, 48; with query_start 72, 88), and other devices, at the speed
+    of XLA. It is made for serving: the kernels have no gradients.
 
     Inside shard_map over KV heads (query N, pools K) each device attends with its own heads: there is nothing
     to exchange. Outside, heads that lie along explicit mesh axes are left to the reference.

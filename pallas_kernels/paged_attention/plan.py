@@ -35,8 +35,8 @@ class LaunchPlan:
 
     @property
     def width(self) -> int:
-        """Columns of parts in fp32, and rows of decode's transposed values, which wgmma takes by 64: what lies
-        beyond H is no part of the result."""
+        """Columns of parts in fp32, and rows of decode's transposed values, which wgmma takes by 64. Nobody
+        reads what lies beyond H."""
         return -(-self.head_dim // 64) * 64
 
 

@@ -133,8 +133,8 @@ def store_unit(unit: Unit, carry, outputs: Outputs):
     if plan.has_parts:
         outputs.lse[place] = lse
         rows = outputs.out.at[place]
-        for column in range(0, plan.head_dim, 64):
-            column = min(column, plan.head_dim - 64)  # the last may store again what is there
+        for first in range(0, plan.head_dim, 64):
+            column = min(first, plan.head_dim - 64)  # the last may store again what the one before did
             rows[:, pl.ds(column, 64)] = values[:, column : column + 64]
     else:
         store_tokens(unit, values.astype(plan.query_dtype), outputs.out)

@@ -182,6 +182,9 @@ def unsupported(inputs: PagedInputs, spec: PagedSpec) -> str | None:
         return f"the scale must be positive, got {spec.scale}"
     head_dim, config = inputs.query.shape[2], spec.prefill_config
     is_quantized = inputs.k_pages.dtype in QUANTIZED
+    step = 32 if is_quantized else 16  # bytes, and elements, of the narrowest swizzle
+    if head_dim % step:
+        return f"the head dim must be a multiple of {step} beside query_start, got {head_dim}"
     warpgroups = fewest_warpgroups(head_dim, inputs.alibi_slopes is not None, is_quantized)
     most = OCTET * min(2, config.warpgroups if config else warpgroups)
     if (group := inputs.query.shape[1] // inputs.k_pages.shape[2]) > most:

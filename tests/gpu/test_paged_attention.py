@@ -28,7 +28,7 @@ def arguments_of(case, dtype, pages=None, per_head=(), room=None):
     named = {name: jnp.linspace(0.01, 2.0, num_heads) for name in per_head}
     arrays = list(case[:5])
     if pages == "contiguous":
-        room = room or max(256, -(-int(case.kv_lengths.max()) // 8) * 8)
+        room = room or max(128, -(-int(case.kv_lengths.max()) // 8) * 8)
         arrays, op = [case.query, *contiguous(case, room), case.kv_lengths], contiguous_attention
     else:
         named["layer"] = jnp.int32(case.layer)
@@ -58,7 +58,7 @@ def check_on_gpu(case, dtype, pages=None, per_head=(), room=None, **options):
 
 
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 72, 80, 96, 128, 160, 256])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_decode_of_every_page_size_and_head_dim(page_size, head_dim, dtype):
     width = 5000 // page_size + 1
@@ -68,9 +68,20 @@ def test_decode_of_every_page_size_and_head_dim(page_size, head_dim, dtype):
     check_on_gpu(case, dtype)
 
 
+@pytest.mark.parametrize("head_dim", range(72, 256, 8))
+def test_decode_of_head_dims_that_end_within_a_block(head_dim):
+    kinds = [None, "contiguous"] if head_dim % 16 else [None, *QUANTIZED]
+    page_size = 8 if head_dim % 32 < 16 else 64
+    shapes = {"page_size": page_size, "width": 2000 // page_size}
+    case = make_case(head_dim, rows=6, heads=8, kv_heads=2, head_dim=head_dim, **shapes)
+    for pages in kinds:
+        check_on_gpu(case, jnp.bfloat16, pages, local_window_size=1500)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80])
 @pytest.mark.parametrize("group", [*range(1, 17)])
-def test_decode_of_every_group(group):
-    case = make_case(group, rows=5, heads=3 * group, kv_heads=3, head_dim=64, page_size=16, width=33)
+def test_decode_of_every_group(group, head_dim):
+    case = make_case(group, rows=5, heads=3 * group, kv_heads=3, head_dim=head_dim, page_size=16, width=33)
     check_on_gpu(case, jnp.bfloat16)
 
 
@@ -78,7 +89,9 @@ def test_decode_of_every_group(group):
 def test_decode_of_random_cases(seed):
     rng = np.random.default_rng(seed)
     page_size, kv_heads = int(rng.choice(PAGE_SIZES)), int(rng.integers(1, 9))
-    head_dim = int(rng.choice([64, 80, 96, 128, 256] if seed % 2 == 0 else [64, 96, 128, 256]))
+    head_dim = int(
+        rng.choice([64, 72, 80, 96, 112, 128, 160, 256] if seed % 2 == 0 else [64, 80, 96, 128, 256])
+    )
     rows, width = int(rng.integers(1, 40)), int(rng.integers(1, 1 + 4000 // page_size))
     case = make_case(
         seed,
@@ -101,7 +114,7 @@ def test_decode_of_random_cases(seed):
     check_on_gpu(case, jnp.bfloat16, **options)
 
 
-@pytest.mark.parametrize("room", [77, 255, 1001])
+@pytest.mark.parametrize("room", [77, 128, 200, 255, 1001])
 def test_caches_of_any_room(room):
     case = make_case(rows=3, heads=8, kv_heads=2, head_dim=128, width=-(-room // 8), lengths=[room, 5, 0])
     check_on_gpu(case, jnp.bfloat16, "contiguous", room=room)

@@ -198,7 +198,7 @@ def test_row_does_not_depend_on_the_others():
     np.testing.assert_array_equal(alone[64:164], everything[64:164])
 
 
-@pytest.mark.parametrize(("head_dim", "heads"), [(64, 2), (128, 8), (256, 4)])
+@pytest.mark.parametrize(("head_dim", "heads"), [(64, 2), (80, 4), (128, 8), (256, 4)])
 def test_cascade_equals_paged_attention(head_dim, heads):
     rng = np.random.default_rng(0)
     groups = rng.integers(-1, 3, 20)

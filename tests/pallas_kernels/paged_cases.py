@@ -44,7 +44,7 @@ def check_decode(
     for name in {"sinks", "alibi_slopes"} & set(arguments):
         arguments[name] = jnp.linspace(-0.5, 2.0, heads)
     if pages == "contiguous":
-        room = room or max(decode_plan.MAX_BOX, -(-int(case.kv_lengths.max()) // 8) * 8)
+        room = room or max(decode_plan.MIN_ROOM, -(-int(case.kv_lengths.max()) // 8) * 8)
         arrays, attend = [case.query, *contiguous(case, room), case.kv_lengths], contiguous_attention
     else:
         arrays, attend = list(case[:5]), paged_attention
@@ -192,6 +192,32 @@ DECODE_CASES: dict[str, dict[str, Any]] = {
     "caches of little room": {
         **{"rows": 3, "page_size": 16, "width": 5, "lengths": [77, 3, 0], "pages": "contiguous", "room": 77},
     },
+    "caches without pages, head dim 72": {
+        "rows": 2,
+        "head_dim": 72,
+        "page_size": 16,
+        "width": 9,
+        "lengths": [136, 3],
+        "pages": "contiguous",
+    },
+    "int8 pages, head dim 80, two consumers": {
+        "rows": 2,
+        "head_dim": 80,
+        "page_size": 16,
+        "width": 9,
+        "lengths": [130, 20],
+        "pages": jnp.int8,
+        "config": PagedConfig(64, 192, 2, 2),
+    },
+    "fp8 pages of 64, head dim 144, a window": {
+        "rows": 1,
+        "head_dim": 144,
+        "page_size": 64,
+        "width": 3,
+        "lengths": [150],
+        "pages": jnp.float8_e4m3fn,
+        "call": {"local_window_size": 120},
+    },
 }
 
 
@@ -284,7 +310,11 @@ COMPILE = {
             "per_head": ("sinks",),
         },
         "fp8 pages of 8": {"pages": jnp.float8_e4m3fn, "page_size": 8},
+        "H=72": {"head_dim": 72},
         "H=80": {"head_dim": 80},
+        "H=80, one split": {"rows": 32, "kv_heads": 32, "head_dim": 80, "capacity": 4096},
+        "H=240, group 5, pages of 64": {"heads": 10, "kv_heads": 2, "head_dim": 240, "page_size": 64},
+        "int8 pages, H=80": {"pages": jnp.int8, "head_dim": 80},
         "H=96, group 7, one split": {
             "rows": 128,
             "heads": 28,
@@ -295,4 +325,7 @@ COMPILE = {
         "sinks and ALiBi": {"per_head": ("sinks", "alibi_slopes")},
         "units drawn": {"config": PagedConfig(128, 1024, 3, dynamic=True)},
     }.items()
-} | {"paged_attention:contiguous": contiguous_case()}
+} | {
+    "paged_attention:contiguous": contiguous_case(),
+    "paged_attention:contiguous, H=96": contiguous_case(head_dim=96),
+}

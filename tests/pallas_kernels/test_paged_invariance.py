@@ -30,7 +30,7 @@ def inputs_of(heads, head_dim, dtype, page_size, rows, width, tokens=None):
 
 
 @pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
 @pytest.mark.parametrize("page_size", [8, 256])
 def test_decode_is_cut_alike_for_any_rows_and_tables(heads, head_dim, dtype, page_size):
