@@ -137,7 +137,8 @@ def fetch_tile(plan: Plan, layer, pages, scale, tiles: Tiles, buffer, unit: Unit
         places = range(first, min(first + COPIES, plan.num_copies))
         # Their ids first: between copies each load would be waited for.
         page_ids = load_numbers(tiles.ids.at[buffer], id_columns(plan, unit, token, places))
-        copy = functools.partial(copy_page, plan, layer, pages, scale, tiles, slot, unit, token)
+        rows = rows_of_page(plan, token)
+        copy = functools.partial(copy_page, plan, layer, pages, scale, tiles, slot, unit, rows)
         share(plan, copy, list(zip(places, page_ids, strict=True)))
 
 
@@ -176,13 +177,16 @@ def id_columns(plan: Plan, unit: Unit, token: jax.Array, places: range) -> list[
     return [column_of(place) for place in places]
 
 
-def copy_page(plan: Plan, layer, pages, scale, tiles: Tiles, slot, unit: Unit, token, place, page):
-    """Starts the copy of a page, or of the part of it that a tile takes, and of its scales."""
+def rows_of_page(plan: Plan, token):
+    """What the tile from `token` on takes of each of its pages: all, or a part of one."""
     assert plan.page_size is not None
-    rows = pl.ds(0, plan.copy_rows)
-    if plan.page_size > plan.copy_rows:
-        offset = rem(token, plan.page_size)
-        rows = pl.ds(pl.multiple_of(offset, plan.copy_rows), plan.copy_rows)
+    if plan.page_size == plan.copy_rows:
+        return pl.ds(0, plan.copy_rows)
+    return pl.ds(pl.multiple_of(rem(token, plan.page_size), plan.copy_rows), plan.copy_rows)
+
+
+def copy_page(plan: Plan, layer, pages, scale, tiles: Tiles, slot, unit: Unit, rows, place, page):
+    """Starts the copies of some rows of a page, and of their scales."""
     full, target = tiles.full.at[slot], pl.ds(place * plan.copy_rows, plan.copy_rows)
     page = clip(page, 0, plan.num_pages - 1)
     copy_rows(plan, pages, (layer, page, unit.head, rows), tiles.pages.at[slot, :, target], full)

@@ -209,11 +209,11 @@ DECODE_CASES: dict[str, dict[str, Any]] = {
         "pages": jnp.int8,
         "config": PagedConfig(64, 192, 2, 2),
     },
-    "fp8 pages of 64, head dim 144, a window": {
+    "fp8 pages over two tiles, head dim 144, a window": {
         "rows": 1,
         "head_dim": 144,
-        "page_size": 64,
-        "width": 3,
+        "page_size": 128,
+        "width": 2,
         "lengths": [150],
         "pages": jnp.float8_e4m3fn,
         "call": {"local_window_size": 120},
@@ -313,8 +313,8 @@ COMPILE = {
         "H=72": {"head_dim": 72},
         "H=80": {"head_dim": 80},
         "H=80, one split": {"rows": 32, "kv_heads": 32, "head_dim": 80, "capacity": 4096},
-        "H=240, group 5, pages of 64": {"heads": 10, "kv_heads": 2, "head_dim": 240, "page_size": 64},
-        "int8 pages, H=80": {"pages": jnp.int8, "head_dim": 80},
+        "H=240, group 5, parts of pages": {"heads": 10, "kv_heads": 2, "head_dim": 240, "page_size": 128},
+        "int8 pages, H=80, parts of them": {"pages": jnp.int8, "head_dim": 80, "page_size": 256},
         "H=96, group 7, one split": {
             "rows": 128,
             "heads": 28,

@@ -176,14 +176,9 @@ PREFILL_CASES: dict[str, dict[str, Any]] = {
         "call": {"sinks": None, "alibi_slopes": None, "is_causal": False},
     },
     "head dim 80, a window": {
-        "rows": 1,
-        "heads": 2,
-        "kv_heads": 1,
-        "head_dim": 80,
-        "page_size": 16,
-        "width": 9,
-        "lengths": [130],
-        "query_lengths": [21],
+        **{"rows": 2, "heads": 2, "kv_heads": 1, "head_dim": 80, "page_size": 16, "width": 9},
+        "lengths": [130, 70],
+        "query_lengths": [21, 1],
         "call": {"local_window_size": 40},
     },
     "head dim 96, whole tiles": {

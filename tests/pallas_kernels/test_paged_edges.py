@@ -180,6 +180,8 @@ def test_small_integers_serve_caches_and_cascades(dtype):
 # Rows, heads, KV heads, head dim, dtype of pages, and whether queries are ragged.
 SERVED = [
     (4096, 8, 8, 64, jnp.bfloat16, False),
+    *((1, 8, 2, head_dim, jnp.bfloat16, False) for head_dim in (72, 88)),
+    (1, 8, 2, 80, jnp.int8, False),
     (1, 8, 2, 80, jnp.float16, True),
     (1, 16, 1, 256, jnp.bfloat16, True),
     (1, 64, 1, 64, jnp.bfloat16, False),
@@ -189,8 +191,10 @@ SERVED = [
 LEFT = [
     (1, 8, 2, 64, jnp.float32, False),
     (4097, 8, 2, 64, jnp.bfloat16, False),
-    *((1, 8, 2, head_dim, jnp.bfloat16, False) for head_dim in (32, 48, 72, 88)),
-    *((1, 8, 2, head_dim, jnp.int8, False) for head_dim in (32, 80)),
+    *((1, 8, 2, head_dim, jnp.bfloat16, False) for head_dim in (32, 48, 76)),
+    *((1, 8, 2, head_dim, jnp.int8, False) for head_dim in (32, 72)),
+    (1, 8, 2, 72, jnp.bfloat16, True),
+    (1, 8, 2, 80, jnp.int8, True),
     (1, 65, 1, 64, jnp.bfloat16, False),
     (1, 17, 1, 64, jnp.bfloat16, True),
     (1, 8, 2, 256, jnp.int8, True),
