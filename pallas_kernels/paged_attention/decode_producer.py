@@ -125,14 +125,13 @@ def fetch_tile(plan: Plan, layer, pages, scale, tiles: Tiles, buffer, unit: Unit
     """Starts the copies of one tile into its slot of the ring."""
     slot = rem(count + index, plan.config.stages)
     token = unit.start + index * plan.config.tile
+    wait_until_empty(plan, tiles, slot, count + index)
     if plan.page_size is None:
-        wait_until_empty(plan, tiles, slot, count + index)
         rows = pl.ds(pl.multiple_of(token, plan.config.tile), plan.config.tile)
         place, full = (unit.row, rows, unit.head), tiles.full.at[slot]
         copy = functools.partial(copy_rows, plan, pages, place, tiles.pages.at[slot], full)
         share(plan, copy, [()])
         return
-    wait_until_empty(plan, tiles, slot, count + index)
     for first in range(0, plan.num_copies, COPIES):
         places = range(first, min(first + COPIES, plan.num_copies))
         # Their ids first: between copies each load would be waited for.
@@ -143,7 +142,8 @@ def fetch_tile(plan: Plan, layer, pages, scale, tiles: Tiles, buffer, unit: Unit
 
 
 def share(plan: Plan, copy, arguments):
-    """Calls copy for each of the arguments, where H ends within a block in one warp: so is load_block."""
+    """Calls copy for each of the arguments; where H ends within a block always in one warp, as load_block
+    must be."""
     (share_among_warps if plan.ends_within else copy_by_warps)(copy, arguments)
 
 
