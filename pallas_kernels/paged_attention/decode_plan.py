@@ -28,6 +28,7 @@ from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 BUFFERS = 2  # of queries and of page ids: this unit's and the next one's
 MAX_QUERIES = 16 * 256  # numbers in the queries of one KV head: beyond, accumulators spill
 RESERVED_BYTES = 1024  # of shared memory, for barriers
+CACHE_ROWS = 16  # tokens, of a copy of a cache's block of columns
 MIN_TILE = 64  # tokens, the rows of a wgmma
 NOT_OURS = -1  # the length of a row that another kernel attends
 
@@ -126,8 +127,11 @@ class Plan(LaunchPlan):
 
     @property
     def copy_rows(self) -> int:
-        """Tokens of one TMA copy: a page, or the part of it that one tile takes."""
-        return self.config.tile if self.page_size is None else min(self.page_size, self.config.tile)
+        """Tokens of one TMA copy: a page, or the part of it that one tile takes; of caches a tile, or a part
+        whose blocks of columns are asked for soon after each other, as they lie in memory."""
+        if self.page_size is None:
+            return CACHE_ROWS if self.ends_within else self.config.tile
+        return min(self.page_size, self.config.tile)
 
     @property
     def num_copies(self) -> int:

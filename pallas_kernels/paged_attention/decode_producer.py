@@ -127,10 +127,8 @@ def fetch_tile(plan: Plan, layer, pages, scale, tiles: Tiles, buffer, unit: Unit
     token = unit.start + index * plan.config.tile
     wait_until_empty(plan, tiles, slot, count + index)
     if plan.page_size is None:
-        rows = pl.ds(pl.multiple_of(token, plan.config.tile), plan.config.tile)
-        place, full = (unit.row, rows, unit.head), tiles.full.at[slot]
-        copy = functools.partial(copy_rows, plan, pages, place, tiles.pages.at[slot], full)
-        share(plan, copy, [()])
+        copy = functools.partial(copy_part, plan, pages, tiles, slot, unit, token)
+        share(plan, copy, [(place,) for place in range(plan.num_copies)])
         return
     for first in range(0, plan.num_copies, COPIES):
         places = range(first, min(first + COPIES, plan.num_copies))
@@ -154,6 +152,15 @@ def copy_rows(plan: Plan, array, place: tuple, target, barrier):
         return
     for block in range(plan.num_blocks):
         load_block(array, place, block * plan.block, target.at[block], barrier)
+
+
+def copy_part(plan: Plan, caches, tiles: Tiles, slot, unit: Unit, token, place):
+    """Starts the copies of a part of a tile out of a row's cache."""
+    first, target = token + place * plan.copy_rows, pl.ds(place * plan.copy_rows, plan.copy_rows)
+    if not plan.ends_within:  # of load_block's warp there is no multiple_of, nor need
+        first = pl.multiple_of(first, plan.copy_rows)
+    source = unit.row, pl.ds(first, plan.copy_rows), unit.head
+    copy_rows(plan, caches, source, tiles.pages.at[slot, :, target], tiles.full.at[slot])
 
 
 def wait_until_empty(plan: Plan, tiles: Tiles, slot, index):

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import FlashConfig
 from jaxattn.block_mask import BlockMask
+from pallas_kernels import FlashConfig
 from pallas_kernels.flash_attention.extras import Footprint, prepare
 from pallas_kernels.flash_attention.forward_plan import ITEM_COST, ForwardPlan
 from pallas_kernels.flash_attention.sm90 import forward_plan_of
