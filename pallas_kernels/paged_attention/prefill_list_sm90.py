@@ -21,9 +21,14 @@ from pallas_kernels.paged_attention.prefill_plan import PrefillPlan
 from pallas_kernels.paged_attention.prefill_work import (
     SINGLE,
     Segments,
+    base_of,
+    cached_tokens,
     comes_before,
     cut_segments,
+    ends_late,
     item_records,
+    items_before,
+    place_in_list,
 )
 
 MAX_ROWS = 254  # two segments a thread: 16 and 128 rows take 2.0 and 4.4 us, XLA's launches 8 (an H200)
@@ -39,11 +44,15 @@ class Scratch(NamedTuple):
     weight: Any  # i32[size]
     num_items: Any
     first_item: Any
+    cached: Any  # see cached_tokens
+    num_late: Any  # see ends_late
+    base: Any  # see base_of
+    total: Any  # of items
 
     @classmethod
     def types(cls, size: int, num_copies: int) -> "Scratch":
-        given, numbers = (plgpu.SMEM((length,), jnp.int32) for length in (THREADS + size, size))
-        return cls(given, given, plgpu.Barrier(num_arrivals=num_copies), numbers, numbers, numbers)
+        given, numbers, one = (plgpu.SMEM((length,), jnp.int32) for length in (THREADS + size, size, THREADS))
+        return cls(given, given, plgpu.Barrier(num_arrivals=num_copies), *(numbers,) * 6, total=one)
 
 
 def num_item_blocks(plan: PrefillPlan) -> int:
@@ -97,20 +106,28 @@ def _kernel(plan: PrefillPlan, size: int, query_start, kv_lengths, records, *ref
 
 
 def count_items(plan: PrefillPlan, scratch: Scratch):
-    """Where the items of each segment begin in the list, from its numbers in shared memory; returns the least
-    weight of a segment."""
+    """Where the items of each segment begin, and which are late, from its numbers in shared memory; returns
+    the least weight of a segment."""
     thread = plgpu.broadcasted_iota(jnp.int32, (THREADS,), 0, layout=BY_THREAD)
     blocks = []
     for first in range(0, plan.num_rows + 2, THREADS):
         segment, part = thread + first, pl.ds(first, THREADS)
-        cuts = cut_at(plan, scratch, segment)[1]
-        scratch.weight[part] = cuts.weight
-        scratch.num_items[part] = cuts.num_tiles * cuts.num_splits
-        blocks.append((segment, part, cuts.weight))
+        given, cuts = cut_at(plan, scratch, segment)
+        num_items = cuts.num_tiles * cuts.num_splits
+        scratch.weight[part], scratch.num_items[part] = cuts.weight, num_items
+        if plan.late_items:
+            scratch.cached[part] = cached_tokens(plan, *given, num_items)
+            scratch.base[part] = base_of(plan, given[2])
+        blocks.append((segment, part, cuts.weight, num_items))
     meet()
     lightest = None
-    for segment, part, weight in blocks:
-        scratch.first_item[part], lightest = _items_before(plan, scratch, segment, weight)
+    for segment, part, weight, num_items in blocks:
+        before = _count_before(plan, scratch, segment, weight)
+        scratch.first_item[part], lightest = before.items, before.lightest
+        if plan.late_items:
+            is_late = ends_late(plan, before.all_seeing - before.items - num_items, before.cached_from)
+            scratch.num_late[part] = where(is_late, num_items, 0)
+            scratch.total[...] = before.all_items
     meet()
     return lightest
 
@@ -124,7 +141,23 @@ def store_items(plan: PrefillPlan, scratch: Scratch, records, table_of):
     given, cuts = cut_at(plan, scratch, known)
     own = Segments(*given, *cuts[:3], gather(scratch.first_item, known))
     row, *numbers = item_records(plan, segment, own, item)
-    store_records(records, item, [where(segment < 0, row, table_of(row)), *numbers])
+    place = _place_of(plan, scratch, segment, own, item) if plan.late_items else item
+    store_records(records, place, [where(segment < 0, row, table_of(row)), *numbers])
+
+
+def _place_of(plan: PrefillPlan, scratch: Scratch, segment, own: Segments, item):
+    """Where each item comes in the list."""
+    (total,) = load_numbers(scratch.total, [0])
+    key = base_of(plan, own.kv_length) - (item - own.first_item)
+
+    def count(_, carry, first_item, num_late, base):
+        before, first_late = carry
+        return before + items_before(first_item, num_late, base, own.first_item, key), first_late - num_late
+
+    refs, carry = (scratch.first_item, scratch.num_late, scratch.base), (item * 0, item * 0 + total)
+    is_any = lax.axis_index("block") * THREADS < total  # else a batch of decode rows would count for nothing
+    before, first_late = _for_each_segment(plan, refs, count, carry, is_any)
+    return place_in_list(segment, item, first_late, before)
 
 
 def _load(size: int, query_start, kv_lengths, scratch: Scratch):
@@ -162,15 +195,29 @@ def cut_at(plan: PrefillPlan, scratch: Scratch, segment):
     return (start, stop, kv_length), cut_segments(plan, start, stop, kv_length, is_row)
 
 
-def _items_before(plan: PrefillPlan, scratch: Scratch, segment, weight):
-    """How many items come before the first of each segment, and the least weight of any."""
+class Before(NamedTuple):
+    """What comes before a segment's first item, and what there is, a number a thread."""
 
-    def count(other, carry, other_weight, num_items):
-        total, lightest = carry
+    items: Any
+    cached_from: Any  # tokens, of this segment and those after it
+    all_items: Any
+    all_seeing: Any  # items that see keys
+    lightest: Any  # the least weight
+
+
+def _count_before(plan: PrefillPlan, scratch: Scratch, segment, weight) -> Before:
+    def count(other, carry: Before, other_weight, num_items, cached=None):
         is_before = comes_before(other_weight, other, weight, segment)
-        return total + where(is_before, num_items, 0), lax.min(lightest, other_weight)
+        return Before(
+            carry.items + where(is_before, num_items, 0),
+            carry.cached_from if cached is None else carry.cached_from + where(is_before, 0, cached),
+            carry.all_items + num_items,
+            carry.all_seeing + where(other_weight > 0, num_items, 0),
+            lax.min(carry.lightest, other_weight),
+        )
 
-    return _for_each_segment(plan, (scratch.weight, scratch.num_items), count, (segment * 0, segment * 0))
+    refs = scratch.weight, scratch.num_items, *([scratch.cached] if plan.late_items else [])
+    return _for_each_segment(plan, refs, count, Before(*(segment * 0,) * 5))
 
 
 def _segment_of(plan: PrefillPlan, scratch: Scratch, item):
@@ -182,8 +229,8 @@ def _segment_of(plan: PrefillPlan, scratch: Scratch, item):
     return _for_each_segment(plan, (scratch.first_item, scratch.num_items), look, item * 0 - 1)
 
 
-def _for_each_segment(plan: PrefillPlan, refs, visit, carry):
-    """carry = visit(segment, carry, the segment's number in each reference), over all segments."""
+def _for_each_segment(plan: PrefillPlan, refs, visit, carry, is_any: Any = True):
+    """carry = visit(segment, carry, the segment's number in each reference), over all segments, or none."""
 
     def step(index, carry):
         segments = [index * TOGETHER + i for i in range(TOGETHER)]
@@ -193,4 +240,5 @@ def _for_each_segment(plan: PrefillPlan, refs, visit, carry):
             carry = visit(segment, carry, *values)
         return carry
 
-    return lax.fori_loop(0, -(-(plan.num_rows + 2) // TOGETHER), step, carry)
+    count = -(-(plan.num_rows + 2) // TOGETHER)
+    return lax.fori_loop(0, count if is_any is True else lax.select(is_any, count, 0), step, carry)

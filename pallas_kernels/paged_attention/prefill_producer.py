@@ -24,16 +24,16 @@ from pallas_kernels.paged_attention.prefill_units import RECORDS, Work, for_each
 from pallas_kernels.paged_attention.prefill_work import visible_keys
 from pallas_kernels.paged_attention.units import drain
 
+TILES_AHEAD = 4  # of a unit, that are still to be loaded when the next is drawn: soon it would be a guess
 WIDE_COLUMNS = 128  # that the widening warpgroup's registers hold of 64 rows
 
 
 def load_units(plan: PrefillPlan, inputs: Inputs, scratch: Scratch):
     """The loading warpgroup: records a unit ahead, queries, and tiles of K and V as slots become empty, from
     a unit's last to its first: see attend_unit."""
-    first = load_record(plan, inputs, scratch, np.int32(0))
+    load_record(plan, inputs, scratch, np.int32(0), is_first=True)
 
-    def load(turn, carry):
-        unit, position = carry
+    def load(turn, position):
         num_tiles = read(plan, scratch, turn, "tile_start", "tile_stop").num_tiles
         keys = inputs.k_pages, inputs.k_scale, scratch.k_codes or scratch.k
         values = inputs.v_pages, inputs.v_scale, scratch.v_codes or scratch.v
@@ -44,19 +44,23 @@ def load_units(plan: PrefillPlan, inputs: Inputs, scratch: Scratch):
             work = read(plan, scratch, turn, "row", "kv_length", "tile_stop", "kv_head")
             load_tile(plan, inputs, pages, scale, ring, work, index, position + index)
 
+        def load_next():
+            load_record(plan, inputs, scratch, turn + 1)
+
         def load_both(index, _):
             load_tile_of(keys, index)
             load_tile_of(values, index)
+            pl.when(index == num_tiles - TILES_AHEAD)(load_next)
 
         # First the first keys: queries may wait for other results to leave, and a draw takes a while.
         pl.when(num_tiles > 0)(lambda: load_tile_of(keys, 0))
         load_queries(plan, inputs, scratch, turn)
         pl.when(num_tiles > 0)(lambda: load_tile_of(values, 0))
-        unit = load_record(plan, inputs, scratch, turn + 1, unit)
+        pl.when(num_tiles <= TILES_AHEAD)(load_next)
         lax.fori_loop(1, num_tiles, load_both, None)
-        return unit, position + num_tiles
+        return position + num_tiles
 
-    turns, (_, position) = for_each_unit(scratch.records, load, (first, np.int32(0)))
+    turns, position = for_each_unit(scratch.records, load, np.int32(0))
     for ring in (scratch.k_codes or scratch.k, scratch.v_codes or scratch.v):
         drain(ring.empty, plan.config.stages, position)
     drain(scratch.records.empty, RECORDS, turns + 1)
@@ -68,23 +72,23 @@ def read(plan: PrefillPlan, scratch: Scratch, turn, *names: str) -> Work:
     return scratch.records.read(opaque(turn), plan.num_kv_heads, *names)
 
 
-def load_record(plan: PrefillPlan, inputs: Inputs, scratch: Scratch, turn, before=None):
-    """Finds the unit of a turn, given that of the turn before, or the program's first, and starts the copy of
+def load_record(plan: PrefillPlan, inputs: Inputs, scratch: Scratch, turn, is_first: bool = False):
+    """Finds the unit of a turn, the program's first or after that of the turn before, and starts the copy of
     its item's record; beyond the last unit it is of no work. Others are drawn from behind all first ones."""
     records, slot = scratch.records, slot_of(turn)
     pl.when(turn >= RECORDS)(lambda: plgpu.barrier_wait(records.empty.at[slot]))
-    if before is None:
+    if is_first:
         records.units[slot] = lax.axis_index("program")
-    elif inputs.counter is None:
-        records.units[slot] = before + plan.num_programs
     else:
-        draw(inputs.counter, records.units.at[pl.ds(slot, 1)], plan.num_programs, before)
-    unit, size = records.units[slot], plan.record_size
-    item = lax.min(div(unit, plan.num_kv_heads), plan.max_items)
-    source = inputs.items.at[pl.ds(pl.multiple_of(item * size, 4), size)]
+        before = records.units[slot_of(turn - 1)]
+        if inputs.counter is None:
+            records.units[slot] = before + plan.num_programs
+        else:
+            draw(inputs.counter, records.units.at[pl.ds(slot, 1)], plan.num_programs, before)
+    item = lax.min(div(records.units[slot], plan.num_kv_heads), plan.max_items)
+    source = inputs.items.at[pl.ds(pl.multiple_of(item * plan.record_size, 4), plan.record_size)]
     mode = plgpu.OOBFillMode.PROMISE_IN_BOUNDS  # not a tensor copy, so that records may lie close together
     plgpu.copy_gmem_to_smem(source, records.fields.at[slot], records.full.at[slot], oob_mode=mode)
-    return unit
 
 
 def load_queries(plan: PrefillPlan, inputs: Inputs, scratch: Scratch, turn):

@@ -7,7 +7,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.kv_tiles import KvTiles
-from pallas_kernels.mosaic import div, plgpu, rem
+from pallas_kernels.mosaic import plgpu, rem
 from pallas_kernels.mosaic_inline import load_numbers, meet
 
 NO_WORK = -1  # the row of a record that is no item: behind it there are only such
@@ -26,7 +26,7 @@ class Work(NamedTuple):
     kv_length: Any
     tile_start: Any  # KV tiles [tile_start, tile_stop)
     tile_stop: Any
-    item: Any  # place in the list of items
+    item: Any  # place of its results: items count row after row, also where the list takes rows together
     kv_head: Any
     first_head: Any = None  # of the group, in the first octet: the first that a packed tile holds
 
@@ -35,7 +35,7 @@ class Work(NamedTuple):
         return self.tile_stop - self.tile_start
 
 
-FIELDS = Work._fields.index("item")  # of an item, which its record holds
+FIELDS = Work._fields.index("kv_head")  # of an item, which its record holds
 
 
 def record_size(num_ranges: int, is_packed: bool = False) -> int:
@@ -70,9 +70,8 @@ class Records(NamedTuple):
         if of_item:
             places = [Work._fields.index(name) for name in of_item]
             known |= zip(of_item, load_numbers(self.fields.at[slot], places), strict=True)
-        if "item" in names or "kv_head" in names:
-            unit = self.units[slot]
-            known |= {"item": div(unit, num_kv_heads), "kv_head": rem(unit, num_kv_heads)}
+        if "kv_head" in names:
+            known["kv_head"] = rem(self.units[slot], num_kv_heads)
         if "first_head" in names:
             (known["first_head"],) = load_numbers(self.fields.at[slot], [self.fields.shape[1] - 1])
         return Work(**known)

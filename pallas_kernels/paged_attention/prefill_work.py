@@ -13,6 +13,7 @@ from pallas_kernels.paged_attention.prefill_config import MIN_SPLIT_TILES, OCTET
 from pallas_kernels.paged_attention.prefill_plan import PrefillPlan
 from pallas_kernels.paged_attention.prefill_units import FIELDS, NO_WORK, Work
 
+LATE_CACHED = 1024  # tokens of the rows that are taken together, which were there before
 SINGLE = -2  # the weight of a row of one query
 
 
@@ -51,7 +52,7 @@ def plan_work(
     plan: PrefillPlan, query_start, kv_lengths, known: tuple[jax.Array, Counters] | None = None
 ) -> WorkList:
     """Lists the query tiles of all rows but those that the decode kernel serves: long rows first, late tiles
-    first.
+    first, at the end of several rows together (PrefillPlan.late_items).
 
     known: the items' records, and counters, where they are.
 
@@ -83,7 +84,60 @@ def _list_items(plan: PrefillPlan, segments: Segments) -> jax.Array:
     segment = _last((segments.first_item <= item) & (item < segments.first_item + num_items))
     own = Segments(*(field[segment] for field in segments))
     records = jnp.stack(item_records(plan, segment, own, item[:, 0]), axis=-1)
+    if plan.late_items:
+        num_late = _late_items(plan, segments, num_items)
+        base = base_of(plan, segments.kv_length)
+        key = base[segment] - (item[:, 0] - own.first_item)
+        pairs = segments.first_item, num_late, base, own.first_item[:, None], key[:, None]
+        before = items_before(*jnp.broadcast_arrays(*pairs)).sum(axis=1)
+        first_late = num_items.sum() - num_late.sum()
+        records = records.at[place_in_list(segment, item[:, 0], first_late, before)].set(records)
     return jnp.pad(records, ((0, 1), (0, 0)), constant_values=NO_WORK)
+
+
+def _late_items(plan: PrefillPlan, segments: Segments, num_items) -> jax.Array:
+    """Of each segment as many of its items as are taken together with others': all or none."""
+    cached = cached_tokens(plan, segments.start, segments.stop, segments.kv_length, num_items)
+    first = segments.first_item
+    cached_from = jnp.where(first[None] >= first[:, None], cached[None], 0).sum(axis=1)
+    num_seeing = jnp.where(segments.kv_length > 0, num_items, 0).sum()
+    is_late = ends_late(plan, num_seeing - first - num_items, cached_from)
+    return jnp.where(is_late, num_items, 0)
+
+
+# Rows that are taken together. Of each, tile by tile from the last one on, base - 0, base - 1, ...: the keys
+# that tiles see, counted in tiles of queries. Items come in the order of these numbers, and of equal ones in
+# that of their rows. So what comes before an item is counted row by row.
+
+
+def base_of(plan: PrefillPlan, kv_length):
+    size, group = (plan.tile_size * OCTET, plan.group) if plan.is_packed else (plan.tile_q, 1)
+    return div(clip(kv_length, 0, plan.capacity) * group, size)
+
+
+def cached_tokens(plan: PrefillPlan, start, stop, kv_length, num_items):
+    """Of a segment that has items."""
+    cached = lax.max(lax.min(kv_length, plan.capacity) - (stop - start), 0)
+    return where(num_items > 0, cached, 0)
+
+
+def ends_late(plan: PrefillPlan, num_after, cached_from):
+    """Whether a segment is one of the last, which are taken together, given how many items that see keys come
+    after its own, and the cached tokens of its own and of theirs: all tiles of a row see those, which have
+    the less to gain from another order, and the more to lose in the L2 cache.
+    """
+    return (num_after < plan.late_items) & (cached_from <= LATE_CACHED)
+
+
+def items_before(first_item, num_late, base, own_first_item, key):
+    """How many of a segment's late items come before the item with this number, of the segment whose items
+    begin with own_first_item."""
+    return clip(base - key + (first_item < own_first_item).astype(jnp.int32), 0, num_late)
+
+
+def place_in_list(segment, item, first_late, before):
+    """Where an item comes in the list, given where late ones begin and how many of them come before it."""
+    return where((segment >= 0) & (item >= first_late), first_late + before, item)
 
 
 def _last(mask: jax.Array) -> jax.Array:
@@ -136,7 +190,7 @@ def item_records(plan: PrefillPlan, segment, own: Segments, item) -> list[jax.Ar
     index = lax.max(item - own.first_item, 0)
     tile = own.num_tiles - 1 - lax.div(index, own.num_splits)
     first = own.first_tile + tile * plan.tile_size
-    items = _cut(plan, segment, own, first, lax.rem(index, own.num_splits))
+    items = _cut(plan, segment, own, first, lax.rem(index, own.num_splits))._replace(item=item)
     ranges = [_visible_tiles(plan, items, index) for index in range(plan.num_ranges)]
     counts = [tile - items.tile_start for tiles in ranges for tile in tiles]
     row = where(segment < 0, NO_WORK, items.row)

@@ -143,8 +143,12 @@ def _load_numbers(ref, places):
 
 
 def _store_records(ref, places, columns):
-    size = len(columns) * len(places)
-    ref[pl.ds(places[0] * len(columns), size)] = jnp.stack(columns, axis=1).reshape(size)
+    size, records = len(columns), jnp.stack(columns, axis=1)
+
+    def store(i, _):
+        ref[pl.ds(places[i] * size, size)] = records[i]
+
+    lax.fori_loop(0, len(places), store, None)
 
 
 def _store_rows(ref, x, row):

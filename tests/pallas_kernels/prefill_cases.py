@@ -13,7 +13,7 @@ from pallas_kernels import PrefillConfig, paged_attention
 from pallas_kernels.paged_attention import prefill_plan, sm90
 from pallas_kernels.paged_attention.prefill_list_sm90 import list_items
 from pallas_kernels.paged_attention.prefill_plan import PrefillPlan
-from pallas_kernels.paged_attention.prefill_units import NO_WORK
+from pallas_kernels.paged_attention.prefill_units import NO_WORK, Work
 from pallas_kernels.paged_attention.prefill_work import plan_work
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 from tests.pallas_kernels.interpreter import interpreted
@@ -21,13 +21,12 @@ from tests.pallas_kernels.paged_cases import RMS_ERROR, compare, integers
 from tests.pallas_kernels.paged_inputs import cast, make_case, quantize
 from tests.pallas_kernels.tables import CompileCase
 
-SMALL = PrefillConfig(warpgroups=1, tile_kv=64, stages=2)
-PAIR = PrefillConfig(warpgroups=2, tile_kv=64, stages=2)
+SMALL, PAIR = (PrefillConfig(warpgroups, tile_kv=64, stages=2) for warpgroups in (1, 2))
 AHEAD = dataclasses.replace(PAIR, overlap=True)
 
 
 def listed_by_xla():
-    """The list of work as XLA computes it, which takes less time here: its kernel has rows of its own."""
+    """The list of work as XLA computes it, which is quicker here: its kernel has rows of its own."""
     return mock.patch.object(sm90, "MAX_ROWS", 0)
 
 
@@ -66,10 +65,7 @@ def check_prefill(
 # Rows, page size, table width, and lengths of each row's keys and queries.
 PREFILL_CASES: dict[str, dict[str, Any]] = {
     "a prompt, a decode row, an empty row, a chunk behind a prefix": {
-        "rows": 4,
-        "page_size": 16,
-        "width": 9,
-        "lengths": [40, 70, 0, 130],
+        **{"rows": 4, "page_size": 16, "width": 9, "lengths": [40, 70, 0, 130]},
         "query_lengths": [40, 1, 3, 9],
     },
     "group 1, two warpgroups with tokens of their own, fp16": {
@@ -247,22 +243,29 @@ def make_plan(tokens, rows, group, width, config, is_causal=True, window_left=No
     )
 
 
-def check_list(rows, tokens, group, config, num_single, **options):
+def check_list(rows, tokens, group, config, num_single, cached=640, num_late=None, **options):
     """The records that the kernel lists against those that XLA computes: rows without queries and of one, all
-    of other lengths, between tokens of no row; and whether it sees that no row has one query."""
+    of other lengths, between tokens of no row; and whether it sees that no row has one query.
+
+    cached: fewer tokens than so many were there before. num_late: rows that are taken together, at least.
+    """
     rng = np.random.default_rng(rows)
     queries = rng.choice(3 * tokens // (2 * rows), rows) * rng.choice((0, 1, 1), rows)
     queries += queries == 1
     queries[rng.choice(rows, num_single)] = 1
     starts = 3 + np.minimum(np.cumsum([0, *queries]), tokens - 5)
-    batch = jnp.asarray(starts), jnp.asarray(rng.integers(0, 640, rows))
-    plan = make_plan(tokens, rows, group, 40, config, **options)
-    with interpreted():
+    lengths = rng.integers(0, cached, rows) + (np.diff(starts) if num_late else 0)
+    batch = jnp.asarray(starts), jnp.asarray(lengths)
+    with interpreted(num_cores=4):
+        plan = make_plan(tokens, rows, group, 40, config, **options)
         records, counters = list_items(plan, *batch)
         records = np.asarray(records)
-    expected = np.asarray(plan_work(plan, *batch).items)
+        expected = np.asarray(plan_work(plan, *batch).items)
     is_item = expected[:, 0] != NO_WORK
-    assert is_item.any()
+    item = expected[is_item, Work._fields.index("item")]
+    assert len(item) > 0
+    moved = expected[is_item][item != np.arange(len(item)), 0]
+    assert num_late is None or len({*moved}) >= num_late
     np.testing.assert_array_equal(records[: len(expected)][is_item], expected[is_item])
     np.testing.assert_array_equal(records[np.count_nonzero(is_item) :, 0], NO_WORK)
     np.testing.assert_array_equal(np.flatnonzero(counters.decode), [] if num_single else [1])
@@ -281,6 +284,9 @@ INTERPRET = {
     ),
     "paged_attention:list of work, many rows, splits, a window": functools.partial(
         check_list, 130, 800, 3, PrefillConfig(2, 64, 2, splits=3), num_single=43, window_left=150
+    ),
+    "paged_attention:list of work, rows taken together": functools.partial(
+        check_list, 6, 2400, 1, PrefillConfig(1), num_single=1, cached=30, num_late=2
     ),
 }
 

@@ -1,5 +1,6 @@
 """paged_attention over ragged queries: what the reference promises, and the prefill kernel's list of work."""
 
+import heapq
 import itertools
 
 import hypothesis
@@ -10,12 +11,13 @@ import pytest
 from hypothesis import strategies as st
 
 from pallas_kernels import PrefillConfig, paged_attention
-from pallas_kernels.paged_attention import decode_plan, sm90
+from pallas_kernels.paged_attention import decode_plan, prefill_plan, sm90
 from pallas_kernels.paged_attention.prefill_config import OCTET, WARPGROUP_ROWS, default_config
 from pallas_kernels.paged_attention.prefill_plan import unsupported
 from pallas_kernels.paged_attention.prefill_units import FIELDS, NO_WORK, Work
 from pallas_kernels.paged_attention.prefill_work import plan_work
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
+from tests.pallas_kernels.hopper import abstract_mesh
 from tests.pallas_kernels.paged_inputs import make_case
 from tests.pallas_kernels.prefill_cases import make_plan
 
@@ -106,20 +108,25 @@ def test_every_token_sees_its_keys_in_one_item(data, group, config, is_causal):
     once, and no item holds tokens of two rows."""
     window = data.draw(st.sampled_from((None, 0, 150))) if is_causal else None
     queries = np.array(data.draw(st.lists(st.integers(0, 120), min_size=3, max_size=3)))
-    lengths = np.array([data.draw(st.integers(0, 640)) for _ in queries])
+    lengths = queries + np.array([data.draw(st.sampled_from((0, 7, 520))) for _ in queries])
+    lengths = np.maximum(0, lengths - data.draw(st.sampled_from((0, 0, 100))))
     first = data.draw(st.integers(0, 20))
     starts = first + np.concatenate([[0], np.cumsum(queries)])
     tokens = 400
     plan = make_plan(tokens, 3, group, 40, config, is_causal, window)
-    work = jax.tree.map(np.asarray, plan_work(plan, jnp.asarray(starts), jnp.asarray(lengths)))
-    items = [Work(*row[:FIELDS], i, None, row[-1]) for i, row in enumerate(work.items) if row[0] != NO_WORK]
-    assert len(items) <= plan.max_items
-    assert work.items[len(items), 0] == NO_WORK
+    with jax.sharding.use_abstract_mesh(abstract_mesh(num_cores=4)):  # few, so that rows are taken together
+        work = jax.tree.map(np.asarray, plan_work(plan, jnp.asarray(starts), jnp.asarray(lengths)))
+    listed = [Work(*row[:FIELDS], None, row[-1]) for row in work.items if row[0] != NO_WORK]
+    assert len(listed) <= plan.max_items
+    assert work.items[len(listed), 0] == NO_WORK
+    items = {item.item: item for item in listed}
+    records = {item.item: row for item, row in zip(listed, work.items, strict=False)}
+    assert sorted(items) == list(range(len(listed)))
     heads = range(group) if plan.is_packed else [None]
     for token, head in itertools.product(range(tokens), heads):
         row = int(np.searchsorted(starts, token, side="right")) - 1
         is_dead = not 0 <= row < 3
-        places = {i: place_in(plan, item, token, head) for i, item in enumerate(items)}
+        places = {i: place_in(plan, items[i], token, head) for i in range(len(items))}
         mine = [i for i, place in places.items() if place is not None]
         if not is_dead and is_causal and queries[row] == 1:  # the decode kernel's
             assert not mine
@@ -137,7 +144,32 @@ def test_every_token_sees_its_keys_in_one_item(data, group, config, is_causal):
         assert all(0 <= t * config.tile_kv < max(length, 1) for t in tiles)
         assert is_dead or all(items[i].row == row for i in mine)
         for i in mine:
-            check_range(plan, items[i], work.items[i], work.place[at], set(keys))
+            check_range(plan, items[i], records[i], work.place[at], set(keys))
+
+
+@pytest.mark.parametrize(
+    "shape", [(8, 1, 256, 2048, 4), (9, 3, 64, 777, 16), (16, 16, 64, 1024, 16)], ids=str
+)
+def test_programs_that_draw_a_unit_ahead_end_together(shape):
+    num_heads, num_kv_heads, head_dim, tokens, rows = shape
+    query = jax.ShapeDtypeStruct((rows * tokens, num_heads, head_dim), jnp.bfloat16)
+    pool = jax.ShapeDtypeStruct((1, 9, num_kv_heads, 16, head_dim), jnp.bfloat16)
+    tables = jax.ShapeDtypeStruct((rows, -(-tokens // 16)), jnp.int32)
+    starts, lengths = jnp.arange(rows + 1) * tokens, jnp.full(rows, tokens)
+    with jax.sharding.use_abstract_mesh(abstract_mesh()):
+        plan = prefill_plan.make_plan(PagedInputs(query, pool, pool, tables, lengths, None), PagedSpec(1.0))
+        items = np.asarray(plan_work(plan, starts, lengths).items)
+        num_programs = plan.num_programs
+    listed = [Work(*row[:FIELDS], None) for row in items if row[0] != NO_WORK]
+    costs = [1 + item.num_tiles for item in listed for _ in range(num_kv_heads)]
+    ends = costs[:num_programs]
+    drawing = [(0, program) for program in range(num_programs)]  # as it begins a unit, the one after
+    heapq.heapify(drawing)
+    for cost in costs[num_programs:]:
+        _, program = drawing[0]
+        heapq.heapreplace(drawing, (ends[program], program))
+        ends[program] += cost
+    assert max(ends) < 1.08 * sum(costs) / num_programs
 
 
 def place_in(plan, item, token, head):
