@@ -146,6 +146,7 @@ OTHER_ROWS = [
     Row("uneven", B=8, T=1024, N=16, H=72),
     Row("uneven", B=4, T=2048, N=32, H=80, causal=True),
     Row("uneven", B=2, T=2048, N=32, H=112, causal=True),
+    *(Row("one query", B=batch, T=1, S=4096, N=32, K=8, H=128) for batch in (1, 32)),
     Row("few blocks", B=1, T=4096, N=8, H=128),
     Row("few blocks", B=2, T=2048, N=8, H=128, causal=True),
     Row("few blocks", B=1, T=768, N=25, H=64, causal=True),
