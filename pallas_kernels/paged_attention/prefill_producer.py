@@ -50,14 +50,15 @@ def load_units(plan: PrefillPlan, inputs: Inputs, scratch: Scratch):
         def load_both(index, _):
             load_tile_of(keys, index)
             load_tile_of(values, index)
-            pl.when(index == num_tiles - TILES_AHEAD)(load_next)
 
         # First the first keys: queries may wait for other results to leave, and a draw takes a while.
         pl.when(num_tiles > 0)(lambda: load_tile_of(keys, 0))
         load_queries(plan, inputs, scratch, turn)
         pl.when(num_tiles > 0)(lambda: load_tile_of(values, 0))
-        pl.when(num_tiles <= TILES_AHEAD)(load_next)
-        lax.fori_loop(1, num_tiles, load_both, None)
+        draws = lax.max(num_tiles - TILES_AHEAD, 1)
+        lax.fori_loop(1, draws, load_both, None)
+        load_next()
+        lax.fori_loop(draws, num_tiles, load_both, None)
         return position + num_tiles
 
     turns, position = for_each_unit(scratch.records, load, np.int32(0))
