@@ -49,12 +49,17 @@ class Cuts(NamedTuple):
 
 
 def plan_work(
-    plan: PrefillPlan, query_start, kv_lengths, known: tuple[jax.Array, Counters] | None = None
+    plan: PrefillPlan,
+    query_start,
+    kv_lengths,
+    known: tuple[jax.Array, Counters] | None = None,
+    takes_late: bool = False,
 ) -> WorkList:
     """Lists the query tiles of all rows but those that the decode kernel serves: long rows first, late tiles
     first, at the end of several rows together (PrefillPlan.late_items).
 
-    known: the items' records, and counters, where they are.
+    known: the items' records, and counters, where they are. takes_late: else rows are not taken together,
+    which would take several launches: for more rows than the kernel lists, whose work is even anyway.
 
     Dense comparisons instead of a sort and searches: a few thousand of them are cheaper than the launches of
     their kernels. Later tiles of a causal row see more keys; rows stay together, for the L2 cache.
@@ -64,7 +69,7 @@ def plan_work(
     is_own = (segments.start <= token[:, None]) & (token[:, None] < segments.stop)
     segment = _last(is_own)
     first_tile, num_tiles, num_splits, first_item = (field[segment] for field in segments[3:])
-    items, counters = known or (_list_items(plan, segments), Counters.zeros())
+    items, counters = known or (_list_items(plan, segments, takes_late), Counters.zeros())
     is_held = num_tiles > 0
     if plan.is_packed:
         first_tile, num_tiles, first_item = (x[:, None] for x in (first_tile, num_tiles, first_item))
@@ -78,13 +83,13 @@ def plan_work(
     return WorkList(items, first_item, where(is_held, num_splits, 0), place, counters)
 
 
-def _list_items(plan: PrefillPlan, segments: Segments) -> jax.Array:
+def _list_items(plan: PrefillPlan, segments: Segments, takes_late: bool) -> jax.Array:
     num_items = segments.num_tiles * segments.num_splits
     item = jnp.arange(plan.max_items)[:, None]
     segment = _last((segments.first_item <= item) & (item < segments.first_item + num_items))
     own = Segments(*(field[segment] for field in segments))
     records = jnp.stack(item_records(plan, segment, own, item[:, 0]), axis=-1)
-    if plan.late_items:
+    if takes_late and plan.late_items:
         num_late = _late_items(plan, segments, num_items)
         base = base_of(plan, segments.kv_length)
         key = base[segment] - (item[:, 0] - own.first_item)

@@ -27,7 +27,8 @@ AHEAD = dataclasses.replace(PAIR, overlap=True)
 
 def listed_by_xla():
     """The list of work as XLA computes it, which is quicker here: its kernel has rows of its own."""
-    return mock.patch.object(sm90, "MAX_ROWS", 0)
+    late = functools.partial(plan_work, takes_late=True)
+    return mock.patch.multiple(sm90, MAX_ROWS=0, plan_work=late)
 
 
 def check_prefill(
@@ -110,11 +111,7 @@ PREFILL_CASES: dict[str, dict[str, Any]] = {
         **{"query_lengths": [20], "config": AHEAD},
     },
     "packed tiles, group 3, a window and sinks": {
-        "rows": 2,
-        "heads": 3,
-        "kv_heads": 1,
-        "lengths": [48, 40],
-        "query_lengths": [32, 9],
+        **{"rows": 2, "heads": 3, "kv_heads": 1, "lengths": [48, 40], "query_lengths": [32, 9]},
         "config": dataclasses.replace(SMALL, packs=True),
         "call": {"local_window_size": 30, "sinks": None},
     },
@@ -260,7 +257,7 @@ def check_list(rows, tokens, group, config, num_single, cached=640, num_late=Non
         plan = make_plan(tokens, rows, group, 40, config, **options)
         records, counters = list_items(plan, *batch)
         records = np.asarray(records)
-        expected = np.asarray(plan_work(plan, *batch).items)
+        expected = np.asarray(plan_work(plan, *batch, takes_late=True).items)
     is_item = expected[:, 0] != NO_WORK
     item = expected[is_item, Work._fields.index("item")]
     assert len(item) > 0

@@ -113,9 +113,10 @@ def test_every_token_sees_its_keys_in_one_item(data, group, config, is_causal):
     first = data.draw(st.integers(0, 20))
     starts = first + np.concatenate([[0], np.cumsum(queries)])
     tokens = 400
-    plan = make_plan(tokens, 3, group, 40, config, is_causal, window)
     with jax.sharding.use_abstract_mesh(abstract_mesh(num_cores=4)):  # few, so that rows are taken together
-        work = jax.tree.map(np.asarray, plan_work(plan, jnp.asarray(starts), jnp.asarray(lengths)))
+        plan = make_plan(tokens, 3, group, 40, config, is_causal, window)
+        work = plan_work(plan, jnp.asarray(starts), jnp.asarray(lengths), takes_late=True)
+    work = jax.tree.map(np.asarray, work)
     listed = [Work(*row[:FIELDS], None, row[-1]) for row in work.items if row[0] != NO_WORK]
     assert len(listed) <= plan.max_items
     assert work.items[len(listed), 0] == NO_WORK
@@ -158,7 +159,7 @@ def test_programs_that_draw_a_unit_ahead_end_together(shape):
     starts, lengths = jnp.arange(rows + 1) * tokens, jnp.full(rows, tokens)
     with jax.sharding.use_abstract_mesh(abstract_mesh()):
         plan = prefill_plan.make_plan(PagedInputs(query, pool, pool, tables, lengths, None), PagedSpec(1.0))
-        items = np.asarray(plan_work(plan, starts, lengths).items)
+        items = np.asarray(plan_work(plan, starts, lengths, takes_late=True).items)
         num_programs = plan.num_programs
     listed = [Work(*row[:FIELDS], None) for row in items if row[0] != NO_WORK]
     costs = [1 + item.num_tiles for item in listed for _ in range(num_kv_heads)]
