@@ -326,7 +326,7 @@ def finish_rows(plan: AttentionPlan, rows: Rows, acc, softmax: Softmax, out_smem
     """
     if rows.extras.sinks is not None:
         acc, softmax = add_sink(rows.extras.sinks[rows.head] * LOG2_E, acc, softmax)
-    live = softmax.sum > 0
+    live = softmax.sum != 0  # also where it is NaN, which is not to be hidden
     if plan.has_q_lengths:
         live = live & (rows.first_row + row_iota(plan.config.tile_q) < rows.q_length)
     norm = where(live, 1 / ((1 - plan.dropout_rate) * softmax.sum), 0.0)

@@ -115,9 +115,9 @@ def _kernel(plan: Plan, operands, *refs):
     )
     def _():
         maximum, total, values = _merge_all(plan, inputs, row, head, length)
-        values = (values * where(total > 0, 1 / total, 0.0)).astype(plan.query_dtype)
+        values = (values * where(total != 0, 1 / total, 0.0)).astype(plan.query_dtype)
         out = own[0].at[row, head] if own else inputs.among.at[inputs.starts[row], head]
-        merged_lse[row, head] = where(total > 0, maximum + jnp.log2(total) * (1 / LOG2_E), -jnp.inf)
+        merged_lse[row, head] = where(total != 0, maximum + jnp.log2(total) * (1 / LOG2_E), -jnp.inf)
         if plan.width == plan.head_dim:
             out[...] = values
         else:
@@ -207,5 +207,5 @@ def _merge_chunk(parts: Parts, layout, indices, state: State) -> State:
     for i, log, each in zip(indices, logs, values, strict=True):
         weight = where(i < parts.count, lax.exp2((log - maximum) * LOG2_E), 0.0)
         total += weight
-        merged += where(lax.broadcast(weight > 0, each.shape), each * weight, 0.0)
+        merged += where(lax.broadcast(weight != 0, each.shape), each * weight, 0.0)
     return State(maximum, total, merged)

@@ -168,7 +168,7 @@ def store_unit(to: Destination, result: Result, sinks):
     plan, unit, out = to.plan, to.unit, to.scratch.out
     if sinks is not None and not plan.is_merged:  # else the sink joins where the parts are merged
         result = join_sinks(plan, result, sinks)
-    norm = where(result.total > 0, 1 / result.total, 0.0)
+    norm = where(result.total != 0, 1 / result.total, 0.0)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the unit before may still be on its way
     store = store_deinterleaved if plan.is_quantized else store_transposed
     store(out, result.values * broadcast_columns(norm, plan.width))
@@ -176,7 +176,7 @@ def store_unit(to: Destination, result: Result, sinks):
     place = (unit.row, unit.split) if plan.is_merged else unit.token
     copy_heads(plan, unit, out, to.outputs.out.at[place])
     lse = (result.maximum + jnp.log2(result.total)) * (1 / LOG2_E)
-    to.outputs.lse[unit.row, unit.split, unit.head] = where(result.total > 0, lse, -jnp.inf)
+    to.outputs.lse[unit.row, unit.split, unit.head] = where(result.total != 0, lse, -jnp.inf)
 
 
 def join_sinks(plan: Plan, result: Result, sinks) -> Result:

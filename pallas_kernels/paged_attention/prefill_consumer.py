@@ -126,7 +126,7 @@ def store_unit(unit: Unit, carry, outputs: Outputs):
         highest = lax.max(maximum, sinks)
         norm = lax.exp2(maximum - highest)
         maximum, total = highest, total * norm + lax.exp2(sinks - highest)
-    live = total > 0
+    live = total != 0  # also where it is NaN
     lse = where(live, (maximum + jnp.log2(total)) * (1 / LOG2_E), -jnp.inf)
     place = unit.field("item"), unit.field("kv_head"), opaque(unit.warpgroup)
     values *= broadcast_rows(where(live, norm / total, 0.0), plan.head_dim)

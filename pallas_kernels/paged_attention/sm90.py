@@ -152,9 +152,9 @@ def _merge_splits(plan: PrefillPlan, work: WorkList, out: jax.Array, lse: jax.Ar
     weights = jnp.exp(parts - shift[:, None])
     total = weights.sum(axis=1) + jnp.exp(sink - shift)
     # What no item wrote may be NaN.
-    values = jnp.where(weights[..., None] > 0, out[item, :, :, place] * weights[..., None], 0).sum(axis=1)
-    values /= jnp.where(total > 0, total, 1)[..., None]
+    values = jnp.where(weights[..., None] != 0, out[item, :, :, place] * weights[..., None], 0).sum(axis=1)
+    values /= jnp.where(total != 0, total, 1)[..., None]
     shape = plan.num_tokens, plan.num_heads
-    lse = jnp.where(total > 0, maximum + jnp.log(total), -jnp.inf).reshape(shape)
+    lse = jnp.where(total != 0, maximum + jnp.log(total), -jnp.inf).reshape(shape)
     values = values.astype(plan.query_dtype).reshape(*shape, plan.width)
     return values[..., : plan.head_dim], lse

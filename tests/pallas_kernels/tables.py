@@ -30,6 +30,7 @@ MODULES = (
     "flash_random",
     "invariance_cases",
     "kv_pages_cases",
+    "nan_cases",
     "one_query_cases",
     "paged_cases",
     "paged_random",
