@@ -24,7 +24,7 @@ from pallas_kernels.paged_attention.prefill_units import RECORDS, Work, for_each
 from pallas_kernels.paged_attention.prefill_work import visible_keys
 from pallas_kernels.paged_attention.units import drain
 
-TILES_AHEAD = 4  # of a unit, that are still to be loaded when the next is drawn: soon it would be a guess
+TILES_AHEAD = 4  # KV tiles left to load when the next unit is drawn: later, who is free is better known
 WIDE_COLUMNS = 128  # that the widening warpgroup's registers hold of 64 rows
 
 
