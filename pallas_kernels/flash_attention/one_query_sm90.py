@@ -13,7 +13,7 @@ from pallas_kernels.flash_attention.spec import AttentionInputs, AttentionSpec
 from pallas_kernels.paged_attention import decode_plan, decode_sm90
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 
-# The fewest that decode takes as they lie. In a sweep on an H200, in us (tiles of queries): 256 keys of 32/8
+# Fewer were not measured. In a sweep on an H200, in us (tiles of queries): 256 keys of 32/8
 # heads of 128, one row 3.9 (5.1), 32 rows 8.0 (30.2); where it lost most, four rows of 512 keys of 16/16
 # heads of 64, 7.1 (6.3).
 MIN_KEYS = 256

@@ -159,9 +159,10 @@ class PrefillPlan(LaunchPlan):
         """Items at the end of the list whose rows are taken together, tile by tile, heavy ones first; 0: row
         after row, where all tiles of a row see about as many keys.
 
-        A program draws a unit as it begins the one before. With few units each, and of a row the heavy ones
-        first, some would end late: 1.22 times the mean time of all for Gemma-2B's heads and 4 rows of 2,048
-        tokens, 1.20 for SmolLM2-135M's and 16 of 777; so 1.02 and 1.07 (simulated).
+        A program draws a unit before it has ended the one before. With few units each, and of a row the heavy
+        ones first, some would end late: 1.22 times the mean time of all for Gemma-2B's heads and 4 rows of
+        2,048 tokens, 1.20 for SmolLM2-135M's and 16 of 777; so 1.02 and 1.07 (simulated, where a unit is
+        drawn as the one before begins).
         """
         if not (self.draws and self.has_spare_rows and self.config.splits == 1):
             return 0

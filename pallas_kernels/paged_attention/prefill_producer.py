@@ -44,9 +44,6 @@ def load_units(plan: PrefillPlan, inputs: Inputs, scratch: Scratch):
             work = read(plan, scratch, turn, "row", "kv_length", "tile_stop", "kv_head")
             load_tile(plan, inputs, pages, scale, ring, work, index, position + index)
 
-        def load_next():
-            load_record(plan, inputs, scratch, turn + 1)
-
         def load_both(index, _):
             load_tile_of(keys, index)
             load_tile_of(values, index)
@@ -57,7 +54,7 @@ def load_units(plan: PrefillPlan, inputs: Inputs, scratch: Scratch):
         pl.when(num_tiles > 0)(lambda: load_tile_of(values, 0))
         draws = lax.max(num_tiles - TILES_AHEAD, 1)
         lax.fori_loop(1, draws, load_both, None)
-        load_next()
+        load_record(plan, inputs, scratch, turn + 1)
         lax.fori_loop(draws, num_tiles, load_both, None)
         return position + num_tiles
 

@@ -49,17 +49,13 @@ class Cuts(NamedTuple):
 
 
 def plan_work(
-    plan: PrefillPlan,
-    query_start,
-    kv_lengths,
-    known: tuple[jax.Array, Counters] | None = None,
-    takes_late: bool = False,
+    plan: PrefillPlan, query_start, kv_lengths, known: tuple[jax.Array, Counters] | None = None
 ) -> WorkList:
     """Lists the query tiles of all rows but those that the decode kernel serves: long rows first, late tiles
-    first, at the end of several rows together (PrefillPlan.late_items).
+    first.
 
-    known: the items' records, and counters, where they are. takes_late: else rows are not taken together,
-    which would take several launches: for more rows than the kernel lists, whose work is even anyway.
+    known: the items' records, and counters, where they are: the kernel's list, which takes its last rows
+    together (PrefillPlan.late_items). Here that would take several launches more.
 
     Dense comparisons instead of a sort and searches: a few thousand of them are cheaper than the launches of
     their kernels. Later tiles of a causal row see more keys; rows stay together, for the L2 cache.
@@ -69,7 +65,7 @@ def plan_work(
     is_own = (segments.start <= token[:, None]) & (token[:, None] < segments.stop)
     segment = _last(is_own)
     first_tile, num_tiles, num_splits, first_item = (field[segment] for field in segments[3:])
-    items, counters = known or (_list_items(plan, segments, takes_late), Counters.zeros())
+    items, counters = known or (_list_items(plan, segments), Counters.zeros())
     is_held = num_tiles > 0
     if plan.is_packed:
         first_tile, num_tiles, first_item = (x[:, None] for x in (first_tile, num_tiles, first_item))
@@ -83,31 +79,13 @@ def plan_work(
     return WorkList(items, first_item, where(is_held, num_splits, 0), place, counters)
 
 
-def _list_items(plan: PrefillPlan, segments: Segments, takes_late: bool) -> jax.Array:
+def _list_items(plan: PrefillPlan, segments: Segments) -> jax.Array:
     num_items = segments.num_tiles * segments.num_splits
     item = jnp.arange(plan.max_items)[:, None]
     segment = _last((segments.first_item <= item) & (item < segments.first_item + num_items))
     own = Segments(*(field[segment] for field in segments))
     records = jnp.stack(item_records(plan, segment, own, item[:, 0]), axis=-1)
-    if takes_late and plan.late_items:
-        num_late = _late_items(plan, segments, num_items)
-        base = base_of(plan, segments.kv_length)
-        key = base[segment] - (item[:, 0] - own.first_item)
-        pairs = segments.first_item, num_late, base, own.first_item[:, None], key[:, None]
-        before = items_before(*jnp.broadcast_arrays(*pairs)).sum(axis=1)
-        first_late = num_items.sum() - num_late.sum()
-        records = records.at[place_in_list(segment, item[:, 0], first_late, before)].set(records)
     return jnp.pad(records, ((0, 1), (0, 0)), constant_values=NO_WORK)
-
-
-def _late_items(plan: PrefillPlan, segments: Segments, num_items) -> jax.Array:
-    """Of each segment as many of its items as are taken together with others': all or none."""
-    cached = cached_tokens(plan, segments.start, segments.stop, segments.kv_length, num_items)
-    first = segments.first_item
-    cached_from = jnp.where(first[None] >= first[:, None], cached[None], 0).sum(axis=1)
-    num_seeing = jnp.where(segments.kv_length > 0, num_items, 0).sum()
-    is_late = ends_late(plan, num_seeing - first - num_items, cached_from)
-    return jnp.where(is_late, num_items, 0)
 
 
 # Rows that are taken together. Of each, tile by tile from the last one on, base - 0, base - 1, ...: the keys

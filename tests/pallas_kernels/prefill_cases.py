@@ -14,9 +14,9 @@ from pallas_kernels.paged_attention import prefill_plan, sm90
 from pallas_kernels.paged_attention.prefill_list_sm90 import list_items
 from pallas_kernels.paged_attention.prefill_plan import PrefillPlan
 from pallas_kernels.paged_attention.prefill_units import NO_WORK, Work
-from pallas_kernels.paged_attention.prefill_work import plan_work
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 from tests.pallas_kernels.interpreter import interpreted
+from tests.pallas_kernels.late_items import taken_together
 from tests.pallas_kernels.paged_cases import RMS_ERROR, compare, integers
 from tests.pallas_kernels.paged_inputs import cast, make_case, quantize
 from tests.pallas_kernels.tables import CompileCase
@@ -27,8 +27,7 @@ AHEAD = dataclasses.replace(PAIR, overlap=True)
 
 def listed_by_xla():
     """The list of work as XLA computes it, which is quicker here: its kernel has rows of its own."""
-    late = functools.partial(plan_work, takes_late=True)
-    return mock.patch.multiple(sm90, MAX_ROWS=0, plan_work=late)
+    return mock.patch.multiple(sm90, MAX_ROWS=0, plan_work=taken_together)
 
 
 def check_prefill(
@@ -257,7 +256,7 @@ def check_list(rows, tokens, group, config, num_single, cached=640, num_late=Non
         plan = make_plan(tokens, rows, group, 40, config, **options)
         records, counters = list_items(plan, *batch)
         records = np.asarray(records)
-        expected = np.asarray(plan_work(plan, *batch, takes_late=True).items)
+        expected = np.asarray(taken_together(plan, *batch).items)
     is_item = expected[:, 0] != NO_WORK
     item = expected[is_item, Work._fields.index("item")]
     assert len(item) > 0

@@ -15,9 +15,9 @@ from pallas_kernels.paged_attention import decode_plan, prefill_plan, sm90
 from pallas_kernels.paged_attention.prefill_config import OCTET, WARPGROUP_ROWS, default_config
 from pallas_kernels.paged_attention.prefill_plan import unsupported
 from pallas_kernels.paged_attention.prefill_units import FIELDS, NO_WORK, Work
-from pallas_kernels.paged_attention.prefill_work import plan_work
 from pallas_kernels.paged_attention.spec import PagedInputs, PagedSpec
 from tests.pallas_kernels.hopper import abstract_mesh
+from tests.pallas_kernels.late_items import taken_together
 from tests.pallas_kernels.paged_inputs import make_case
 from tests.pallas_kernels.prefill_cases import make_plan
 
@@ -115,7 +115,7 @@ def test_every_token_sees_its_keys_in_one_item(data, group, config, is_causal):
     tokens = 400
     with jax.sharding.use_abstract_mesh(abstract_mesh(num_cores=4)):  # few, so that rows are taken together
         plan = make_plan(tokens, 3, group, 40, config, is_causal, window)
-        work = plan_work(plan, jnp.asarray(starts), jnp.asarray(lengths), takes_late=True)
+        work = taken_together(plan, jnp.asarray(starts), jnp.asarray(lengths))
     work = jax.tree.map(np.asarray, work)
     listed = [Work(*row[:FIELDS], None, row[-1]) for row in work.items if row[0] != NO_WORK]
     assert len(listed) <= plan.max_items
@@ -159,7 +159,7 @@ def test_programs_that_draw_a_unit_ahead_end_together(shape):
     starts, lengths = jnp.arange(rows + 1) * tokens, jnp.full(rows, tokens)
     with jax.sharding.use_abstract_mesh(abstract_mesh()):
         plan = prefill_plan.make_plan(PagedInputs(query, pool, pool, tables, lengths, None), PagedSpec(1.0))
-        items = np.asarray(plan_work(plan, starts, lengths, takes_late=True).items)
+        items = np.asarray(taken_together(plan, starts, lengths).items)
         num_programs = plan.num_programs
     listed = [Work(*row[:FIELDS], None) for row in items if row[0] != NO_WORK]
     costs = [1 + item.num_tiles for item in listed for _ in range(num_kv_heads)]
