@@ -23,6 +23,9 @@ def poison_of(draw: int) -> float:
 
 def check_draws(seed: int, num_draws: int, check: Callable[[int], None]) -> None:
     """check(draw) for each; the first line of a failure says of which."""
+    assert num_draws > 0, (
+        f"JAXATTN_RANDOM_DRAWS must be at least 1, got {num_draws}: nothing would be checked"
+    )
     for draw in range(num_draws):
         try:
             check(draw)
