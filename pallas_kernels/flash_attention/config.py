@@ -1,6 +1,7 @@
 """Tile sizes of the flash kernels, and the choice for a call."""
 
 import dataclasses
+import math
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -119,7 +120,7 @@ class FlashConfig:
 
 def default_fused(
     head_dim: int,
-    num_keys: int,
+    call: "Call",
     is_causal: bool,
     group: int,
     features: Collection[str],
@@ -157,13 +158,19 @@ def default_fused(
     them there are: T = 1,024, one row of 32/8 heads of 128 99 instead of 153 (64); T = 2,048, 8 heads 109
     instead of 126 (128), four rows of 32/1 heads 1,018 instead of 2,054 (64), of 32/4 1,070 instead of 970
     (256). H = 64, T = 2,048: 32/8 178 instead of 227 (128), four rows of 9/3 196 instead of 207 (192).
+    Short rows at H = 64, full, in us without the forward, an H200: T = 128, 197, 256, 384, 512 133, 152, 169,
+    148, 223, the two kernels of two warpgroups 133, 168, 172, 159, 235, of three at 257, 384, 512 147 (fused
+    172), 144, 229.
     Deterministic, H = 128, an H200, in ms with the forward: full T = 1,024, 4,096, 8,192 1.06, 3.42, 6.83,
     the two kernels 1.01, 3.47, 6.90; other head dims and groups were not measured, and take the two.
     Taken to be like these without a measurement: fp16, several features at a time.
     """
+    num_keys = call.num_keys
     if is_deterministic and (num_keys < IN_ORDER or head_dim <= 96 or group > 1):
         return None
     shortest = 512 if head_dim > 128 or (head_dim <= 64 and not is_causal) else 1024
+    if head_dim <= 64 and call.sees_all and not (call.few or call.differentiates_in_threes):
+        shortest = 128
     if num_keys < shortest or "bias" in features:
         return None
     if head_dim > 128:
@@ -190,7 +197,7 @@ class Call(NamedTuple):
     busy: int = 0  # of dropout, segment ids and a bias: they take the registers that overlap needs
     hashes: bool = False  # dropout is among them, which needs the most
     has_lengths: bool = False
-    all_visible: bool = False  # nothing is masked
+    sees_all: bool = False  # no mask but the end of the keys
     starts_light: bool = False  # the first queries see the fewest keys (spare_rows of AttentionPlan)
     few: bool = False  # there is a multiprocessor for every 64 queries of a head
     one_wave: bool = False  # or for every 128
@@ -198,6 +205,24 @@ class Call(NamedTuple):
 
     def is_short(self, longest: int) -> bool:
         return self.num_queries is not None and self.num_queries <= longest
+
+    @property
+    def all_visible(self) -> bool:
+        """Whether nothing is masked, in tiles of 64 keys."""
+        return self.sees_all and self.num_keys % 64 == 0
+
+    @property
+    def fills_threes(self) -> bool:
+        """Whether blocks of 192 queries, of short rows that see all, leave no more of them empty than those
+        of 128 (T = 384 on an H200: H = 128 36.9 us instead of 41.1, H = 96 59.3 instead of 68.9)."""
+        in_pairs = self.one_wave or self.ends_first_in_pairs
+        return self.sees_all and not in_pairs and self.is_short(SHORT) and fits_threes(self.num_queries)
+
+    @property
+    def differentiates_in_threes(self) -> bool:
+        """The same of both kernels of the backward pass, where they are short enough for it to tell."""
+        is_short = self.is_short(SHORT // 2 - 1) and self.num_keys < SHORT // 2
+        return is_short and self.fills_threes and fits_threes(self.num_keys)
 
     @property
     def leaves_rows_empty(self) -> bool:
@@ -211,6 +236,15 @@ class Call(NamedTuple):
 
 
 PLAIN = Call()
+
+
+def padded(size: int | None, multiple: int) -> int:
+    return math.ceil((size or 0) / multiple) * multiple
+
+
+def fits_threes(rows: int | None) -> bool:
+    """Whether blocks of three warpgroups leave no more rows empty than those of two."""
+    return padded(rows, 192) <= padded(rows, 128)
 
 
 def default_config(head_dim: int, call: Call = PLAIN) -> FlashConfig:
@@ -240,8 +274,8 @@ def _narrow_config(call: Call) -> FlashConfig:
     once, T = 1,024, 2,048, 4,096: folded 11.0, 17.9, 31.3 us, in order 14.1, 23.5, 43.1 (cuDNN 12.4, 21.4,
     39.3).
     """
-    if call.leaves_rows_empty and call.all_visible and not call.crowded:
-        return FlashConfig(tile_kv=256, q_stages=2, dq=GradientConfig(other=128))
+    if call.leaves_rows_empty and call.sees_all and not call.crowded:
+        return _short_config(call)
     if call.busy > 1:
         return FlashConfig(stages=3, q_stages=2)
     if call.one_wave and call.starts_light and not call.crowded:
@@ -251,6 +285,38 @@ def _narrow_config(call: Call) -> FlashConfig:
     warpgroups = 2 if call.leaves_rows_empty and not (call.busy or call.has_lengths) else 3
     ahead = {"q_stages": 2, "ping_pong": False, "overlap": not call.busy}
     return FlashConfig(stages=3, warpgroups=warpgroups, dq=dq, **ahead)
+
+
+def _short_config(call: Call) -> FlashConfig:
+    """H <= 64, few rows or few blocks that see all keys: the tiles that multiply least beyond T and S.
+
+    What a query and a key cost, over those of two warpgroups and 256 keys, is from T = 512 and 768 at H = 64.
+    In us, 256 keys (which all such calls had), the choice, cuDNN: T = 128 48.7, 29.6, 28.9; 192 48.9, 27.6,
+    44.5; 320 55.1, 38.0, 45.7; 384 54.0, 39.1, 41.7; 640 64.5, 56.3, 54.2; H = 32, T = 128 27.7, 15.0, 18.8,
+    384 60.5, 44.3, 53.3. Masked at T = 197 that tile takes 50.3, at 256 38.9; two of 128 43.3 and 41.4.
+    """
+    dq = GradientConfig(other=128)
+    if call.differentiates_in_threes:
+        dq = GradientConfig(warpgroups=3)
+    dkv = dq if call.differentiates_in_threes else GradientConfig()
+    pairs = {
+        1.0: FlashConfig(tile_kv=256, q_stages=2),
+        1.11: FlashConfig(stages=4, q_stages=2),
+        1.32: FlashConfig(tile_kv=64, stages=6, q_stages=2),
+    }
+    in_threes = FlashConfig(warpgroups=3, stages=3, q_stages=2, overlap=True, ping_pong=False)
+    threes = {1.01: in_threes, 1.15: dataclasses.replace(in_threes, tile_kv=64, stages=5)}
+    must_pair = call.one_wave or call.ends_first_in_pairs
+
+    def cost(choice: tuple[float, FlashConfig]) -> float:
+        factor, config = choice
+        keys = padded(call.num_keys, config.tile_kv)
+        if config.tile_kv == 256 and call.num_keys % 256:
+            keys += 77  # the last tile's mask
+        return factor * padded(call.num_queries, 64 * config.warpgroups) * keys
+
+    _, config = min([*pairs.items(), *({} if must_pair else threes).items()], key=cost)
+    return dataclasses.replace(config, dq=dq, dkv=dkv)
 
 
 def _medium_config(call: Call) -> FlashConfig:
@@ -269,7 +335,7 @@ def _medium_config(call: Call) -> FlashConfig:
     dq = GradientConfig(warpgroups=3)
     if call.one_wave and call.starts_light:
         return FlashConfig(q_stages=2, folds=True, overlap=True, ping_pong=False, dq=dq)
-    if call.leaves_rows_empty:
+    if call.leaves_rows_empty and not call.fills_threes:
         in_turn = call.all_visible and call.num_keys > SHORT and call.is_short(SHORT // 2)
         return FlashConfig(q_stages=2, overlap=True, ping_pong=in_turn, dq=dq)
     return FlashConfig(warpgroups=3, q_stages=2, ping_pong=False, dq=dq)

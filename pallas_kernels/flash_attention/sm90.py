@@ -181,12 +181,12 @@ def _config(inputs: AttentionInputs, spec: AttentionSpec, head_dim: int, value_d
         few=blocks(64) <= workers,
         one_wave=blocks(128) <= workers,
         ends_first_in_pairs=left is None and not masks and _ends_first_in_pairs(inputs, spec),
-        all_visible=not (spec.is_causal or num_keys % 64 or masks),
+        sees_all=not (spec.is_causal or masks),
         starts_light=left is None and right is not None and not masks - {"window"},
     )
     widest = max(head_dim, value_dim)
     leaves_idle = batch * num_kv_heads * math.ceil(num_keys / 128) < 1.5 * workers
-    fused = default_fused(widest, num_keys, spec.is_causal, group, features, spec.deterministic, leaves_idle)
+    fused = default_fused(widest, call, spec.is_causal, group, features, spec.deterministic, leaves_idle)
     config = dataclasses.replace(default_config(widest, call), fused=fused)
     if head_dim != value_dim:  # the output cannot take the queries' place, but takes that of the next queries
         tile_kv = 64 if config.splits_rows else config.tile_kv
