@@ -6,6 +6,7 @@ head. Here the copy engine itself ends rows and columns: what it loads past them
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -67,14 +68,53 @@ def load_exactly(array: Any, place: tuple, target: Any, barrier: Any) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), (SPLAT,) * len(place), plgpu.RefType(transforms), SPLAT))
     def load(ctx, source, indices, smem, address):
-        i32 = ir.IntegerType.get_signless(32)
-        pointer = llvm.inttoptr(llvm.PointerType.get(3), address.registers.item())
-        loaded = BARRIER(pointer, mgpu_utils.c(0, i32), phases=None, num_barriers=1)
-        nvvm.mbarrier_arrive_expect_tx(pointer, mgpu_utils.c(num_bytes // THREADS, i32))  # each thread's
+        loaded = _expecting(address, num_bytes)
         copy = functools.partial(ctx.async_copy, src_ref=source, barrier=loaded, arrive=False)
         _copy_parts(lambda part, **options: copy(dst_ref=part, **options), source, indices, smem)
 
     load(array, tuple(map(int32, place)), target, barrier_address(barrier))
+
+
+def load_ended(array: Any, tail: Any, place: tuple, length: Any, target: Any, barrier: Any) -> None:
+    """load_tile of rows that end at a length: what it loads past that is 0, whatever the array holds there.
+
+    tail: [..., OCTET, heads, H], the octet in which each length ends, zeros past it. Octets behind that one
+    are asked for past the end of the array.
+    """
+    rows, columns = target.shape
+    num_bytes = rows * columns * jnp.dtype(target.dtype).itemsize
+    transforms, in_gmem = plgpu.RefType(swizzle_transforms(columns, target.dtype)), plgpu.RefType()
+
+    @plgpu.inline_mgpu(arg_types=(in_gmem, in_gmem, (SPLAT,) * len(place), SPLAT, transforms, SPLAT))
+    def load(ctx, whole, ended, indices, stop, smem, address):
+        i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
+        loaded = _expecting(address, num_bytes)
+        *batch, first, head = map(_to_index, indices)
+        first_row, stop = indices[-2].registers.item(), stop.registers.item()
+        past_end = mgpu_utils.c(math.ceil(array.shape[-3] / OCTET) * OCTET, i32)
+        # The octet where the length ends. In 32 bits: of 64, registers of the loading warpgroup are too few.
+        last = arith.shrsi(arith.subi(stop, first_row), mgpu_utils.c(OCTET.bit_length() - 1, i32))
+
+        def start(source, octet, row, predicate):
+            copy = functools.partial(ctx.async_copy, src_ref=source, barrier=loaded, arrive=False)
+            to_smem = lambda part, **options: copy(dst_ref=part, **options)
+            _copy_octet(to_smem, source, (batch, row, head), smem, octet, predicate)
+
+        def start_other(octet, _):
+            number = arith.index_cast(i32, octet)
+            is_before = arith.cmpi(arith.CmpIPredicate.slt, number, last)
+            is_other = arith.cmpi(arith.CmpIPredicate.ne, number, last)
+            row = arith.addi(first_row, arith.muli(number, mgpu_utils.c(OCTET, i32)))
+            row = arith.index_cast(index, arith.select(is_before, row, past_end))
+            leads = mgpu_utils.single_thread_predicate(mgpu_utils.ThreadSubset.WARP)
+            start(whole, octet, row, arith.andi(leads, is_other))
+
+        is_here = arith.cmpi(arith.CmpIPredicate.ult, last, mgpu_utils.c(rows // OCTET, i32))
+        leads = mgpu_utils.single_thread_predicate(mgpu_utils.ThreadSubset.WARPGROUP)
+        start(ended, arith.index_cast(index, last), _index(0), arith.andi(leads, is_here))
+        _for_octets(rows // OCTET, first, start_other)
+
+    load(array, tail, tuple(map(int32, place)), int32(length), target, barrier_address(barrier))
 
 
 def store_exactly(source: Any, array: Any, place: tuple) -> None:
@@ -110,7 +150,7 @@ def load_block(array: Any, place: tuple, column: int, target: Any, barrier: Any)
         leads = mgpu_utils.single_thread_predicate(mgpu_utils.ThreadSubset.WARP)
         loaded.arrive_expect_tx(num_bytes, leads)
         loaded.arrive(THREADS - 1, predicate=leads)  # for the threads of a warpgroup, which a barrier awaits
-        gmem_slice = [arith.index_cast(ir.IndexType.get(), x.registers.item()) for x in indices]
+        gmem_slice = list(map(_to_index, indices))
         for dim, index in enumerate(place):
             if isinstance(index, pl.Slice):
                 gmem_slice[dim] = mgpu_utils.DynamicSlice(gmem_slice[dim], rows)
@@ -127,6 +167,14 @@ def load_block(array: Any, place: tuple, column: int, target: Any, barrier: Any)
     load(array, starts, target, barrier_address(barrier))
 
 
+def _expecting(address: Any, num_bytes: int) -> Any:
+    """The barrier at an address, at which a warpgroup arrives that copies so many bytes."""
+    i32 = ir.IntegerType.get_signless(32)
+    pointer = llvm.inttoptr(llvm.PointerType.get(3), address.registers.item())
+    nvvm.mbarrier_arrive_expect_tx(pointer, mgpu_utils.c(num_bytes // THREADS, i32))  # each thread's
+    return BARRIER(pointer, mgpu_utils.c(0, i32), phases=None, num_barriers=1)
+
+
 def _copy_parts(copy: Any, gmem: Any, indices: tuple, smem: Any) -> None:
     """Copies a tile in as few parts as end where the array does; smem: [octets, blocks, 8, width].
 
@@ -135,39 +183,60 @@ def _copy_parts(copy: Any, gmem: Any, indices: tuple, smem: Any) -> None:
     """
     octets, blocks, _, width = ir.MemRefType(smem.type).shape
     *_, length, _, head_dim = ir.MemRefType(gmem.type).shape
-    swizzle = width * mgpu_utils.bitwidth(ir.MemRefType(smem.type).element_type) // 8
-    *batch, first, head = (arith.index_cast(ir.IndexType.get(), x.registers.item()) for x in indices)
+    *batch, first, head = map(_to_index, indices)
     leads, leads_warp = map(mgpu_utils.single_thread_predicate, THREAD_SUBSETS)
+    whole = functools.partial(_copy_rows, copy, (batch, first, head), OCTET * octets, smem)
 
-    def start(part, row, rows, column, columns, transforms, predicate):
-        place = (*batch, mgpu_utils.DynamicSlice(row, rows), head, mgpu_utils.DynamicSlice(column, columns))
-        copy(part, gmem_slice=place, gmem_transform=transforms, swizzle=swizzle, predicate=predicate)
-
-    def in_blocks(octet, row):
-        for block in range(blocks):
-            part = mgpu_utils.memref_slice(smem, (octet, block))
-            start(part, row, OCTET, block * width, width, (), leads_warp)
-
-    def in_octets(octet, row):
-        across = launch_context.TileTransform((width,)), launch_context.TransposeTransform((1, 0, 2))
-        start(mgpu_utils.memref_slice(smem, (octet,)), row, OCTET, 0, head_dim, across, leads_warp)
+    def copy_octet(octet, row):
+        _copy_octet(copy, gmem, (batch, row, head), smem, octet, leads_warp)
 
     if blocks == 1:
         part = mgpu_utils.memref_fold(mgpu_utils.memref_slice(smem, (slice(None), 0)), 0, 2)
-        start(part, first, OCTET * octets, 0, width, (), leads)
+        whole(part, 0, width, (), leads)
     elif head_dim < blocks * width:
-        _for_octets(octets, first, in_blocks)
+        _for_octets(octets, first, copy_octet)
     else:
         end = arith.addi(first, _index(OCTET * octets))
         is_inside = arith.cmpi(arith.CmpIPredicate.ule, end, _index(length // OCTET * OCTET))
         branch: Any = scf.IfOp(is_inside, has_else=True)
         with ir.InsertionPoint(branch.then_block):
             tiles = launch_context.TileTransform((OCTET, width), launch_context.Rounding.DOWN)
-            start(smem, first, OCTET * octets, 0, head_dim, (tiles,), leads)
+            whole(smem, 0, head_dim, (tiles,), leads)
             scf.yield_([])
         with ir.InsertionPoint(branch.else_block):
-            _for_octets(octets, first, in_octets)
+            _for_octets(octets, first, copy_octet)
             scf.yield_([])
+
+
+def _copy_octet(copy: Any, gmem: Any, place: tuple, smem: Any, octet: Any, predicate: Any) -> None:
+    """Copies one octet of a tile: all columns, if they fill their blocks, or block by block."""
+    _, blocks, _, width = ir.MemRefType(smem.type).shape
+    head_dim = ir.MemRefType(gmem.type).shape[-1]
+    start = functools.partial(_copy_rows, copy, place, OCTET, smem)
+    if blocks > 1 and head_dim == blocks * width:
+        across = launch_context.TileTransform((width,)), launch_context.TransposeTransform((1, 0, 2))
+        start(mgpu_utils.memref_slice(smem, (octet,)), 0, head_dim, across, predicate)
+        return
+    for block in range(blocks):
+        start(mgpu_utils.memref_slice(smem, (octet, block)), block * width, width, (), predicate)
+
+
+def _copy_rows(copy, place, rows: int, smem, part, column: int, columns: int, transforms, predicate) -> None:
+    """Copies some columns of rows to or from a part of a tile in swizzled memory."""
+    batch, row, head = place
+    smem_type = ir.MemRefType(smem.type)
+    copy(
+        part,
+        gmem_slice=(
+            *batch,
+            mgpu_utils.DynamicSlice(row, rows),
+            head,
+            mgpu_utils.DynamicSlice(column, columns),
+        ),
+        gmem_transform=transforms,
+        swizzle=smem_type.shape[-1] * mgpu_utils.bitwidth(smem_type.element_type) // 8,
+        predicate=predicate,
+    )
 
 
 def _for_octets(octets: int, first: Any, start: Any) -> None:
@@ -185,6 +254,10 @@ def _for_octets(octets: int, first: Any, start: Any) -> None:
 
 def _index(x: int) -> Any:
     return mgpu_utils.c(x, ir.IndexType.get())
+
+
+def _to_index(number: Any) -> Any:
+    return arith.index_cast(ir.IndexType.get(), number.registers.item())
 
 
 # --- where a barrier lies ---

@@ -107,7 +107,7 @@ def launch(plan: AttentionPlan, inputs: AttentionInputs, query, key, value, out_
     extras = prepare(
         plan, inputs, Footprint(HALF, plan.fused.tile_q, block_keys(plan) // HALF, owns_queries=False)
     )
-    operands = backward_operands(inputs, query, key, value, out_grad, plan.fused.tile_q, HALF)
+    operands = backward_operands(inputs, query, key, value, out_grad)
     arrays = *operands, lse2, delta, extras
     of_heads = tuple(halves.out_type(plan, (*x.shape[:2], plan.num_heads, x.shape[3])) for x in (key, value))
     order, sums = order_of(plan), (*query.shape[:3], plan.head_dim)

@@ -53,8 +53,7 @@ def _launch(plan: AttentionPlan, inputs: AttentionInputs, which: str, like, arra
     config = plan.config.dq if owns_queries else plan.config.dkv
     num_rows = plan.num_queries if owns_queries else plan.num_keys
     *operands, lse2, delta = arrays
-    q_tile, kv_tile = (config.own, config.other) if owns_queries else (config.other, config.own)
-    operands = backward_operands(inputs, *operands, q_tile=q_tile, kv_tile=kv_tile)
+    operands = backward_operands(inputs, *operands)
     extras = prepare(plan, inputs, Footprint(config.own, config.other, config.warpgroups, owns_queries))
     num_heads = plan.num_heads if owns_queries else plan.num_kv_heads
     order = TileOrder.plan(

@@ -110,7 +110,7 @@ def launch(plan: ForwardPlan, inputs: AttentionInputs, query, key, value):
         kernel_name="flash_attention_forward",
     )
     # Keys past a length may be anything: their logits are masked.
-    operands = Operand(key), Operand.of(value, inputs.kv_lengths, config.tile_kv)
+    operands = Operand(key), Operand.of(value, inputs.kv_lengths)
     call = functools.partial(kernel, query, *operands, extras)
     if not plan.draws_items:
         out, lse = call(plan.schedule.dealt())

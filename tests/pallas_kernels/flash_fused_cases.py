@@ -24,6 +24,7 @@ from tests.pallas_kernels.flash_features import DROPOUT, SLOPES, bias_of, block_
 from tests.pallas_kernels.tables import CompileCase
 
 LOADER_SPILLS = 64  # of the warpgroup that loads and adds in order, which has 24 registers
+ENDING_SPILLS = 8  # of the same where it loads a tile in which a length ends
 
 
 def fused_config(head_dim: int, config: FlashConfig | None = None) -> FlashConfig:
@@ -64,8 +65,12 @@ def fused_feature_cases(t=1024, n=4, batch=2):
         f"flash_attention:backward fused H={h} {name}": fused_case(shapes(t, t, n, k, h, batch), *more)
         for name, (h, k, *more) in rows.items()
     }
-    name = "flash_attention:backward fused H=128 block mask, grouped heads"
-    return cases | {name: cases[name]._replace(max_spill_bytes=PERSISTENT_SPILLS)}
+    spills = {"block mask, grouped heads": PERSISTENT_SPILLS}
+    spills |= dict.fromkeys(("lengths, grouped heads", "slopes, lengths"), ENDING_SPILLS)
+    for name, size in spills.items():
+        name = f"flash_attention:backward fused H=128 {name}"
+        cases[name] = cases[name]._replace(max_spill_bytes=size)
+    return cases
 
 
 def fused_case(specs, arrays, options):

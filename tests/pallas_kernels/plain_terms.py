@@ -15,9 +15,11 @@ from pallas_kernels.flash_attention import (
     backward_fused_wide_tile,
     forward_tile,
     items,
+    operands,
     scores,
 )
 from pallas_kernels.mosaic import broadcast_columns, pl, plgpu
+from pallas_kernels.mosaic_copy import OCTET
 from pallas_kernels.mosaic_inline import deinterleave
 from pallas_kernels.paged_attention import (
     cascade_rows_sm90,
@@ -56,6 +58,7 @@ def plain_terms():
         "pass_turn": (lambda counters, place: None, backward_fused_adds),
         "load_exactly": (_load_exactly, mosaic_copy),
         "store_exactly": (_store_exactly, mosaic_copy),
+        "load_ended": (_load_ended, operands),
         "load_block": (_load_block, decode_producer),
         "store_rows": (_store_rows, prefill_consumer),
         "load_numbers": (
@@ -121,6 +124,27 @@ def _load_exactly(array, place, target, barrier):
         target[:, pl.ds(array.shape[-1], missing)] = jnp.zeros((rows, missing), target.dtype)
     own = target.at[:, pl.ds(0, array.shape[-1])]
     plgpu.copy_gmem_to_smem(array.at[*batch, pl.ds(row, rows), head], own, barrier)
+
+
+def _load_ended(array, tail, place, length, target, barrier):
+    *batch, first, head = place
+    num_rows = array.shape[-3]
+    own = pl.ds(0, array.shape[-1])
+    for octet in range(0, target.shape[0], OCTET):
+        row, part = first + octet, target.at[pl.ds(octet, OCTET)]
+        part[...] = jnp.zeros(part.shape, part.dtype)
+
+        @pl.when((row < length) & (row + OCTET > length))
+        def _(part=part):
+            part[:, own] = tail[*batch, pl.ds(0, OCTET), head]
+
+        if num_rows >= OCTET:
+
+            @pl.when(row + OCTET <= length)
+            def _(part=part, row=row):
+                part[:, own] = array[*batch, pl.ds(row, OCTET), head]
+
+    plgpu.barrier_arrive(barrier)
 
 
 def _load_block(array, place, column, target, barrier):
