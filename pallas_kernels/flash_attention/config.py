@@ -9,9 +9,9 @@ from pallas_kernels import checks
 
 MAX_STAGES = 8
 TILES = (64, 128, 192, 256)
-# Of the forward kernel. At H = 256 what wgmma reads from shared memory is the limit, 128 bytes a clock: of 64
-# keys it reads 4 KB in the 32 clocks that it takes, of 80 4.5 KB in 40.
-KV_TILES = (*TILES, 80)
+# Of the forward kernel. Of wide heads what wgmma reads from shared memory is the limit, 128 bytes a clock: of
+# 64 keys it reads 4 KB in the 32 clocks that it takes, of 80 4.5 KB in 40, of 112 5.5 KB in 56.
+KV_TILES = (*TILES, 80, 96, 112)
 STREAMED_TILES = (64, 128)
 WARPGROUPS = (1, 2, 3)
 SHORT = 1024  # queries
@@ -284,7 +284,11 @@ def _narrow_config(call: Call) -> FlashConfig:
     dq = GradientConfig(other=64 if call.crowded else 128)
     warpgroups = 2 if call.leaves_rows_empty and not (call.busy or call.has_lengths) else 3
     ahead = {"q_stages": 2, "ping_pong": False, "overlap": not call.busy}
-    return FlashConfig(stages=3, warpgroups=warpgroups, dq=dq, **ahead)
+    if warpgroups == 2 and call.starts_light and call.is_short(SHORT // 4):
+        ahead |= {"tile_kv": 64, "stages": 6}
+    else:
+        ahead["stages"] = 3
+    return FlashConfig(warpgroups=warpgroups, dq=dq, **ahead)
 
 
 def _short_config(call: Call) -> FlashConfig:
@@ -342,10 +346,14 @@ def _medium_config(call: Call) -> FlashConfig:
 
 
 def _wide_config(head_dim: int, call: Call) -> FlashConfig:
-    """H > 128. Tiles of 80 keys, H = 256, full T = 1,024, 2,048, 4,096, 16,384: 656, 728, 764, 790, of 64
-    keys 634, 690, 721, 725 (cuDNN 642, 706, 735, 740); causal T = 1,024, 4,096, 16,384 485, 702, 774, of 64
-    493, 672, 736 (cuDNN 466, 607, 657); shorter ones would mostly be cut. Taken to be like these without a
-    measurement: H = 224, float32, folded blocks.
+    """H > 128. Full T = 1,024, 4,096, causal T = 1,024, 4,096, us at 64, 80, 96, 112, 128 keys: H = 192 180,
+    170, 165, 170; 631, 592, 564, 553; 110, 113, 116, 114; 332, 319, 307, 308 (cuDNN 168, 591, 116, 353);
+    H = 160 167, 157, 153, 157, 143; 582, 541, 515, 506, 492; 98, 101, 104, 101, 92; 295, 286, 274, 276, 260
+    (cuDNN 169, 581, 118, 353). Of 80 keys, H = 256, full T = 1,024, 2,048, 4,096, 16,384, TFLOP/s: 656, 728,
+    764, 790, of 64 634, 690, 721, 725 (cuDNN 642, 706, 735, 740); causal T = 1,024, 4,096, 16,384 485, 702,
+    774, of 64 493, 672, 736 (cuDNN 466, 607, 657); H = 224, full and causal T = 4,096 694 and 361 us, of 64
+    735 and 380. Shorter ones would mostly be cut. Taken to be like these without a measurement: float32,
+    folded blocks.
 
     Of 64 keys: two warpgroups hold the accumulators, and overlap: 751, in turn 734, neither 703 (T = 4,096:
     684, 645, 652). Full T = 512, 1,024, 4,096, 16,384: 532, 626, 716, 694, with a third tile of V 558, 645,
@@ -356,12 +364,17 @@ def _wide_config(head_dim: int, call: Call) -> FlashConfig:
     """
     overlap = not (call.crowded or call.in_blocks or call.has_lengths)
     is_long = call.num_keys > SHORT or (call.num_keys == SHORT and not call.starts_light)
-    is_broad = overlap and is_long and head_dim > 192
+    tile_kv = 64
+    if overlap and head_dim <= 160:
+        tile_kv = 128
+    elif overlap and is_long:
+        whole = 112 if call.sees_all and call.num_keys > 2 * SHORT else 96
+        tile_kv = 80 if head_dim > 192 else whole
     more_values = overlap and call.all_visible and call.num_keys <= 4 * SHORT
     single = GradientConfig(stages=1)
     return FlashConfig(
-        tile_kv=80 if is_broad else 64,
-        value_stages=3 if more_values and not is_broad else None,
+        tile_kv=tile_kv,
+        value_stages=3 if more_values and tile_kv == 64 else None,
         folds=call.one_wave and call.starts_light and overlap,
         overlap=overlap,
         ping_pong=False,

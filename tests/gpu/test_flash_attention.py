@@ -57,6 +57,29 @@ CASES |= {
 CASES |= {
     f"H={h} columns": {"t": 701, "s": 1024, "h": h, "is_causal": True} for h in (36, 72, 88, 104, 136, 224)
 }
+# Tiles of 128, 96 and 112 keys.
+CASES |= {
+    f"H={h} T={t} {'causal' if is_causal else 'full'}": {
+        **{"t": t, "s": t, "n": 16, "k": 16, "h": h, "is_causal": is_causal}
+    }
+    for h in (160, 192)
+    for t, is_causal in ((1100, False), (1100, True), (2304, False))
+}
+# Short rows that see all, more blocks than multiprocessors.
+CASES |= {
+    f"short, H={h} T={t}": {"t": t, "s": t, "batch": 8, "n": 12, "k": 12, "h": h}
+    for h, t in (
+        (64, 40),
+        (64, 128),
+        (64, 192),
+        (64, 197),
+        (64, 257),
+        (64, 384),
+        (64, 640),
+        (32, 320),
+        (96, 384),
+    )
+}
 CASES |= {
     # More items than multiprocessors, most of which see nothing: no warpgroup may wait for another's turn.
     f"H={h} rows of no queries": {

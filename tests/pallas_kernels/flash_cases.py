@@ -143,6 +143,10 @@ FORWARD_CASES: dict[str, dict[str, Any]] = {
         **{"t": 330, "s": 330, "h": 224, "is_causal": True, "dtype": jnp.float16},
         "config": dataclasses.replace(SMALL, tile_kv=80),
     },
+    "tiles of 112 keys, a tail and a diagonal": {
+        **{"t": 130, "s": 290, "h": 192, "is_causal": True, "causal_alignment": "bottom_right"},
+        "config": dataclasses.replace(EIGHTY, tile_kv=112),
+    },
     "tiles of 80 keys, lengths": dict(RAGGED, poison=True, config=dataclasses.replace(SMALL, tile_kv=80)),
     "tiles of 80 keys, window": {"t": 260, "s": 260, "local_window_size": (40, 20), "config": EIGHTY},
     "in turns, queries in one buffer": {"n": 2, "config": dataclasses.replace(SMALL, q_stages=1)},

@@ -125,6 +125,8 @@ COMPILE = (
             max_temp_bytes=shapes()[2].size
         ),
         "flash_attention:forward H=192": forward_case(shapes(h=192, batch=MANY)),
+        "flash_attention:forward H=192 long": forward_case(shapes(t=4096, s=4096, h=192)),
+        "flash_attention:forward H=160": forward_case(shapes(h=160, batch=MANY), is_causal=True),
         # Tiles that short rows leave least of empty: of 128 and of 64 keys, in two warpgroups and in three.
         **{
             f"flash_attention:backward T={t}, H={h}": unbounded(backward_case(shapes(t, t, h=h, batch=MANY)))
