@@ -7,7 +7,7 @@ head. Here the copy engine itself ends rows and columns: what it loads past them
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,30 +89,31 @@ def load_ended(array: Any, tail: Any, place: tuple, length: Any, target: Any, ba
     def load(ctx, whole, ended, indices, stop, smem, address):
         i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
         loaded = _expecting(address, num_bytes)
-        *batch, first, head = map(_to_index, indices)
+        *batch, _, head = map(_to_index, indices)
         first_row, stop = indices[-2].registers.item(), stop.registers.item()
         past_end = mgpu_utils.c(math.ceil(array.shape[-3] / OCTET) * OCTET, i32)
         # The octet where the length ends. In 32 bits: of 64, registers of the loading warpgroup are too few.
         last = arith.shrsi(arith.subi(stop, first_row), mgpu_utils.c(OCTET.bit_length() - 1, i32))
 
-        def start(source, octet, row, predicate):
+        def copy_part(source, row, part, predicate):
             copy = functools.partial(ctx.async_copy, src_ref=source, barrier=loaded, arrive=False)
-            to_smem = lambda part, **options: copy(dst_ref=part, **options)
-            _copy_octet(to_smem, source, (batch, row, head), smem, octet, predicate)
+            to_smem = lambda target, **options: copy(dst_ref=target, **options)
+            _copy_rows(to_smem, (batch, row, head), OCTET, smem, part, predicate)
 
-        def start_other(octet, _):
+        def copy_other(octet, part):
             number = arith.index_cast(i32, octet)
             is_before = arith.cmpi(arith.CmpIPredicate.slt, number, last)
             is_other = arith.cmpi(arith.CmpIPredicate.ne, number, last)
             row = arith.addi(first_row, arith.muli(number, mgpu_utils.c(OCTET, i32)))
             row = arith.index_cast(index, arith.select(is_before, row, past_end))
             leads = mgpu_utils.single_thread_predicate(mgpu_utils.ThreadSubset.WARP)
-            start(whole, octet, row, arith.andi(leads, is_other))
+            copy_part(whole, row, part, arith.andi(leads, is_other))
 
         is_here = arith.cmpi(arith.CmpIPredicate.ult, last, mgpu_utils.c(rows // OCTET, i32))
         leads = mgpu_utils.single_thread_predicate(mgpu_utils.ThreadSubset.WARPGROUP)
-        start(ended, arith.index_cast(index, last), _index(0), arith.andi(leads, is_here))
-        _for_octets(rows // OCTET, first, start_other)
+        for part in _parts_of_octet(ended, smem, arith.index_cast(index, last)):
+            copy_part(ended, _index(0), part, arith.andi(leads, is_here))
+        _share_octets(whole, smem, copy_other)
 
     load(array, tail, tuple(map(int32, place)), int32(length), target, barrier_address(barrier))
 
@@ -175,6 +176,15 @@ def _expecting(address: Any, num_bytes: int) -> Any:
     return BARRIER(pointer, mgpu_utils.c(0, i32), phases=None, num_barriers=1)
 
 
+class Part(NamedTuple):
+    """Some columns of rows, and where they lie in shared memory."""
+
+    smem: Any
+    column: Any  # the first
+    columns: int
+    transforms: tuple = ()  # of what lies in global memory
+
+
 def _copy_parts(copy: Any, gmem: Any, indices: tuple, smem: Any) -> None:
     """Copies a tile in as few parts as end where the array does; smem: [octets, blocks, 8, width].
 
@@ -185,70 +195,82 @@ def _copy_parts(copy: Any, gmem: Any, indices: tuple, smem: Any) -> None:
     *_, length, _, head_dim = ir.MemRefType(gmem.type).shape
     *batch, first, head = map(_to_index, indices)
     leads, leads_warp = map(mgpu_utils.single_thread_predicate, THREAD_SUBSETS)
-    whole = functools.partial(_copy_rows, copy, (batch, first, head), OCTET * octets, smem)
+    copy_whole = functools.partial(_copy_rows, copy, (batch, first, head), OCTET * octets, smem)
 
-    def copy_octet(octet, row):
-        _copy_octet(copy, gmem, (batch, row, head), smem, octet, leads_warp)
+    def copy_part(octet, part):
+        row = arith.addi(first, arith.muli(octet, _index(OCTET)))
+        _copy_rows(copy, (batch, row, head), OCTET, smem, part, leads_warp)
 
     if blocks == 1:
-        part = mgpu_utils.memref_fold(mgpu_utils.memref_slice(smem, (slice(None), 0)), 0, 2)
-        whole(part, 0, width, (), leads)
+        rows = mgpu_utils.memref_fold(mgpu_utils.memref_slice(smem, (slice(None), 0)), 0, 2)
+        copy_whole(Part(rows, _index(0), width), leads)
     elif head_dim < blocks * width:
-        _for_octets(octets, first, copy_octet)
+        _share_octets(gmem, smem, copy_part)
     else:
         end = arith.addi(first, _index(OCTET * octets))
         is_inside = arith.cmpi(arith.CmpIPredicate.ule, end, _index(length // OCTET * OCTET))
         branch: Any = scf.IfOp(is_inside, has_else=True)
         with ir.InsertionPoint(branch.then_block):
             tiles = launch_context.TileTransform((OCTET, width), launch_context.Rounding.DOWN)
-            whole(smem, 0, head_dim, (tiles,), leads)
+            copy_whole(Part(smem, _index(0), head_dim, (tiles,)), leads)
             scf.yield_([])
         with ir.InsertionPoint(branch.else_block):
-            _for_octets(octets, first, copy_octet)
+            _share_octets(gmem, smem, copy_part)
             scf.yield_([])
 
 
-def _copy_octet(copy: Any, gmem: Any, place: tuple, smem: Any, octet: Any, predicate: Any) -> None:
-    """Copies one octet of a tile: all columns, if they fill their blocks, or block by block."""
-    _, blocks, _, width = ir.MemRefType(smem.type).shape
-    head_dim = ir.MemRefType(gmem.type).shape[-1]
-    start = functools.partial(_copy_rows, copy, place, OCTET, smem)
-    if blocks > 1 and head_dim == blocks * width:
-        across = launch_context.TileTransform((width,)), launch_context.TransposeTransform((1, 0, 2))
-        start(mgpu_utils.memref_slice(smem, (octet,)), 0, head_dim, across, predicate)
-        return
-    for block in range(blocks):
-        start(mgpu_utils.memref_slice(smem, (octet, block)), block * width, width, (), predicate)
-
-
-def _copy_rows(copy, place, rows: int, smem, part, column: int, columns: int, transforms, predicate) -> None:
-    """Copies some columns of rows to or from a part of a tile in swizzled memory."""
-    batch, row, head = place
-    smem_type = ir.MemRefType(smem.type)
+def _copy_rows(copy: Any, place: tuple, rows: int, smem: Any, part: Part, predicate: Any) -> None:
+    """Starts the copy of a part of a tile in swizzled memory, in one direction or the other."""
+    (batch, row, head), tile_type = place, ir.MemRefType(smem.type)
+    columns = mgpu_utils.DynamicSlice(part.column, part.columns)
     copy(
-        part,
-        gmem_slice=(
-            *batch,
-            mgpu_utils.DynamicSlice(row, rows),
-            head,
-            mgpu_utils.DynamicSlice(column, columns),
-        ),
-        gmem_transform=transforms,
-        swizzle=smem_type.shape[-1] * mgpu_utils.bitwidth(smem_type.element_type) // 8,
+        part.smem,
+        gmem_slice=(*batch, mgpu_utils.DynamicSlice(row, rows), head, columns),
+        gmem_transform=part.transforms,
+        swizzle=tile_type.shape[-1] * mgpu_utils.bitwidth(tile_type.element_type) // 8,
         predicate=predicate,
     )
 
 
-def _for_octets(octets: int, first: Any, start: Any) -> None:
-    """start(octet, its row): each warp takes every fourth."""
+def _parts_of_octet(gmem: Any, smem: Any, octet: Any) -> list[Part]:
+    """All columns of an octet of rows, if they fill their blocks, or block by block."""
+    _, blocks, _, width = ir.MemRefType(smem.type).shape
+    head_dim = ir.MemRefType(gmem.type).shape[-1]
+    if blocks > 1 and head_dim == blocks * width:
+        across = launch_context.TileTransform((width,)), launch_context.TransposeTransform((1, 0, 2))
+        return [Part(mgpu_utils.memref_slice(smem, (octet,)), _index(0), head_dim, across)]
+    return [_block_of_octet(smem, octet, _index(block)) for block in range(blocks)]
+
+
+def _block_of_octet(smem: Any, octet: Any, block: Any) -> Part:
+    width = ir.MemRefType(smem.type).shape[-1]
+    return Part(mgpu_utils.memref_slice(smem, (octet, block)), arith.muli(block, _index(width)), width)
+
+
+def _share_octets(gmem: Any, smem: Any, copy_part: Any) -> None:
+    """copy_part(octet, part) for the parts of all octets, by all warps."""
+    octets, blocks, _, width = ir.MemRefType(smem.type).shape
+    if ir.MemRefType(gmem.type).shape[-1] == blocks * width:
+        _share(octets, lambda octet: copy_part(octet, *_parts_of_octet(gmem, smem, octet)))
+        return
+
+    def copy_block(number):
+        # One loop over both: the blocks of an octet one by one would take the loader's registers.
+        octet, block = arith.divui(number, _index(blocks)), arith.remui(number, _index(blocks))
+        copy_part(octet, _block_of_octet(smem, octet, block))
+
+    _share(octets * blocks, copy_block)
+
+
+def _share(count: int, start: Any) -> None:
+    """start(number) for each number below count: each warp takes every fourth."""
     i32 = ir.IntegerType.get_signless(32)
     warp = arith.remui(mgpu_utils.warp_idx(sync=True), mgpu_utils.c(WARPS, i32))
     warp = arith.index_cast(ir.IndexType.get(), warp)
-    loop = scf.ForOp(warp, _index(octets), _index(WARPS), [])
+    loop = scf.ForOp(warp, _index(count), _index(WARPS), [])
     loop.attributes["llvm.loop_annotation"] = ir.Attribute.parse(NOT_UNROLLED)
     with ir.InsertionPoint(loop.body):
-        octet = loop.induction_variable
-        start(octet, arith.addi(first, arith.muli(octet, _index(OCTET))))
+        start(loop.induction_variable)
         scf.yield_([])
 
 

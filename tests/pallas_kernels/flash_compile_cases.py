@@ -157,6 +157,12 @@ COMPILE = (
             (*shapes(t=1021, s=1021, h=72)[:2], shapes(t=1021, s=1021, h=40)[2]), is_causal=True
         ),
         **{
+            f"flash_attention:forward odd, H={h} {'causal' if is_causal else 'full'}": forward_case(
+                shapes(h=h, batch=MANY), is_causal=is_causal
+            )
+            for h, is_causal in ((40, True), (72, False), (104, True), (136, False))
+        },
+        **{
             f"flash_attention:backward odd, H={h}": backward_case(shapes(t=1021, s=1021, h=h), is_causal=True)
             for h in (40, 80, 128)
         },
