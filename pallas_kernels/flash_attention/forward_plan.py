@@ -1,5 +1,6 @@
 """What the forward kernel's tiles make of a launch."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -15,8 +16,23 @@ FIRST = 0  # of the warpgroups
 ITEM_COST = 1  # of what an item costs beside its KV tiles, in their time
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ForwardPlan(AttentionPlan):
-    """AttentionPlan, and what follows from the forward kernel's tiles."""
+    """AttentionPlan, and what follows from the forward kernel's tiles; and how many columns it multiplies:
+    those of shared memory past a head's own are zeros."""
+
+    key_columns: int  # of Q and K, in instructions' multiples
+    value_columns: int  # of V and of the output
+
+    @property
+    def splits_keys(self) -> bool:
+        """Whether Q K^T ends within a swizzle's columns, which plgpu.wgmma takes whole."""
+        return self.key_columns < self.head_dim
+
+    @property
+    def splits_values(self) -> bool:
+        """Whether P V takes rows or columns of a tile of values that plgpu.wgmma does not."""
+        return self.config.splits_rows or self.value_columns < self.value_dim
 
     @property
     def block_rows(self) -> int:

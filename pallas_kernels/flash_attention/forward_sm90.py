@@ -299,7 +299,7 @@ def attend_rows(
     steps = own.steps_before(tiles.stop)
     skip = functools.partial(skip_tile, ring, rows, turn)
     tile = Tile(plan, ring, rows, tiles.stop - 1, turn)
-    acc = register_zeros((config.tile_q, plan.value_dim))
+    acc = register_zeros((config.tile_q, plan.value_columns))
     softmax = Softmax(row_full(config.tile_q, FLOOR), row_full(config.tile_q, 0.0))
     if plan.has_idle_tiles:
         lax.fori_loop(0, steps.start, skip, None)

@@ -14,10 +14,20 @@ from jax import lax
 
 from pallas_kernels.flash_attention import halves
 from pallas_kernels.flash_attention.extras import Extras
-from pallas_kernels.flash_attention.plan import AttentionPlan
+from pallas_kernels.flash_attention.forward_plan import ForwardPlan
 from pallas_kernels.flash_attention.scores import TilePlace, bend, hide, hide_end, survivors
-from pallas_kernels.mosaic import LOG2_E, broadcast_rows, pl, plgpu, rem, row_iota, swizzled_smem, where
-from pallas_kernels.mosaic_wgmma import queue_product
+from pallas_kernels.mosaic import (
+    LOG2_E,
+    broadcast_rows,
+    pl,
+    plgpu,
+    register_zeros,
+    rem,
+    row_iota,
+    swizzled_smem,
+    where,
+)
+from pallas_kernels.mosaic_wgmma import queue_logits, queue_product
 
 FLOOR = -1e30  # the running maximum before a key was seen: finite, so that no difference is NaN
 
@@ -60,7 +70,7 @@ class KeyValueRing(NamedTuple):
     v_consumed: Any
 
     @classmethod
-    def types(cls, plan: AttentionPlan) -> "KeyValueRing":
+    def types(cls, plan: ForwardPlan) -> "KeyValueRing":
         config = plan.config
         stages, value_stages = config.stages, config.value_stages or config.stages
         k_loaded = plgpu.Barrier(num_barriers=stages, num_arrivals=1 + plan.has_segments)
@@ -139,7 +149,7 @@ class Turn(NamedTuple):
 class Tile(NamedTuple):
     """What a warpgroup needs to attend to any tile of an item."""
 
-    plan: AttentionPlan
+    plan: ForwardPlan
     ring: KeyValueRing
     rows: Rows
     last: Any  # the item's last KV tile
@@ -181,7 +191,7 @@ def attend_tile(tile: Tile, step, carry, masked=False):
     logits = multiply_keys(tile, step)
     logits, scale = modify_logits(tile, step, logits, masked)
     weights, decay, softmax = softmax_update(softmax, logits, scale)
-    acc *= broadcast_rows(decay, plan.value_dim)
+    acc *= broadcast_rows(decay, plan.value_columns)
     weights16 = drop_weights(tile, step, weights).astype(plan.dtype)
     # At 64 x 256 accumulators the sum would hold the weights' registers across the barrier.
     if plan.value_dim <= 128:
@@ -221,15 +231,15 @@ def attend_ahead(tile: Tile, step, carry, masked=False):
 
     def multiply(logits_ref, acc_ref):
         acc_ref[...] = acc
-        plgpu.wgmma(logits_ref, tile.rows.q_smem, ring.k.at[k_slot].transpose((1, 0)))
-        if plan.config.splits_rows:
+        load_logits = queue_keys(tile, k_slot, logits_ref)
+        if plan.splits_values:
             result = queue_product(acc, weights16, ring.v.at[before])
         else:
             plgpu.wgmma(acc_ref, weights16, ring.v.at[before])
             result = plgpu.wgmma_accumulator_load(acc_ref, wait_n=None)
         if turn is not None:
             turn.give()
-        logits = plgpu.wgmma_accumulator_load(logits_ref, wait_n=1)
+        logits = load_logits(wait_n=1)
         plgpu.barrier_arrive(ring.k_consumed.at[k_slot])
         logits, scale = modify_logits(tile, step, logits, masked)
         weights, decay, after = softmax_update(softmax, logits, scale)
@@ -245,7 +255,7 @@ def attend_ahead(tile: Tile, step, carry, masked=False):
     plgpu.barrier_arrive(ring.v_consumed.at[before])
     if turn is not None:
         turn.wait()
-    return acc * broadcast_rows(decay, plan.value_dim), softmax, weights.astype(plan.dtype)
+    return acc * broadcast_rows(decay, plan.value_columns), softmax, weights.astype(plan.dtype)
 
 
 def attend_behind(tile: Tile, step, carry, masked=False):
@@ -256,7 +266,7 @@ def attend_behind(tile: Tile, step, carry, masked=False):
     softmax, weights16 = attend_first(tile, step, (softmax, weights16), masked)
     # Of the maximum alone: a tile's decay is what it raised it by.
     decay = lax.exp2(before - softmax.max)
-    return acc * broadcast_rows(decay, tile.plan.value_dim), softmax, weights16
+    return acc * broadcast_rows(decay, tile.plan.value_columns), softmax, weights16
 
 
 def attend_last(tile: Tile, weights16, step, acc):
@@ -269,15 +279,30 @@ def multiply_keys(tile: Tile, step):
     slot = tile.k_slot(step)
     plgpu.barrier_wait(tile.ring.k_loaded.at[slot])
 
-    def multiply(acc):
-        plgpu.wgmma(acc, tile.rows.q_smem, tile.ring.k.at[slot].transpose((1, 0)))
+    def multiply(logits_ref):
+        load_logits = queue_keys(tile, slot, logits_ref)
         if tile.turn is not None:
             tile.turn.give_after_keys(step)
-        return acc[...]
+        return load_logits(wait_n=0)
 
     logits = pl.run_scoped(multiply, _logits_type(tile.plan))
     plgpu.barrier_arrive(tile.ring.k_consumed.at[slot])
     return logits
+
+
+def queue_keys(tile: Tile, slot, logits_ref):
+    """Queues Q K^T of a slot; gives what loads it, when wait_n later products at most are in the queue."""
+    queries, keys = tile.rows.q_smem, tile.ring.k.at[slot]
+    if not tile.plan.splits_keys:
+        plgpu.wgmma(logits_ref, queries, keys.transpose((1, 0)))
+        return functools.partial(plgpu.wgmma_accumulator_load, logits_ref)
+    logits = queue_logits(queries, keys, tile.plan.key_columns)
+
+    def load(wait_n):
+        plgpu.wgmma_wait(wait_n)
+        return logits
+
+    return load
 
 
 def modify_logits(tile: Tile, step, logits, masked: bool | jax.Array):
@@ -320,7 +345,7 @@ def add_sink(sink, acc, softmax: Softmax):
     )
 
 
-def finish_rows(plan: AttentionPlan, rows: Rows, acc, softmax: Softmax, out_smem, lse_smem):
+def finish_rows(plan: ForwardPlan, rows: Rows, acc, softmax: Softmax, out_smem, lse_smem):
     """Divides by the sum of the weights; rows that saw nothing give 0 and -inf. Returns what is to follow the
     output in out_smem (halves.split).
     """
@@ -330,9 +355,13 @@ def finish_rows(plan: AttentionPlan, rows: Rows, acc, softmax: Softmax, out_smem
     if plan.has_q_lengths:
         live = live & (rows.first_row + row_iota(plan.config.tile_q) < rows.q_length)
     norm = where(live, 1 / ((1 - plan.dropout_rate) * softmax.sum), 0.0)
-    result = where(broadcast_rows(live, plan.value_dim), acc * broadcast_rows(norm, plan.value_dim), 0.0)
+    columns = plan.value_columns
+    result = where(broadcast_rows(live, columns), acc * broadcast_rows(norm, columns), 0.0)
     # Selected before it is rounded: pairs of 16 bits would be taken apart.
-    out_smem[...], *rest = halves.split(plan, lax.optimization_barrier(result))
+    result = lax.optimization_barrier(result)
+    if missing := plan.value_dim - columns:  # a store takes whole swizzles; what leaves ends with the output
+        result = lax.concatenate([result, register_zeros((plan.config.tile_q, missing))], 1)
+    out_smem[...], *rest = halves.split(plan, result)
     lse_smem[...] = where(live, (softmax.max + lax.log2(softmax.sum)) * (1 / LOG2_E), -jnp.inf)
     return rest
 
@@ -340,7 +369,7 @@ def finish_rows(plan: AttentionPlan, rows: Rows, acc, softmax: Softmax, out_smem
 def multiply_values(tile: Tile, slot, weights16, acc):
     """acc + P V."""
     values = tile.ring.v.at[slot]
-    if tile.plan.config.splits_rows:
+    if tile.plan.splits_values:
         acc = queue_product(acc, weights16, values)
         plgpu.wgmma_wait(0)
     else:
@@ -349,5 +378,5 @@ def multiply_values(tile: Tile, slot, weights16, acc):
     return acc
 
 
-def _logits_type(plan: AttentionPlan):
+def _logits_type(plan: ForwardPlan):
     return plgpu.ACC((plan.config.tile_q, plan.config.tile_kv), jnp.float32)

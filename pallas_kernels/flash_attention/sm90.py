@@ -31,6 +31,7 @@ from pallas_kernels.flash_attention.spec import AttentionGradients, AttentionInp
 from pallas_kernels.flash_attention.tiles import span
 from pallas_kernels.mosaic import LOG2_E
 from pallas_kernels.mosaic_copy import OCTET
+from pallas_kernels.mosaic_wgmma import WGMMA_DEPTH
 
 COLUMN_MULTIPLE = 8  # in global memory: 16 bytes, as TMA counts the steps between rows and heads
 HEAD_MULTIPLE = 32  # columns in shared memory: 64 bytes, the narrower of the swizzles that cost no speed
@@ -120,7 +121,12 @@ def backward(
 
 def forward_plan_of(inputs: AttentionInputs, spec: AttentionSpec) -> ForwardPlan:
     """What the forward kernel of a call is built from; reads only the shapes and dtypes of the inputs."""
-    return ForwardPlan(**_plan_fields(inputs, spec, is_forward=True))
+    fields = _plan_fields(inputs, spec, is_forward=True)
+    # Halves of float32 results are stored as whole tiles.
+    multiples = (HEAD_MULTIPLE,) * 2 if fields["keeps_fp32"] else (WGMMA_DEPTH, COLUMN_MULTIPLE)
+    head_dims = inputs.query.shape[3], inputs.value.shape[3]
+    columns = (dim + -dim % multiple for dim, multiple in zip(head_dims, multiples, strict=True))
+    return ForwardPlan(**fields, **dict(zip(("key_columns", "value_columns"), columns, strict=True)))
 
 
 def plan_of(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionPlan:

@@ -114,7 +114,9 @@ FORWARD_CASES: dict[str, dict[str, Any]] = {
     "causal bottom right, T > S": {"t": 200, "s": 70, "is_causal": True, "causal_alignment": "bottom_right"},
     "grouped heads": {"t": 65, "s": 65, "n": 4, "k": 2, "is_causal": True},
     "head dim 128, fp16": {"t": 70, "s": 129, "h": 128, "dtype": jnp.float16},
-    "head dim 40 padded": {"t": 70, "s": 70, "h": 40},
+    "head dim 40 padded, in turns": {"t": 70, "s": 70, "h": 40, "is_causal": True},
+    "head dim 104 padded, overlap": {"t": 70, "s": 130, "h": 104, "config": AHEAD},
+    "head dim 72, value dim 40": {"t": 70, "s": 70, "h": 72, "hv": 40, "is_causal": True, "config": THREE},
     "value dim": {"t": 70, "s": 70, "h": 64, "hv": 128},
     "lengths": dict(RAGGED, poison=True),
     "lengths, causal bottom right": dict(
@@ -140,7 +142,7 @@ FORWARD_CASES: dict[str, dict[str, Any]] = {
         "config": EIGHTY,
     },
     "tiles of 80 keys, a diagonal, fp16": {
-        **{"t": 330, "s": 330, "h": 224, "is_causal": True, "dtype": jnp.float16},
+        **{"t": 330, "s": 330, "h": 200, "is_causal": True, "dtype": jnp.float16},
         "config": dataclasses.replace(SMALL, tile_kv=80),
     },
     "tiles of 112 keys, a tail and a diagonal": {

@@ -47,6 +47,7 @@ def plain_terms():
         "meet": (plgpu.commit_smem, backward_fused_adds, cascade_rows_sm90, prefill_list_sm90, prefill_units),
         "fresh_iota": (_iota, prefill_tile, scores),
         "hide_after": (_hide_after, scores),
+        "queue_logits": (_queue_logits, forward_tile),
         "queue_product": (_queue_product, forward_tile),
         "load_by_column": (
             _load_by_column,
@@ -108,8 +109,17 @@ def _hide_after(x, last, value):
     return jnp.where(jnp.arange(x.shape[1]) <= last[:, None], x, value)
 
 
+def _queue_logits(a, b, depth):
+    def multiply(acc):
+        plgpu.wgmma(acc, a.at[:, pl.ds(0, depth)], b.at[:, pl.ds(0, depth)].transpose((1, 0)))
+        return acc[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
+
+
 def _queue_product(acc, a, ref):
-    return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, a, ref))(plgpu.ACC.init(acc))
+    own = ref.at[:, pl.ds(0, acc.shape[1])]
+    return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, a, own))(plgpu.ACC.init(acc))
 
 
 def _load_by_column(ref, place, shape):

@@ -83,7 +83,9 @@ def test_larger_tiles_move_fewer_bytes():
 
 
 def test_columns_past_the_head_dim_are_not_loaded():
-    narrow, wide = (io_bytes(*arrays(h=h), config=CONFIG) for h in (72, 96))  # both are multiplied as 96
+    narrow, wide = (
+        io_bytes(*arrays(h=h), config=CONFIG) for h in (72, 96)
+    )  # both lie in shared memory as 96
     assert narrow.forward.l2_to_sm * 4 == wide.forward.l2_to_sm * 3
     assert narrow.backward.sm_to_l2 * 4 == wide.backward.sm_to_l2 * 3
     narrow, wide = (io_bytes(*arrays(h=h), config=FUSED).backward for h in (72, 96))

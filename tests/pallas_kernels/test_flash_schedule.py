@@ -32,6 +32,8 @@ PLAN = ForwardPlan(
     has_q_lengths=False,
     has_kv_lengths=False,
     config=FlashConfig(),
+    key_columns=128,
+    value_columns=128,
 )
 
 
