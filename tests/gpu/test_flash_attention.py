@@ -78,6 +78,14 @@ CASES |= {
         (64, 640),
         (32, 320),
         (96, 384),
+# The same in the tiles of calls that fill the machine.
+CASES |= {
+    f"H={h} columns, {name}": {"h": h, "batch": 4, "n": 16, "k": 16} | case
+    for h in (40, 72, 104, 120, 136, 200)
+    for name, case in (
+        ("full", {"t": 1000, "s": 1024}),
+        ("causal", {"t": 1000, "s": 1000, "is_causal": True}),
+        ("causal, long", {"t": 2100, "s": 2100, "batch": 1, "is_causal": True}),
     )
 }
 CASES |= {
@@ -128,7 +136,10 @@ CASES |= {
         },
     }.items()
 }
-CASES |= {"value dim 256": {"t": 300, "s": 300, "h": 64, "hv": 256}}
+CASES |= {
+    f"H={h} value dim {hv}": {"t": 300, "s": 300, "h": h, "hv": hv}
+    for h, hv in ((64, 256), (72, 40), (64, 200))
+}
 CASES |= {
     f"fused, H={h} {name}": {"h": h, "config": fused_config(h)} | case
     for h in (32, 64, 96, 128, 256)
