@@ -78,6 +78,8 @@ CASES |= {
         (64, 640),
         (32, 320),
         (96, 384),
+    )
+}
 # The same in the tiles of calls that fill the machine.
 CASES |= {
     f"H={h} columns, {name}": {"h": h, "batch": 4, "n": 16, "k": 16} | case
