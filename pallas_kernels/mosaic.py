@@ -41,6 +41,7 @@ __all__ = [
     "rem",
     "row_full",
     "row_iota",
+    "smem_in_blocks",
     "specialize",
     "swizzle_bytes",
     "swizzle_transforms",
@@ -119,6 +120,14 @@ def swizzled_smem(shape: Sequence[int], dtype: Any, row: int | None = None) -> A
     allows, or rows of `row` elements: both operands of a wgmma have the same.
     """
     return plgpu.SMEM(tuple(shape), dtype, transforms=swizzle_transforms(row or shape[-1], dtype))
+
+
+def smem_in_blocks(lead: Sequence[int], rows: int, columns: int, dtype: Any) -> Any:
+    """swizzled_smem of tiles [rows, columns] that lie block by block, each as wide as the swizzle: of each
+    the copy engine takes all rows at once, and ends rows and columns (mosaic_copy.py).
+    """
+    width = swizzle_bytes(columns * jnp.dtype(dtype).itemsize) // jnp.dtype(dtype).itemsize
+    return swizzled_smem((*lead, columns // width, rows, width), dtype)
 
 
 def swizzle_transforms(columns: int, dtype: Any) -> tuple[Any, Any]:

@@ -31,40 +31,38 @@ BARRIER: Any = mgpu_utils.BarrierRef  # without phases: it is not waited for
 mgpu: Any = gpu
 
 
-def is_whole(shape: tuple[int, ...], columns: int) -> bool:
-    """Whether Pallas's copies end where an array [..., T, heads, H] does, in tiles of so many columns."""
-    return shape[-3] % OCTET == 0 and shape[-1] == columns
+def is_whole(shape: tuple[int, ...], tile: Any) -> bool:
+    """Whether Pallas's copies end where an array [..., T, heads, H] does, of a tile in shared memory."""
+    return shape[-3] % OCTET == 0 and tile.shape[1:] == shape[-1:]
 
 
 def load_tile(array: Any, place: tuple, target: Any, barrier: Any) -> None:
     """Starts the copy of rows of a head into shared memory, one arrival at the barrier.
 
     array: [..., T, heads, H] in global memory; place: indices of the dims before T, the first row, the head;
-    target: [rows, columns], swizzled, columns >= H.
+    target: [rows, columns], swizzled, columns >= H, or such in blocks of columns [blocks, rows, width].
     """
-    rows, columns = target.shape
-    if is_whole(array.shape, columns):
+    if is_whole(array.shape, target):
         *batch, row, head = place
-        plgpu.copy_gmem_to_smem(array.at[*batch, pl.ds(row, rows), head], target, barrier)
+        source = array.at[*batch, pl.ds(row, target.shape[0]), head]
+        plgpu.copy_gmem_to_smem(source, target, barrier)
         return
     load_exactly(array, place, target, barrier)
 
 
 def store_tile(source: Any, array: Any, place: tuple) -> None:
     """Starts the copy of rows of a head from shared memory; arguments as those of load_tile."""
-    rows, columns = source.shape
-    if is_whole(array.shape, columns):
+    if is_whole(array.shape, source):
         *batch, row, head = place
-        plgpu.copy_smem_to_gmem(source, array.at[*batch, pl.ds(row, rows), head])
+        plgpu.copy_smem_to_gmem(source, array.at[*batch, pl.ds(row, source.shape[0]), head])
         return
     store_exactly(source, array, place)
 
 
 def load_exactly(array: Any, place: tuple, target: Any, barrier: Any) -> None:
     """load_tile, of any array."""
-    rows, columns = target.shape
-    num_bytes = rows * columns * jnp.dtype(target.dtype).itemsize
-    transforms = swizzle_transforms(columns, target.dtype)
+    num_bytes = math.prod(target.shape) * jnp.dtype(target.dtype).itemsize
+    transforms = swizzle_transforms(target.shape[-1], target.dtype)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), (SPLAT,) * len(place), plgpu.RefType(transforms), SPLAT))
     def load(ctx, source, indices, smem, address):
@@ -81,14 +79,14 @@ def load_ended(array: Any, tail: Any, place: tuple, length: Any, target: Any, ba
     tail: [..., OCTET, heads, H], the octet in which each length ends, zeros past it. Octets behind that one
     are asked for past the end of the array.
     """
-    rows, columns = target.shape
-    num_bytes = rows * columns * jnp.dtype(target.dtype).itemsize
-    transforms, in_gmem = plgpu.RefType(swizzle_transforms(columns, target.dtype)), plgpu.RefType()
+    num_octets = target.shape[-2] // OCTET
+    num_bytes = math.prod(target.shape) * jnp.dtype(target.dtype).itemsize
+    transforms, in_gmem = plgpu.RefType(swizzle_transforms(target.shape[-1], target.dtype)), plgpu.RefType()
 
     @plgpu.inline_mgpu(arg_types=(in_gmem, in_gmem, (SPLAT,) * len(place), SPLAT, transforms, SPLAT))
     def load(ctx, whole, ended, indices, stop, smem, address):
         i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
-        loaded = _expecting(address, num_bytes)
+        loaded, smem = _expecting(address, num_bytes), tiles_of(smem)
         *batch, _, head = map(_to_index, indices)
         first_row, stop = indices[-2].registers.item(), stop.registers.item()
         past_end = mgpu_utils.c(math.ceil(array.shape[-3] / OCTET) * OCTET, i32)
@@ -109,7 +107,7 @@ def load_ended(array: Any, tail: Any, place: tuple, length: Any, target: Any, ba
             leads = mgpu_utils.single_thread_predicate(mgpu_utils.ThreadSubset.WARP)
             copy_part(whole, row, part, arith.andi(leads, is_other))
 
-        is_here = arith.cmpi(arith.CmpIPredicate.ult, last, mgpu_utils.c(rows // OCTET, i32))
+        is_here = arith.cmpi(arith.CmpIPredicate.ult, last, mgpu_utils.c(num_octets, i32))
         leads = mgpu_utils.single_thread_predicate(mgpu_utils.ThreadSubset.WARPGROUP)
         for part in _parts_of_octet(ended, smem, arith.index_cast(index, last)):
             copy_part(ended, _index(0), part, arith.andi(leads, is_here))
@@ -120,7 +118,7 @@ def load_ended(array: Any, tail: Any, place: tuple, length: Any, target: Any, ba
 
 def store_exactly(source: Any, array: Any, place: tuple) -> None:
     """store_tile, of any array."""
-    transforms = swizzle_transforms(source.shape[1], source.dtype)
+    transforms = swizzle_transforms(source.shape[-1], source.dtype)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms), plgpu.RefType(), (SPLAT,) * len(place)))
     def store(ctx, smem, target, indices):
@@ -186,11 +184,16 @@ class Part(NamedTuple):
 
 
 def _copy_parts(copy: Any, gmem: Any, indices: tuple, smem: Any) -> None:
-    """Copies a tile in as few parts as end where the array does; smem: [octets, blocks, 8, width].
+    """Copies a tile in as few parts as end where the array does; smem: [octets, blocks, 8, width], or block
+    by block [blocks, octets, 1, 8, width].
 
-    Columns of one block: one part. Columns that fill their blocks: one, or each octet where rows end within.
-    Else each block of each octet: a part is contiguous in shared memory, and ends in both dims alone.
+    Columns that lie block by block, or of one block: a part a block. Columns that fill their blocks: one, or
+    each octet where rows end within. Else each block of each octet: a part is contiguous in shared memory,
+    and ends in both dims alone.
     """
+    if len(ir.MemRefType(smem.type).shape) == 5:
+        _copy_blocks(copy, indices, smem)
+        return
     octets, blocks, _, width = ir.MemRefType(smem.type).shape
     *_, length, _, head_dim = ir.MemRefType(gmem.type).shape
     *batch, first, head = map(_to_index, indices)
@@ -217,6 +220,28 @@ def _copy_parts(copy: Any, gmem: Any, indices: tuple, smem: Any) -> None:
         with ir.InsertionPoint(branch.else_block):
             _share_octets(gmem, smem, copy_part)
             scf.yield_([])
+
+
+def _copy_blocks(copy: Any, indices: tuple, smem: Any) -> None:
+    """Copies a tile that lies block by block, by all warps."""
+    blocks, octets, _, _, width = ir.MemRefType(smem.type).shape
+    *batch, first, head = map(_to_index, indices)
+    leads = mgpu_utils.single_thread_predicate(mgpu_utils.ThreadSubset.WARP)
+
+    def copy_block(block):
+        rows = mgpu_utils.memref_fold(mgpu_utils.memref_slice(smem, (block, slice(None), 0)), 0, 2)
+        part = Part(rows, arith.muli(block, _index(width)), width)
+        _copy_rows(copy, (batch, first, head), OCTET * octets, smem, part, leads)
+
+    _share(blocks, copy_block)
+
+
+def tiles_of(smem: Any) -> Any:
+    """A tile as [octets, blocks, 8, width], also where it lies block by block."""
+    if len(ir.MemRefType(smem.type).shape) == 4:
+        return smem
+    blocks = mgpu_utils.memref_slice(smem, (slice(None), slice(None), 0))
+    return mgpu_utils.memref_transpose(blocks, (1, 0, 2, 3))
 
 
 def _copy_rows(copy: Any, place: tuple, rows: int, smem: Any, part: Part, predicate: Any) -> None:

@@ -3,6 +3,7 @@
 Both are queued as by plgpu.wgmma: what they take and give is the tensor cores' until plgpu.wgmma_wait.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, nvvm
 
 from pallas_kernels.mosaic import plgpu, swizzle_bytes, swizzle_transforms
+from pallas_kernels.mosaic_copy import tiles_of
 
 WGMMA_ROWS = 64  # of the left operand that an instruction takes, and
 WGMMA_DEPTH = 16  # of its columns, of 16 bits
@@ -23,16 +25,17 @@ DEPTH_BYTES = 2 * WGMMA_DEPTH
 def queue_logits(a: Any, b: Any, depth: int) -> jax.Array:
     """a @ b^T of their first `depth` columns, a multiple of 16, where plgpu.wgmma takes a swizzle's whole.
 
-    a: [64 n, columns], b: [8 m, columns], of 16 bits, in swizzled shared memory; the result in fp32.
+    a: [64 n, columns], b: [8 m, columns], of 16 bits, in swizzled shared memory, or in blocks of columns
+    [blocks, 64 n, width], [blocks, 8 m, width]; the result in fp32.
     """
-    (rows, columns), keys = a.shape, b.shape[0]
-    size = jnp.dtype(a.dtype).itemsize
-    swizzle = swizzle_bytes(columns * size)
-    layout, transforms = plgpu.Layout.WGMMA, plgpu.RefType(swizzle_transforms(columns, a.dtype))
+    rows, keys, size = a.shape[-2], b.shape[-2], jnp.dtype(a.dtype).itemsize
+    swizzle = swizzle_bytes(a.shape[-1] * size)
+    layout, transforms = plgpu.Layout.WGMMA, plgpu.RefType(swizzle_transforms(a.shape[-1], a.dtype))
     result = plgpu.ShapeDtypeStruct((rows, keys), jnp.float32, layout=layout)
 
     @plgpu.inline_mgpu(arg_types=(transforms, transforms), return_type=result)
     def multiply(_, a, b):
+        a, b = tiles_of(a), tiles_of(b)
         dtype, width = ir.MemRefType(a.type).element_type, swizzle // size
         a_start, a_block, a_swizzle = _describe(a, swizzle, (WGMMA_ROWS, width), logical_k_major=False)
         # As if it were a left operand: the columns of either are those that are summed over.
@@ -61,16 +64,16 @@ def queue_logits(a: Any, b: Any, depth: int) -> jax.Array:
 def queue_product(acc: jax.Array, a: jax.Array, ref: Any) -> jax.Array:
     """acc + a @ ref, of any multiple of 16 rows of ref [rows, columns] in swizzled shared memory and of its
     first columns, as many as acc has, any multiple of 8: plgpu.wgmma takes rows in multiples of 64, and all
-    columns. a in 16 bits, acc in fp32, [64 n, ...].
+    columns. a in 16 bits, acc in fp32, [64 n, ...]; ref may lie in blocks of columns [blocks, rows, width].
     """
-    rows, columns = ref.shape
-    swizzle = swizzle_bytes(columns * jnp.dtype(ref.dtype).itemsize)
-    layout, transforms = plgpu.Layout.WGMMA, swizzle_transforms(columns, ref.dtype)
+    rows, columns = ref.shape[-2], math.prod(ref.shape) // ref.shape[-2]
+    swizzle = swizzle_bytes(ref.shape[-1] * jnp.dtype(ref.dtype).itemsize)
+    layout, transforms = plgpu.Layout.WGMMA, swizzle_transforms(ref.shape[-1], ref.dtype)
     result = plgpu.ShapeDtypeStruct(acc.shape, acc.dtype, layout=layout)
 
     @plgpu.inline_mgpu(arg_types=(layout, layout, plgpu.RefType(transforms)), return_type=result)
     def multiply(_, acc, a, b):
-        descriptor, _, stride = _describe(b, swizzle, (WGMMA_DEPTH, columns), logical_k_major=True)
+        descriptor, _, stride = _describe(tiles_of(b), swizzle, (WGMMA_DEPTH, columns), logical_k_major=True)
         sums, a = WGMMAAccumulator.from_registers(acc)._value, wgmma_fence(a)
         for first in range(0, rows, WGMMA_DEPTH):
             for block in range(acc.shape[0] // WGMMA_ROWS):

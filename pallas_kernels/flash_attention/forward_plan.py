@@ -9,7 +9,7 @@ import numpy as np
 from pallas_kernels.device import num_multiprocessors
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.flash_attention.tiles import Schedule, TileOrder
-from pallas_kernels.mosaic import SMEM_BYTES, where
+from pallas_kernels.mosaic import SMEM_BYTES, smem_in_blocks, swizzled_smem, where
 
 STATISTICS_BYTES = 4096  # of shared memory: the log-sum-exp's buffers, barriers, tickets
 FIRST = 0  # of the warpgroups
@@ -18,21 +18,27 @@ ITEM_COST = 1  # of what an item costs beside its KV tiles, in their time
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ForwardPlan(AttentionPlan):
-    """AttentionPlan, and what follows from the forward kernel's tiles; and how many columns it multiplies:
-    those of shared memory past a head's own are zeros."""
+    """AttentionPlan, and what follows from the forward kernel's tiles, and from how many columns in global
+    memory heads have: those of shared memory past them are zeros."""
 
-    key_columns: int  # of Q and K, in instructions' multiples
+    key_columns: int  # of Q and K
     value_columns: int  # of V and of the output
 
     @property
-    def splits_keys(self) -> bool:
-        """Whether Q K^T ends within a swizzle's columns, which plgpu.wgmma takes whole."""
-        return self.key_columns < self.head_dim
+    def in_blocks(self) -> bool:
+        """Whether tiles lie in blocks of columns, within which heads end."""
+        return self.key_columns < self.head_dim or self.value_columns < self.value_dim
 
     @property
     def splits_values(self) -> bool:
         """Whether P V takes rows or columns of a tile of values that plgpu.wgmma does not."""
-        return self.config.splits_rows or self.value_columns < self.value_dim
+        return self.config.splits_rows or self.in_blocks
+
+    def tiles(self, count: int, rows: int, columns: int) -> Any:
+        """Shared memory of so many tiles."""
+        if self.in_blocks:
+            return smem_in_blocks((count,), rows, columns, self.dtype)
+        return swizzled_smem((count, rows, columns), self.dtype)
 
     @property
     def block_rows(self) -> int:

@@ -48,7 +48,6 @@ from pallas_kernels.mosaic import (
     rem,
     row_full,
     specialize,
-    swizzled_smem,
     where,
 )
 from pallas_kernels.mosaic_copy import load_tile
@@ -57,8 +56,8 @@ from pallas_kernels.mosaic_copy import load_tile
 class Buffers(NamedTuple):
     """Shared memory of a thread block, but for keys and values."""
 
-    q: Any  # [q_stages x warpgroups, tile_q, H]
-    out: Any  # [q_stages x warpgroups, tile_q, Hv], or None where q's space serves
+    q: Any  # [q_stages x warpgroups, tile_q, H], or in blocks of columns
+    out: Any  # [q_stages x warpgroups, tile_q, Hv], or such; or None where q's space serves
     lse: Any  # f32[q_stages x warpgroups, tile_q]
     ids: Any  # i32[q_stages x warpgroups, tile_q]: the queries' segment ids; or None
 
@@ -79,10 +78,10 @@ def launch(plan: ForwardPlan, inputs: AttentionInputs, query, key, value):
     """
     config = plan.config
     num_buffers = config.q_stages * config.warpgroups
-    q_shape, out_shape = ((num_buffers, config.tile_q, dim) for dim in (plan.head_dim, plan.value_dim))
+    q, out = (plan.tiles(num_buffers, config.tile_q, dim) for dim in (plan.head_dim, plan.value_dim))
     buffers = Buffers(
-        q=swizzled_smem(q_shape, plan.dtype),
-        out=None if plan.head_dim == plan.value_dim else swizzled_smem(out_shape, plan.dtype),
+        q=q,
+        out=None if plan.head_dim == plan.value_dim else out,
         lse=plgpu.SMEM((num_buffers, config.tile_q), jnp.float32),
         ids=plgpu.SMEM((num_buffers, config.tile_q), jnp.int32) if plan.has_segments else None,
     )

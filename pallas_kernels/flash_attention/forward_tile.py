@@ -19,15 +19,15 @@ from pallas_kernels.flash_attention.scores import TilePlace, bend, hide, hide_en
 from pallas_kernels.mosaic import (
     LOG2_E,
     broadcast_rows,
+    ceil_div,
     pl,
     plgpu,
     register_zeros,
     rem,
     row_iota,
-    swizzled_smem,
     where,
 )
-from pallas_kernels.mosaic_wgmma import queue_logits, queue_product
+from pallas_kernels.mosaic_wgmma import WGMMA_DEPTH, queue_logits, queue_product
 
 FLOOR = -1e30  # the running maximum before a key was seen: finite, so that no difference is NaN
 
@@ -59,8 +59,8 @@ class Softmax(NamedTuple):
 class KeyValueRing(NamedTuple):
     """K and V tiles on their way through shared memory: slots, filled in turn."""
 
-    k: Any  # [stages, tile_kv, H]
-    v: Any  # [value_stages, tile_kv, Hv]
+    k: Any  # [stages, tile_kv, H], or in blocks of columns
+    v: Any  # [value_stages, tile_kv, Hv], or such
     ids: (
         Any  # i32[value_stages + 1, tile_kv]: segment ids, which come with K and are read until V is; or None
     )
@@ -79,8 +79,8 @@ class KeyValueRing(NamedTuple):
             plgpu.Barrier(num_barriers=size, num_arrivals=config.warpgroups)
             for size in (stages, value_stages)
         )
-        k = swizzled_smem((stages, config.tile_kv, plan.head_dim), plan.dtype)
-        v = swizzled_smem((value_stages, config.tile_kv, plan.value_dim), plan.dtype)
+        k = plan.tiles(stages, config.tile_kv, plan.head_dim)
+        v = plan.tiles(value_stages, config.tile_kv, plan.value_dim)
         ids = plgpu.SMEM((value_stages + 1, config.tile_kv), jnp.int32) if plan.has_segments else None
         return cls(k, v, ids, k_loaded, v_loaded, k_consumed, v_consumed)
 
@@ -293,10 +293,10 @@ def multiply_keys(tile: Tile, step):
 def queue_keys(tile: Tile, slot, logits_ref):
     """Queues Q K^T of a slot; gives what loads it, when wait_n later products at most are in the queue."""
     queries, keys = tile.rows.q_smem, tile.ring.k.at[slot]
-    if not tile.plan.splits_keys:
+    if not tile.plan.in_blocks:
         plgpu.wgmma(logits_ref, queries, keys.transpose((1, 0)))
         return functools.partial(plgpu.wgmma_accumulator_load, logits_ref)
-    logits = queue_logits(queries, keys, tile.plan.key_columns)
+    logits = queue_logits(queries, keys, ceil_div(tile.plan.key_columns, WGMMA_DEPTH) * WGMMA_DEPTH)
 
     def load(wait_n):
         plgpu.wgmma_wait(wait_n)
@@ -358,12 +358,23 @@ def finish_rows(plan: ForwardPlan, rows: Rows, acc, softmax: Softmax, out_smem, 
     columns = plan.value_columns
     result = where(broadcast_rows(live, columns), acc * broadcast_rows(norm, columns), 0.0)
     # Selected before it is rounded: pairs of 16 bits would be taken apart.
-    result = lax.optimization_barrier(result)
-    if missing := plan.value_dim - columns:  # a store takes whole swizzles; what leaves ends with the output
-        result = lax.concatenate([result, register_zeros((plan.config.tile_q, missing))], 1)
-    out_smem[...], *rest = halves.split(plan, result)
+    first, *rest = halves.split(plan, lax.optimization_barrier(result))
+    if plan.in_blocks:
+        store_blocks(out_smem, first)
+    else:
+        out_smem[...] = first
     lse_smem[...] = where(live, (softmax.max + lax.log2(softmax.sum)) * (1 / LOG2_E), -jnp.inf)
     return rest
+
+
+def store_blocks(out_smem, x):
+    """Stores a tile into blocks of columns, which are stored whole: what leaves ends with the output."""
+    blocks, rows, width = out_smem.shape
+    if missing := blocks * width - x.shape[1]:
+        x = lax.concatenate([x, register_zeros((rows, missing)).astype(x.dtype)], 1)
+    for block in range(blocks):
+        first = block * width
+        out_smem[block] = lax.slice(x, (0, first), (rows, first + width))
 
 
 def multiply_values(tile: Tile, slot, weights16, acc):

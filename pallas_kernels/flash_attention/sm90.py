@@ -31,7 +31,6 @@ from pallas_kernels.flash_attention.spec import AttentionGradients, AttentionInp
 from pallas_kernels.flash_attention.tiles import span
 from pallas_kernels.mosaic import LOG2_E
 from pallas_kernels.mosaic_copy import OCTET
-from pallas_kernels.mosaic_wgmma import WGMMA_DEPTH
 
 COLUMN_MULTIPLE = 8  # in global memory: 16 bytes, as TMA counts the steps between rows and heads
 HEAD_MULTIPLE = 32  # columns in shared memory: 64 bytes, the narrower of the swizzles that cost no speed
@@ -122,11 +121,11 @@ def backward(
 def forward_plan_of(inputs: AttentionInputs, spec: AttentionSpec) -> ForwardPlan:
     """What the forward kernel of a call is built from; reads only the shapes and dtypes of the inputs."""
     fields = _plan_fields(inputs, spec, is_forward=True)
-    # Halves of float32 results are stored as whole tiles.
-    multiples = (HEAD_MULTIPLE,) * 2 if fields["keeps_fp32"] else (WGMMA_DEPTH, COLUMN_MULTIPLE)
-    head_dims = inputs.query.shape[3], inputs.value.shape[3]
-    columns = (dim + -dim % multiple for dim, multiple in zip(head_dims, multiples, strict=True))
-    return ForwardPlan(**fields, **dict(zip(("key_columns", "value_columns"), columns, strict=True)))
+    columns = {}
+    for name, dim, x in (("key", "head_dim", inputs.query), ("value", "value_dim", inputs.value)):
+        own = x.shape[3] + -x.shape[3] % COLUMN_MULTIPLE
+        columns[f"{name}_columns"] = fields[dim] if fields["keeps_fp32"] else own
+    return ForwardPlan(**fields, **columns)
 
 
 def plan_of(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionPlan:

@@ -111,15 +111,25 @@ def _hide_after(x, last, value):
 
 def _queue_logits(a, b, depth):
     def multiply(acc):
-        plgpu.wgmma(acc, a.at[:, pl.ds(0, depth)], b.at[:, pl.ds(0, depth)].transpose((1, 0)))
+        for block in range(0 if len(a.shape) == 2 else a.shape[0]):
+            width = pl.ds(0, min(a.shape[-1], depth - block * a.shape[-1]))
+            plgpu.wgmma(acc, a.at[block, :, width], b.at[block, :, width].transpose((1, 0)))
+        if len(a.shape) == 2:
+            plgpu.wgmma(acc, a.at[:, pl.ds(0, depth)], b.at[:, pl.ds(0, depth)].transpose((1, 0)))
         return acc[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
+    return pl.run_scoped(multiply, plgpu.ACC((a.shape[-2], b.shape[-2]), jnp.float32))
 
 
 def _queue_product(acc, a, ref):
-    own = ref.at[:, pl.ds(0, acc.shape[1])]
-    return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, a, own))(plgpu.ACC.init(acc))
+    if len(ref.shape) == 2:
+        own = ref.at[:, pl.ds(0, acc.shape[1])]
+        return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, a, own))(plgpu.ACC.init(acc))
+    width, parts = ref.shape[-1], []
+    for first in range(0, acc.shape[1], width):
+        own = min(width, acc.shape[1] - first)
+        parts.append(_queue_product(acc[:, first : first + own], a, ref.at[first // width]))
+    return jnp.concatenate(parts, axis=1)
 
 
 def _load_by_column(ref, place, shape):
@@ -129,7 +139,14 @@ def _load_by_column(ref, place, shape):
 
 def _load_exactly(array, place, target, barrier):
     *batch, row, head = place
-    rows, columns = target.shape
+    rows, columns = target.shape[-2:]
+    if len(target.shape) > 2:  # copies of all blocks are one arrival
+        found = array[...].at[*batch, row + jnp.arange(rows), head].get(mode="fill", fill_value=0)
+        for block in range(target.shape[0]):
+            own = found[:, block * columns : (block + 1) * columns]
+            target[block] = jnp.pad(own, ((0, 0), (0, columns - own.shape[1])))
+        plgpu.barrier_arrive(barrier)
+        return
     if missing := columns - array.shape[-1]:
         target[:, pl.ds(array.shape[-1], missing)] = jnp.zeros((rows, missing), target.dtype)
     own = target.at[:, pl.ds(0, array.shape[-1])]
@@ -138,22 +155,17 @@ def _load_exactly(array, place, target, barrier):
 
 def _load_ended(array, tail, place, length, target, barrier):
     *batch, first, head = place
-    num_rows = array.shape[-3]
-    own = pl.ds(0, array.shape[-1])
-    for octet in range(0, target.shape[0], OCTET):
-        row, part = first + octet, target.at[pl.ds(octet, OCTET)]
-        part[...] = jnp.zeros(part.shape, part.dtype)
-
-        @pl.when((row < length) & (row + OCTET > length))
-        def _(part=part):
-            part[:, own] = tail[*batch, pl.ds(0, OCTET), head]
-
-        if num_rows >= OCTET:
-
-            @pl.when(row + OCTET <= length)
-            def _(part=part, row=row):
-                part[:, own] = array[*batch, pl.ds(row, OCTET), head]
-
+    row = first + jnp.arange(target.shape[-2])
+    whole, ended = (x[...].at[*batch, :, head].get() for x in (array, tail))
+    found = whole.at[row].get(mode="fill", fill_value=0)
+    in_tail = ended.at[row - length // OCTET * OCTET].get(mode="fill", fill_value=0)
+    found = jnp.where((row < length // OCTET * OCTET)[:, None], found, 0)
+    found = jnp.where(((row >= length // OCTET * OCTET) & (row < length))[:, None], in_tail, found)
+    blocks, width = (1, target.shape[-1]) if len(target.shape) == 2 else (target.shape[0], target.shape[-1])
+    found = jnp.pad(found, ((0, 0), (0, blocks * width - found.shape[1])))
+    for block in range(blocks):
+        part = target if len(target.shape) == 2 else target.at[block]
+        part[...] = found[:, block * width : (block + 1) * width]
     plgpu.barrier_arrive(barrier)
 
 
@@ -168,6 +180,13 @@ def _load_block(array, place, column, target, barrier):
 
 def _store_exactly(source, array, place):
     *batch, row, head = place
+    if len(source.shape) > 2:
+        _, rows, width = source.shape
+        for first in range(0, array.shape[-1], width):
+            own = min(width, array.shape[-1] - first)
+            target = array.at[*batch, pl.ds(row, rows), head, pl.ds(first, own)]
+            plgpu.copy_smem_to_gmem(source.at[first // width, :, pl.ds(0, own)], target)
+        return
     own = source.at[:, pl.ds(0, array.shape[-1])]
     plgpu.copy_smem_to_gmem(own, array.at[*batch, pl.ds(row, source.shape[0]), head])
 
