@@ -293,7 +293,7 @@ def multiply_keys(tile: Tile, step):
 def queue_keys(tile: Tile, slot, logits_ref):
     """Queues Q K^T of a slot; gives what loads it, when wait_n later products at most are in the queue."""
     queries, keys = tile.rows.q_smem, tile.ring.k.at[slot]
-    if not tile.plan.in_blocks:
+    if not tile.plan.splits_columns:
         plgpu.wgmma(logits_ref, queries, keys.transpose((1, 0)))
         return functools.partial(plgpu.wgmma_accumulator_load, logits_ref)
     logits = queue_logits(queries, keys, ceil_div(tile.plan.key_columns, WGMMA_DEPTH) * WGMMA_DEPTH)
@@ -359,20 +359,21 @@ def finish_rows(plan: ForwardPlan, rows: Rows, acc, softmax: Softmax, out_smem, 
     result = where(broadcast_rows(live, columns), acc * broadcast_rows(norm, columns), 0.0)
     # Selected before it is rounded: pairs of 16 bits would be taken apart.
     first, *rest = halves.split(plan, lax.optimization_barrier(result))
-    if plan.in_blocks:
-        store_blocks(out_smem, first)
-    else:
-        out_smem[...] = first
+    store_tile(plan, out_smem, first)
     lse_smem[...] = where(live, (softmax.max + lax.log2(softmax.sum)) * (1 / LOG2_E), -jnp.inf)
     return rest
 
 
-def store_blocks(out_smem, x):
-    """Stores a tile into blocks of columns, which are stored whole: what leaves ends with the output."""
-    blocks, rows, width = out_smem.shape
-    if missing := blocks * width - x.shape[1]:
+def store_tile(plan: ForwardPlan, out_smem, x):
+    """Stores results into a tile, whose columns are stored whole: what leaves it ends with the output."""
+    rows = x.shape[0]
+    if missing := (0 if plan.keeps_fp32 else plan.value_dim - x.shape[1]):
         x = lax.concatenate([x, register_zeros((rows, missing)).astype(x.dtype)], 1)
-    for block in range(blocks):
+    if not plan.in_blocks:
+        out_smem[...] = x
+        return
+    width = out_smem.shape[-1]
+    for block in range(out_smem.shape[0]):
         first = block * width
         out_smem[block] = lax.slice(x, (0, first), (rows, first + width))
 

@@ -34,6 +34,10 @@ from pallas_kernels.mosaic_copy import OCTET
 
 COLUMN_MULTIPLE = 8  # in global memory: 16 bytes, as TMA counts the steps between rows and heads
 HEAD_MULTIPLE = 32  # columns in shared memory: 64 bytes, the narrower of the swizzles that cost no speed
+# Where rows begin within the 32 bytes that memory moves at a time each block costs one move more: as few as can
+# be. In us, forward, an H200, full T = 1,024, 2,048, blocks of 32 and of 64: H = 72 131, 113; 136 211, 161;
+# 200 281, 215; of 80, which begin with them, 102, 99; 144 134, 140.
+WIDE_BLOCK, SECTOR_COLUMNS = 64, 16
 # jax.default_matmul_precision of calls that may multiply float32 as TF32 does, or as bfloat16: None is JAX's
 # own default, which does on a GPU.
 TF32_PRECISIONS = (None, "default", "tensorfloat32", "bfloat16", "TF32_TF32_F32", "BF16_BF16_F32")
@@ -135,8 +139,8 @@ def plan_of(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionPlan:
 
 def _plan_fields(inputs: AttentionInputs, spec: AttentionSpec, is_forward: bool) -> dict[str, Any]:
     batch, num_queries, num_heads, _ = inputs.query.shape
-    head_dim, value_dim = (_padded(x.shape[3], is_forward) for x in (inputs.query, inputs.value))
     keeps_fp32 = inputs.query.dtype == jnp.float32
+    head_dim, value_dim = (_padded(x.shape[3], is_forward, keeps_fp32) for x in (inputs.query, inputs.value))
     return {
         "batch": batch,
         "num_queries": num_queries,
@@ -230,8 +234,12 @@ def _features(inputs: AttentionInputs, spec: AttentionSpec) -> set[str]:
     return {name for name, is_there in has.items() if is_there}
 
 
-def _padded(head_dim: int, is_forward: bool) -> int:
+def _padded(head_dim: int, is_forward: bool, is_fp32: bool = False) -> int:
+    """Columns of a head in shared memory; of float32 in global memory too."""
     multiple = HEAD_MULTIPLE if is_forward or head_dim <= 128 else WIDE_MULTIPLE
+    ends_within = head_dim % HEAD_MULTIPLE and (head_dim % SECTOR_COLUMNS or head_dim <= 128)
+    if is_forward and ends_within and not is_fp32:
+        multiple = WIDE_BLOCK
     return head_dim + -head_dim % multiple
 
 
@@ -241,7 +249,7 @@ def _pad(plan: AttentionPlan, x: jax.Array, is_forward: bool) -> jax.Array:
     """
     if not plan.keeps_fp32:
         return _pad_axis(x, 3, COLUMN_MULTIPLE)
-    x, more = _pad_axis(x, 1, OCTET), _padded(x.shape[3], is_forward) - x.shape[3]
+    x, more = _pad_axis(x, 1, OCTET), _padded(x.shape[3], is_forward, is_fp32=True) - x.shape[3]
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, more))) if more else x
 
 
