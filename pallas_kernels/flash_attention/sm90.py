@@ -34,9 +34,9 @@ from pallas_kernels.mosaic_copy import OCTET
 
 COLUMN_MULTIPLE = 8  # in global memory: 16 bytes, as TMA counts the steps between rows and heads
 HEAD_MULTIPLE = 32  # columns in shared memory: 64 bytes, the narrower of the swizzles that cost no speed
-# Where rows begin within the 32 bytes that memory moves at a time each block costs one move more: as few as can
-# be. In us, forward, an H200, full T = 1,024, 2,048, blocks of 32 and of 64: H = 72 131, 113; 136 211, 161;
-# 200 281, 215; of 80, which begin with them, 102, 99; 144 134, 140.
+# Where rows begin within the 32 bytes that memory moves at a time, each block costs one move more: as few as
+# can be. In us, forward, an H200, full T = 1,024, 2,048, blocks of 32 and of 64: H = 72 131, 113; 136 211,
+# 161; 200 281, 215; of 80, which begin with them, 102, 99; 144 134, 140.
 WIDE_BLOCK, SECTOR_COLUMNS = 64, 16
 # jax.default_matmul_precision of calls that may multiply float32 as TF32 does, or as bfloat16: None is JAX's
 # own default, which does on a GPU.
