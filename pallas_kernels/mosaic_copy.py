@@ -133,8 +133,8 @@ def load_block(array: Any, place: tuple, column: int, target: Any, barrier: Any)
     """Starts the copy of some columns of rows into shared memory, one arrival at the barrier; for one warp.
 
     array: [..., H] in global memory; place: of each dim before the last an index, or pl.ds of the rows;
-    target: [rows, columns], swizzled, as wide as the swizzle. It gets columns from `column` on, and 0 for
-    those past H, which count as bytes too.
+    target: [rows, columns], swizzled, as wide as the swizzle; of OCTET rows as wide as H too. It gets columns
+    from `column` on, and 0 for those past H, and for rows past the last, which count as bytes too.
     """
     rows, columns = target.shape
     num_bytes = rows * columns * jnp.dtype(target.dtype).itemsize
@@ -153,11 +153,18 @@ def load_block(array: Any, place: tuple, column: int, target: Any, barrier: Any)
         for dim, index in enumerate(place):
             if isinstance(index, pl.Slice):
                 gmem_slice[dim] = mgpu_utils.DynamicSlice(gmem_slice[dim], rows)
+        octets, blocks, _, width = ir.MemRefType(smem.type).shape
+        if blocks == 1:
+            part, across = mgpu_utils.memref_fold(mgpu_utils.memref_slice(smem, (slice(None), 0)), 0, 2), ()
+        else:
+            assert octets == 1, f"of several blocks of columns one octet is contiguous, got {target.shape}"
+            part, across = mgpu_utils.memref_slice(smem, (0,)), _blocks_first(width)
         ctx.async_copy(
             src_ref=source,
-            dst_ref=mgpu_utils.memref_fold(mgpu_utils.memref_slice(smem, (slice(None), 0)), 0, 2),
+            dst_ref=part,
             gmem_slice=(*gmem_slice, mgpu_utils.DynamicSlice(_index(column), columns)),
-            swizzle=columns * jnp.dtype(target.dtype).itemsize,
+            gmem_transform=across,
+            swizzle=width * jnp.dtype(target.dtype).itemsize,
             barrier=loaded,
             arrive=False,
             predicate=leads,
@@ -262,9 +269,14 @@ def _parts_of_octet(gmem: Any, smem: Any, octet: Any) -> list[Part]:
     _, blocks, _, width = ir.MemRefType(smem.type).shape
     head_dim = ir.MemRefType(gmem.type).shape[-1]
     if blocks > 1 and head_dim == blocks * width:
-        across = launch_context.TileTransform((width,)), launch_context.TransposeTransform((1, 0, 2))
-        return [Part(mgpu_utils.memref_slice(smem, (octet,)), _index(0), head_dim, across)]
+        part = mgpu_utils.memref_slice(smem, (octet,))
+        return [Part(part, _index(0), head_dim, _blocks_first(width))]
     return [_block_of_octet(smem, octet, _index(block)) for block in range(blocks)]
+
+
+def _blocks_first(width: int) -> tuple[Any, Any]:
+    """[rows, H] as an octet lies in shared memory, [blocks, rows, width]."""
+    return launch_context.TileTransform((width,)), launch_context.TransposeTransform((1, 0, 2))
 
 
 def _block_of_octet(smem: Any, octet: Any, block: Any) -> Part:

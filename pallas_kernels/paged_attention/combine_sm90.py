@@ -140,7 +140,7 @@ def _merge_all(plan: Plan, inputs: Operands, row, head, length) -> State:
 
 
 def _own_parts(plan: Plan, row, head, inputs: Operands, length) -> Parts:
-    kv_head, column = div(head, plan.group), rem(head, plan.column_period)
+    kv_head, column = div(head, plan.group), rem(head, plan.group)
     first, stop = split_range(plan, lax.min(length, plan.capacity))
     last = lax.max(stop - first - 1, 0)
 

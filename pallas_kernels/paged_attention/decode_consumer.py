@@ -189,11 +189,9 @@ def join_sinks(plan: Plan, result: Result, sinks) -> Result:
 def copy_heads(plan: Plan, unit: Unit, source, out):
     """Starts the copies of a unit's heads to global memory."""
     first_head = unit.head * plan.group
-    first_column = rem(first_head, plan.column_period) if plan.shares_columns else 0
     if plan.width == plan.out_columns:
-        source = source.at[pl.ds(first_column, plan.group)]
-        plgpu.copy_smem_to_gmem(source, out.at[pl.ds(first_head, plan.group)])
+        plgpu.copy_smem_to_gmem(source.at[pl.ds(0, plan.group)], out.at[pl.ds(first_head, plan.group)])
         return
     for i in range(plan.group):
-        own = source.at[first_column + i, pl.ds(0, plan.head_dim)]
+        own = source.at[i, pl.ds(0, plan.head_dim)]
         plgpu.copy_smem_to_gmem(own, out.at[first_head + i])

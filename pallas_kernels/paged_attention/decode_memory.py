@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 class Inputs(NamedTuple):
     """Operands in global memory; None where the plan has none."""
 
-    query: Any  # [R, N, H], or [R, K * columns, H] where groups are padded; see Plan.query_rows
-    query_factor: Any  # f32[R, N or K * columns], of codes
+    query: Any  # [R or tokens, N, H]; of quantized pages [R, 2, N, H]: both codes of each number
+    query_factor: Any  # f32[R, K, columns], of codes
     starts: Any  # i32[R + 1]: of ragged rows, each one's query among all
     k_pages: Any  # [L, P, K, Z, H], or [R, S, K, H]
     v_pages: Any
@@ -52,7 +52,7 @@ class Tickets(NamedTuple):
 class Queries(NamedTuple):
     """A ring of a unit's queries and of what is given for each head."""
 
-    query: Any  # [BUFFERS, blocks, query_rows, block]
+    query: Any  # [BUFFERS, blocks, codes * columns, block]
     factor: Any  # f32[BUFFERS, columns]
     sinks: Any  # f32[BUFFERS, columns]
     slopes: Any  # f32[BUFFERS, columns]

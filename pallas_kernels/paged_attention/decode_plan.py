@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.manual import unsupported_layout
 from pallas_kernels.mosaic import SMEM_BYTES, buffer_bytes, plgpu, swizzled_smem
+from pallas_kernels.mosaic_copy import OCTET
 from pallas_kernels.mosaic_inline import REDUCTION_SIZE
 from pallas_kernels.paged_attention.config import (
     COUNTED_ROWS,
@@ -68,14 +69,14 @@ class Plan(LaunchPlan):
         return self.is_quantized or self.has_sinks or self.has_slopes
 
     @property
-    def finds_queries(self) -> bool:
-        """Whether a row's query is read where it lies among others, and not from a copy in order of rows."""
-        return self.is_ragged and not self.is_quantized and not self.pads_groups
+    def num_codes(self) -> int:
+        """Of a number of the queries: one, itself; with quantized pages two, in rows apart."""
+        return 1 + self.is_quantized
 
     @property
-    def query_rows(self) -> int:
-        """Rows of wgmma's right operand: with quantized pages each number is two codes, in rows apart."""
-        return self.columns * (1 + self.is_quantized)
+    def query_octets(self) -> int:
+        """Of rows of wgmma's right operand, which are copied one by one."""
+        return self.num_codes * self.columns // OCTET
 
     @property
     def num_splits(self) -> int:
@@ -88,23 +89,10 @@ class Plan(LaunchPlan):
         return self.num_splits > 1 or self.cut is not None or self.spec.batch_invariant
 
     @property
-    def shares_columns(self) -> bool:
-        """Small groups that divide 8 are taken eight heads at a time as they lie in memory, a column each;
-        columns of other KV heads are computed and not used. Other groups are padded."""
-        return 8 % self.group == 0 and self.num_heads % 8 == 0
-
-    @property
-    def pads_groups(self) -> bool:
-        return not self.shares_columns and self.group != self.columns
-
-    @property
     def columns(self) -> int:
+        """Of a unit: the heads of its group, and those that follow in memory, or zeros behind the last, which
+        are computed and not used."""
         return padded_group(self.group)
-
-    @property
-    def column_period(self) -> int:
-        """Query head n is column n % column_period of its unit."""
-        return 8 if self.shares_columns else self.group
 
     @property
     def table_width(self) -> int:
@@ -201,7 +189,7 @@ def unsupported_shapes(inputs: PagedInputs) -> str | None:
 
 def padded_group(group: int) -> int:
     """Queries of a KV head, padded to what a wgmma takes as N."""
-    return -(-group // 8) * 8
+    return -(-group // OCTET) * OCTET
 
 
 def make_plan(inputs: PagedInputs, spec: PagedSpec, cut: Cut | None = None) -> Plan:
@@ -302,9 +290,9 @@ def _tiles(plan: Plan) -> Tiles:
 def _queries(plan: Plan) -> Queries:
     per_head = plgpu.SMEM((BUFFERS, plan.columns), jnp.float32)
     dtype = plan.page_dtype if plan.is_quantized else plan.query_dtype
-    num_arrivals = plan.num_blocks + plan.is_quantized + plan.has_sinks + plan.has_slopes
+    num_arrivals = plan.query_octets * plan.num_blocks + plan.is_quantized + plan.has_sinks + plan.has_slopes
     return Queries(
-        query=swizzled_smem((BUFFERS, plan.num_blocks, plan.query_rows, plan.block), dtype),
+        query=swizzled_smem((BUFFERS, plan.num_blocks, OCTET * plan.query_octets, plan.block), dtype),
         factor=per_head if plan.is_quantized else None,
         sinks=per_head if plan.has_sinks else None,
         slopes=per_head if plan.has_slopes else None,

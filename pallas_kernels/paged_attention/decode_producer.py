@@ -7,7 +7,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.mosaic import clip, div, pl, plgpu, rem
-from pallas_kernels.mosaic_copy import load_block
+from pallas_kernels.mosaic_copy import OCTET, load_block
 from pallas_kernels.mosaic_inline import load_numbers
 from pallas_kernels.paged_attention.decode_memory import Inputs, Queries, Scratch, Tiles
 from pallas_kernels.paged_attention.decode_plan import BUFFERS, MAX_BOX, Plan
@@ -102,23 +102,31 @@ def fetch_queries(plan: Plan, inputs: Inputs, unit: Unit, queries: Queries, unit
     def _():
         plgpu.barrier_wait(queries.empty.at[buffer])
 
-    if plan.shares_columns:
-        first = div(unit.head * plan.group, 8) * 8
-    else:
-        first = unit.head * plan.columns
-    first, full = pl.multiple_of(first, 8), queries.full.at[buffer]
-    rows = pl.ds(first * (plan.query_rows // plan.columns), plan.query_rows)
-    row = unit.token if plan.finds_queries else unit.row
-    copy = functools.partial(copy_rows, plan, inputs.query, (row, rows), queries.query.at[buffer], full)
-    share(plan, copy, [()])
-    mode = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
+    full, mode = queries.full.at[buffer], plgpu.OOBFillMode.PROMISE_IN_BOUNDS
+    copy = functools.partial(copy_queries, plan, inputs.query, unit, queries.query.at[buffer], full)
+    share_among_warps(copy, [(octet,) for octet in range(plan.query_octets)])
     for source, place, target in (
-        (inputs.query_factor, (unit.row, pl.ds(first, plan.columns)), queries.factor),
+        (inputs.query_factor, (unit.row, unit.head), queries.factor),
         (inputs.sinks, unit.head, queries.sinks),
         (inputs.slopes, unit.head, queries.slopes),
     ):
         if target is not None:
             plgpu.copy_gmem_to_smem(source.at[place], target.at[buffer], full, oob_mode=mode)
+
+
+def copy_queries(plan: Plan, query, unit: Unit, target, barrier, octet):
+    """Starts the copies of eight of a unit's query heads, or of their first or second codes.
+
+    They begin at any head, which Pallas's copies of tiles do not.
+    """
+    rows = pl.ds(octet * OCTET, OCTET)
+    column, place = octet * OCTET, (unit.token,)
+    if plan.is_quantized:
+        code = div(column, plan.columns)
+        column, place = column - code * plan.columns, (unit.row, code)
+    heads = pl.ds(unit.head * plan.group + column, OCTET)
+    for block in range(plan.num_blocks):
+        load_block(query, (*place, heads), block * plan.block, target.at[block, rows], barrier)
 
 
 def fetch_tile(plan: Plan, layer, pages, scale, tiles: Tiles, buffer, unit: Unit, count, index, _):

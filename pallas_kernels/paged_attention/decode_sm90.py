@@ -20,7 +20,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from pallas_kernels.mosaic import make_kernel, mutable, pl, plgpu
@@ -62,8 +61,7 @@ def attend(
     if plan.is_merged:
         return combine_parts(plan, launch(plan, operands), operands, inputs.sinks, among=among)
     out, lse = launch(plan, operands._replace(out=among))
-    heads = np.arange(plan.num_heads)
-    return out, lse[:, 0, heads // plan.group, heads % plan.column_period]
+    return out, lse[:, 0, :, : plan.group].reshape(plan.num_rows, plan.num_heads)
 
 
 def launch(plan: Plan, operands: Inputs) -> Outputs:
@@ -93,10 +91,7 @@ def launch(plan: Plan, operands: Inputs) -> Outputs:
 def operands_of(plan: Plan, inputs: PagedInputs, counter: jax.Array | None = None) -> Inputs:
     counter = Counters.zeros().decode if counter is None else counter
     tables, start, query = inputs.block_tables, inputs.query_start, inputs.query
-    if plan.is_ragged and not plan.finds_queries:
-        assert start is not None
-        query = query.at[start[:-1]].get(mode="clip")
-    query, factor = _query_operands(plan, query)
+    query, factor = _query_operands(plan, query, start)
     return Inputs(
         query=query,
         query_factor=factor,
@@ -109,37 +104,29 @@ def operands_of(plan: Plan, inputs: PagedInputs, counter: jax.Array | None = Non
         layer=inputs.layer[None],
         k_scale=inputs.k_scale,
         v_scale=inputs.v_scale,
-        sinks=_per_head(plan, inputs.sinks),
-        slopes=_per_head(plan, inputs.alibi_slopes),
+        sinks=_by_column(plan, inputs.sinks),
+        slopes=_by_column(plan, inputs.alibi_slopes),
         counter=jax.new_ref(counter) if plan.config.dynamic or plan.is_ragged else None,
         out=None,
     )
 
 
-def _query_operands(plan: Plan, query: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """The query [R, heads, H], and the factor of its codes f32[R, heads] where pages are quantized.
-
-    A TMA copy into tiles takes heads by eights, so that other groups are padded. Both codes of a unit's
-    columns lie together.
-    """
-    if plan.pads_groups:
-        query = query.reshape(plan.num_rows, plan.num_kv_heads, plan.group, plan.head_dim)
-        query = jnp.pad(query, ((0, 0), (0, 0), (0, plan.columns - plan.group), (0, 0)))
-        query = query.reshape(plan.num_rows, plan.num_kv_heads * plan.columns, plan.head_dim)
+def _query_operands(plan: Plan, query: jax.Array, start: jax.Array | None) -> tuple[jax.Array, Any]:
+    """The query as it lies, or, where pages are quantized, its codes row by row and their factor."""
     if not plan.is_quantized:
         return query, None
+    if start is not None:
+        query = query.at[start[:-1]].get(mode="clip")
     *codes, factor = split_query(query, plan.page_dtype)
-    codes = [code.reshape(plan.num_rows, -1, plan.columns, plan.head_dim) for code in codes]
-    return jnp.concatenate(codes, axis=2).reshape(plan.num_rows, -1, plan.head_dim), factor
+    return jnp.stack(codes, axis=1), _by_column(plan, factor)
 
 
-def _per_head(plan: Plan, x: jax.Array | None) -> jax.Array | None:
-    """[N] -> f32[K, columns], zero in columns that are not of the KV head."""
+def _by_column(plan: Plan, x: jax.Array | None) -> jax.Array | None:
+    """[..., N] -> f32[..., K, columns], zero in columns that are not of the KV head."""
     if x is None:
         return None
-    heads = np.arange(plan.num_heads)
-    empty = jnp.zeros((plan.num_kv_heads, plan.columns), jnp.float32)
-    return empty.at[heads // plan.group, heads % plan.column_period].set(x.astype(jnp.float32))
+    x = x.astype(jnp.float32).reshape(*x.shape[:-1], plan.num_kv_heads, plan.group)
+    return jnp.pad(x, (*((0, 0),) * (x.ndim - 1), (0, plan.columns - plan.group)))
 
 
 def _kernel(plan: Plan, operands, *refs):

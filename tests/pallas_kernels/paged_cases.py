@@ -89,9 +89,11 @@ DECODE_CASES: dict[str, dict[str, Any]] = {
         "programs": 1,
     },
     "page size 256": {"rows": 2, "page_size": 256, "width": 1, "lengths": [70, 256]},
-    "group 1": {"rows": 2, "heads": 2, "kv_heads": 2, "page_size": 16, "width": 5, "lengths": [70, 33]},
-    "group 7": {"rows": 2, "heads": 7, "kv_heads": 1, "page_size": 16, "width": 5, "lengths": [70, 33]},
-    "group 16": {"rows": 2, "heads": 16, "kv_heads": 1, "page_size": 16, "width": 5, "lengths": [70, 33]},
+    "group 1 of 9": {"rows": 2, "heads": 9, "kv_heads": 9, "page_size": 16, "width": 5, "lengths": [70, 33]},
+    "group 7": {"rows": 2, "heads": 14, "kv_heads": 2, "page_size": 16, "width": 5, "lengths": [70, 33]},
+    "group 12, head dim 128": {
+        **{"rows": 2, "heads": 24, "head_dim": 128, "page_size": 16, "width": 5, "lengths": [70, 33]},
+    },
     "head dim 128": {"rows": 1, "head_dim": 128, "page_size": 16, "width": 9, "lengths": [130]},
     "tile 128": {
         "rows": 2,
@@ -107,7 +109,7 @@ DECODE_CASES: dict[str, dict[str, Any]] = {
         "lengths": [300, 90],
         "call": {"local_window_size": 150, "logits_soft_cap": 3.0},
     },
-    "eight heads share columns, one split": {
+    "eight heads, sinks and ALiBi, one split": {
         "rows": 2,
         "heads": 8,
         "page_size": 16,
@@ -140,8 +142,9 @@ DECODE_CASES: dict[str, dict[str, Any]] = {
         "pages": jnp.int8,
         "config": PagedConfig(64, 256, 2, 2),
     },
-    "fp8 pages, one split, a window": {
+    "fp8 pages, group 12, one split, a window": {
         "rows": 2,
+        "heads": 24,
         "page_size": 64,
         "width": 4,
         "lengths": [200, 9],

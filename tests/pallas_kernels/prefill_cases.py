@@ -65,7 +65,7 @@ def check_prefill(
 # Rows, page size, table width, and lengths of each row's keys and queries.
 PREFILL_CASES: dict[str, dict[str, Any]] = {
     "a prompt, a decode row, an empty row, a chunk behind a prefix": {
-        **{"rows": 4, "page_size": 16, "width": 9, "lengths": [40, 70, 0, 130]},
+        **{"rows": 4, "heads": 6, "page_size": 16, "width": 9, "lengths": [40, 70, 0, 130]},
         "query_lengths": [40, 1, 3, 9],
     },
     "group 1, two warpgroups with tokens of their own, fp16": {
