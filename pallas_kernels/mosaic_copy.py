@@ -50,13 +50,16 @@ def load_tile(array: Any, place: tuple, target: Any, barrier: Any) -> None:
     load_exactly(array, place, target, barrier)
 
 
-def store_tile(source: Any, array: Any, place: tuple) -> None:
-    """Starts the copy of rows of a head from shared memory; arguments as those of load_tile."""
+def store_tile(source: Any, array: Any, place: tuple, inside: bool = False) -> None:
+    """Starts the copy of rows of a head from shared memory; arguments as those of load_tile.
+
+    inside: all rows are in octets that the array has whole, which saves the code for others.
+    """
     if is_whole(array.shape, source):
         *batch, row, head = place
         plgpu.copy_smem_to_gmem(source, array.at[*batch, pl.ds(row, source.shape[0]), head])
         return
-    store_exactly(source, array, place)
+    store_exactly(source, array, place, inside)
 
 
 def load_exactly(array: Any, place: tuple, target: Any, barrier: Any) -> None:
@@ -116,14 +119,14 @@ def load_ended(array: Any, tail: Any, place: tuple, length: Any, target: Any, ba
     load(array, tail, tuple(map(int32, place)), int32(length), target, barrier_address(barrier))
 
 
-def store_exactly(source: Any, array: Any, place: tuple) -> None:
+def store_exactly(source: Any, array: Any, place: tuple, inside: bool = False) -> None:
     """store_tile, of any array."""
     transforms = swizzle_transforms(source.shape[-1], source.dtype)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms), plgpu.RefType(), (SPLAT,) * len(place)))
     def store(ctx, smem, target, indices):
         copy = functools.partial(ctx.async_copy, dst_ref=target, arrive=False)
-        _copy_parts(lambda part, **options: copy(src_ref=part, **options), target, indices, smem)
+        _copy_parts(lambda part, **options: copy(src_ref=part, **options), target, indices, smem, inside)
         nvvm.cp_async_bulk_commit_group()
 
     store(source, array, tuple(map(int32, place)))
@@ -190,7 +193,7 @@ class Part(NamedTuple):
     transforms: tuple = ()  # of what lies in global memory
 
 
-def _copy_parts(copy: Any, gmem: Any, indices: tuple, smem: Any) -> None:
+def _copy_parts(copy: Any, gmem: Any, indices: tuple, smem: Any, inside: bool = False) -> None:
     """Copies a tile in as few parts as end where the array does; smem: [octets, blocks, 8, width], or block
     by block [blocks, octets, 1, 8, width].
 
@@ -211,18 +214,21 @@ def _copy_parts(copy: Any, gmem: Any, indices: tuple, smem: Any) -> None:
         row = arith.addi(first, arith.muli(octet, _index(OCTET)))
         _copy_rows(copy, (batch, row, head), OCTET, smem, part, leads_warp)
 
+    in_tiles = launch_context.TileTransform((OCTET, width), launch_context.Rounding.DOWN)
+    tiles = Part(smem, _index(0), head_dim, (in_tiles,))
     if blocks == 1:
         rows = mgpu_utils.memref_fold(mgpu_utils.memref_slice(smem, (slice(None), 0)), 0, 2)
         copy_whole(Part(rows, _index(0), width), leads)
     elif head_dim < blocks * width:
         _share_octets(gmem, smem, copy_part)
+    elif inside:
+        copy_whole(tiles, leads)
     else:
         end = arith.addi(first, _index(OCTET * octets))
         is_inside = arith.cmpi(arith.CmpIPredicate.ule, end, _index(length // OCTET * OCTET))
         branch: Any = scf.IfOp(is_inside, has_else=True)
         with ir.InsertionPoint(branch.then_block):
-            tiles = launch_context.TileTransform((OCTET, width), launch_context.Rounding.DOWN)
-            copy_whole(Part(smem, _index(0), head_dim, (tiles,)), leads)
+            copy_whole(tiles, leads)
             scf.yield_([])
         with ir.InsertionPoint(branch.else_block):
             _share_octets(gmem, smem, copy_part)

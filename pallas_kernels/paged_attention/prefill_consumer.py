@@ -18,6 +18,7 @@ from pallas_kernels.mosaic import (
     row_full,
     where,
 )
+from pallas_kernels.mosaic_copy import store_tile
 from pallas_kernels.mosaic_inline import store_rows
 from pallas_kernels.paged_attention.prefill_config import OCTET, WARPGROUP_ROWS
 from pallas_kernels.paged_attention.prefill_plan import Inputs, Outputs, PrefillPlan, Scratch, octet_at
@@ -172,9 +173,9 @@ def store_runs(unit: Unit, rows, out):
     for octet in range(0, WARPGROUP_ROWS // OCTET, plan.run):
         head, token = octet_at(plan, opaque(unit.warpgroup), octet, first_head)
         token += work.token
-        target = pl.ds(pl.multiple_of(token, OCTET), plan.run * OCTET)
         source = rows.at[pl.ds(octet * OCTET, plan.run * OCTET)]
 
         @pl.when((head < plan.group) & (token >= work.first) & (token < work.stop))
-        def _(source=source, target=target, head=head):
-            plgpu.copy_smem_to_gmem(source, out.at[target, work.kv_head * plan.group + head])
+        def _(source=source, token=token, head=head):
+            place = pl.multiple_of(token, OCTET), work.kv_head * plan.group + head
+            store_tile(source, out, place, inside=True)

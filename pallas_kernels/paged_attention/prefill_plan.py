@@ -33,7 +33,7 @@ class PrefillPlan(LaunchPlan):
     """The static facts of one launch."""
 
     config: PrefillConfig
-    num_tokens: int  # a multiple of OCTET
+    num_tokens: int
     page_size: int
     table_width: int
     keeps_parts: bool = False  # whether results are merged with others, elsewhere
@@ -100,6 +100,16 @@ class PrefillPlan(LaunchPlan):
         return math.gcd(WARPGROUP_ROWS // OCTET, self.head_octets)
 
     @property
+    def ends_within(self) -> bool:
+        """Whether the tokens end within an octet: copies then do, and queries beyond them are zeros."""
+        return self.num_tokens % OCTET > 0
+
+    @property
+    def query_run(self) -> int:
+        """Octets of one copy of queries."""
+        return 1 if self.ends_within else self.run
+
+    @property
     def tile_size(self) -> int:
         """Of a query tile, in tokens; in octets, once for each head, where tiles are packed."""
         return self.config.warpgroups * WARPGROUP_ROWS // OCTET if self.is_packed else self.tile_q
@@ -136,7 +146,7 @@ class PrefillPlan(LaunchPlan):
     def max_items(self) -> int:
         """Query tiles, times splits, that any division of the tokens into rows can need."""
         size, group = (self.tile_size * OCTET, self.group) if self.is_packed else (self.tile_q, 1)
-        tiles = max_tiles(self.num_tokens, self.num_rows, size, group)
+        tiles = max_tiles(self.num_tokens + -self.num_tokens % OCTET, self.num_rows, size, group)
         return tiles * self.config.splits
 
     @property
@@ -232,7 +242,7 @@ def make_plan(inputs: PagedInputs, spec: PagedSpec, keeps_parts: bool = False) -
     plan = PrefillPlan(
         **facts,
         config=config,
-        num_tokens=num_tokens + -num_tokens % OCTET,
+        num_tokens=num_tokens,
         page_size=page_size,
         table_width=table_width,
         keeps_parts=keeps_parts,
@@ -332,7 +342,7 @@ def scratch_types(plan: PrefillPlan) -> Scratch:
         )
     num_buffers = plan.query_buffers * config.warpgroups
     rows = (num_buffers, WARPGROUP_ROWS, plan.head_dim)
-    copies = WARPGROUP_ROWS // OCTET // plan.run
+    copies = WARPGROUP_ROWS // OCTET // plan.query_run
     return Scratch(
         k=ready,
         v=ready,

@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.mosaic import clip, div, load_columns, opaque, pl, plgpu, rem, where
+from pallas_kernels.mosaic_copy import load_block
 from pallas_kernels.mosaic_inline import draw
 from pallas_kernels.paged_attention.page_tiles import copy_by_warps, widen, zero_invisible
 from pallas_kernels.paged_attention.prefill_config import OCTET, WARPGROUP_ROWS
@@ -92,18 +93,21 @@ def load_record(plan: PrefillPlan, inputs: Inputs, scratch: Scratch, turn, is_fi
 def load_queries(plan: PrefillPlan, inputs: Inputs, scratch: Scratch, turn):
     """Starts the copies of a tile's queries, every warpgroup's rows; rows of no head take the last head's."""
     packed = ("first_head",) if plan.is_packed else ()
-    work, rows = read(plan, scratch, turn, "token", "kv_head", *packed), plan.run * OCTET
+    work, rows = read(plan, scratch, turn, "token", "kv_head", *packed), plan.query_run * OCTET
     for warpgroup in range(plan.config.warpgroups):
         buffer = buffer_of(plan, turn, warpgroup)
         wait_for_buffer(plan, scratch, turn, buffer)
 
         def copy(octet, token, head, buffer=buffer):
             target = scratch.rows[0].at[buffer, pl.ds(octet * OCTET, rows)]
-            source = inputs.query.at[pl.ds(token, rows), head]
-            plgpu.copy_gmem_to_smem(source, target, scratch.query_full.at[buffer])
+            source, full = (pl.ds(token, rows), head), scratch.query_full.at[buffer]
+            if plan.ends_within:
+                load_block(inputs.query, source, 0, target, full)
+            else:
+                plgpu.copy_gmem_to_smem(inputs.query.at[source], target, full)
 
         locate = functools.partial(locate_queries, plan, work, work.kv_head * plan.group, warpgroup)
-        octets = range(0, WARPGROUP_ROWS // OCTET, plan.run)
+        octets = range(0, WARPGROUP_ROWS // OCTET, plan.query_run)
         if plan.is_packed:  # each warp locates its own: those of all would take registers
             locate_and_copy = lambda octet, copy=copy, locate=locate: copy(*locate(octet))
             copy_by_warps(locate_and_copy, [(octet,) for octet in octets])

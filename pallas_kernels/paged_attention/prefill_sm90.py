@@ -44,8 +44,7 @@ from pallas_kernels.paged_attention.spec import PagedInputs
 
 
 def launch(plan: PrefillPlan, inputs: PagedInputs, items: jax.Array, counter: jax.Array) -> Outputs:
-    """Runs the kernel on query [tokens, N, H], tokens a multiple of OCTET, and a WorkList's items; tokens of
-    no item stay unwritten."""
+    """Runs the kernel on query [tokens, N, H] and a WorkList's items; tokens of no item stay unwritten."""
     config = plan.config
     unit_rows = (plan.max_items, plan.num_kv_heads, config.warpgroups, WARPGROUP_ROWS)
     out = jax.ShapeDtypeStruct((plan.num_tokens, plan.num_heads, plan.head_dim), plan.query_dtype)

@@ -52,8 +52,7 @@ def forward(inputs: PagedInputs, spec: PagedSpec) -> tuple[jax.Array, jax.Array]
         # Rows that are not single aim beyond the end, each elsewhere, and are dropped.
         token = jnp.where(is_decode, start, lse.shape[0] + jnp.arange(is_decode.shape[0]))
         lse = lse.at[token].set(row_lse, mode="drop", unique_indices=True)
-    num_tokens = inputs.query.shape[0]
-    return out[:num_tokens], lse[:num_tokens]
+    return out, lse
 
 
 def cascade(
@@ -87,7 +86,7 @@ def _list_by_xla(
 ) -> tuple[Listed, PagedInputs]:
     """What cascade_rows_sm90 lists, for more rows or groups than it takes, and the shared half."""
     grouped = group_rows(inputs, prefix_lengths, group_of_row)
-    shared = _pad_tokens(plan, shared_rows(inputs, prefix_lengths, grouped))
+    shared = shared_rows(inputs, prefix_lengths, grouped)
     work = plan_work(plan, grouped.query_start, prefix_lengths)
     of_row = (x[grouped.place] for x in (work.first_item, work.num_splits, work.place))
     rows = Rows(grouped.skipped, grouped.lengths, *of_row)
@@ -102,11 +101,11 @@ def list_work(plan: PrefillPlan, inputs: PagedInputs) -> WorkList:
 
 
 def prefill(plan: PrefillPlan, inputs: PagedInputs, work: WorkList) -> tuple[jax.Array, jax.Array]:
-    """The prefill kernel alone: out [tokens, N, H] and lse f32[tokens, N], tokens a multiple of OCTET; the
-    results of rows of one query are undefined where the plan leaves them to decode."""
+    """The prefill kernel alone: out [tokens, N, H] and lse f32[tokens, N]; the results of rows of one query
+    are undefined where the plan leaves them to decode."""
     start = inputs.query_start
     assert start is not None
-    out, lse = prefill_sm90.launch(plan, _pad_tokens(plan, inputs), work.items, work.counters.prefill)
+    out, lse = prefill_sm90.launch(plan, inputs, work.items, work.counters.prefill)
     if plan.has_parts:
         out, lse = _merge_splits(plan, work, _by_head(plan, out), _by_head(plan, lse), inputs.sinks)
     elif plan.is_packed:
@@ -119,11 +118,6 @@ def prefill(plan: PrefillPlan, inputs: PagedInputs, work: WorkList) -> tuple[jax
         is_ours = (token >= start[0]) & (token < start[-1])
         lse = jnp.where(is_ours[:, None], lse, -jnp.inf)
     return out, lse
-
-
-def _pad_tokens(plan: PrefillPlan, inputs: PagedInputs) -> PagedInputs:
-    padding = plan.num_tokens - inputs.query.shape[0]
-    return inputs._replace(query=jnp.pad(inputs.query, ((0, padding), (0, 0), (0, 0))))
 
 
 def _by_head(plan: PrefillPlan, x: jax.Array) -> jax.Array:

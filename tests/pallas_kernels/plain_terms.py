@@ -60,7 +60,7 @@ def plain_terms():
         "load_exactly": (_load_exactly, mosaic_copy),
         "store_exactly": (_store_exactly, mosaic_copy),
         "load_ended": (_load_ended, operands),
-        "load_block": (_load_block, decode_producer),
+        "load_block": (_load_block, decode_producer, prefill_producer),
         "store_rows": (_store_rows, prefill_consumer),
         "load_numbers": (
             _load_numbers,
@@ -178,7 +178,7 @@ def _load_block(array, place, column, target, barrier):
     plgpu.copy_gmem_to_smem(source, target.at[:, pl.ds(0, own)], barrier)
 
 
-def _store_exactly(source, array, place):
+def _store_exactly(source, array, place, inside=False):
     *batch, row, head = place
     if len(source.shape) > 2:
         _, rows, width = source.shape

@@ -79,7 +79,7 @@ PREFILL_CASES: dict[str, dict[str, Any]] = {
         "page_size": 16,
         "width": 17,
         "lengths": [150, 260],
-        "query_lengths": [130, 5],
+        "query_lengths": [130, 3],
         "config": AHEAD,
     },
     "softmax a tile ahead, a window, sinks": {
@@ -94,7 +94,7 @@ PREFILL_CASES: dict[str, dict[str, Any]] = {
         "call": {"local_window_size": 100, "sinks": None},
     },
     "rows that are said to end beyond the tokens": {
-        **{"rows": 3, "page_size": 16, "lengths": [40, 70, 30], "query_lengths": [6, 1, 9], "past": 500},
+        **{"rows": 3, "page_size": 16, "lengths": [40, 70, 30], "query_lengths": [6, 1, 8], "past": 500},
     },
     "one query, the only row": {
         **{"rows": 1, "width": 20, "lengths": [150], "query_lengths": [1], "padding": 15},
@@ -117,6 +117,10 @@ PREFILL_CASES: dict[str, dict[str, Any]] = {
     "group 4 over two warpgroups, whole tiles": {
         **{"rows": 1, "heads": 4, "kv_heads": 1, "page_size": 64, "width": 2, "lengths": [128]},
         **{"query_lengths": [64], "config": PAIR},
+    },
+    "whole tiles and a last token, head dim 128": {
+        **{"rows": 1, "heads": 4, "kv_heads": 1, "head_dim": 128, "page_size": 64, "width": 2},
+        **{"lengths": [128], "query_lengths": [33], "config": PAIR},
     },
     "group 3, page size 128 over two tiles, all keys visible": {
         "rows": 2,
