@@ -355,7 +355,7 @@ COMPILE = {
         "few tokens of few rows, keys split": {"tokens": 64, "rows": 4},
         "tiles that fit the GPU at once": {"tokens": 512, "rows": 1},
         "group 16, page size 64": {"heads": 32, "kv_heads": 2, "page_size": 64},
-        "H=256, few tokens": {"tokens": 8, "rows": 1, "heads": 8, "kv_heads": 4, "head_dim": 256},
+        "H=256, few tokens": {"tokens": 5, "rows": 1, "heads": 8, "kv_heads": 4, "head_dim": 256},
         "H=256, group 2": {"heads": 8, "kv_heads": 4, "head_dim": 256},
         "H=256, group 8": {"heads": 8, "kv_heads": 1, "head_dim": 256},
         "group 7, all keys visible": {"heads": 7, "kv_heads": 1, "is_causal": False},
