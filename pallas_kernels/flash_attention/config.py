@@ -198,6 +198,7 @@ class Call(NamedTuple):
     hashes: bool = False  # dropout is among them, which needs the most
     has_lengths: bool = False
     sees_all: bool = False  # no mask but the end of the keys
+    ends_within: bool = False  # heads end within the columns of a tile
     starts_light: bool = False  # the first queries see the fewest keys (spare_rows of AttentionPlan)
     few: bool = False  # there is a multiprocessor for every 64 queries of a head
     one_wave: bool = False  # or for every 128
@@ -229,9 +230,11 @@ class Call(NamedTuple):
         """Whether blocks of three warpgroups, of 192 rows, would not be worth what they leave empty: of the
         last block, or of the GPU (H = 128, causal, T = 1,024, 16 heads: 96 of three 22.8 us, 128 of two
         16.6; full T = 4,096, 8 heads: two waves of three 143, of two 103; causal T = 2,048, 16 heads 38.7 and
-        32.8; H = 64, T = 768, 25 heads 13.8 and 11.4).
+        32.8; H = 64, T = 768, 25 heads 13.8 and 11.4). Where heads end within a tile's columns three are soon
+        worth it: full T = 1,024, H = 72, 80, 88, 104 103, 94, 111, 121 us, of two 117, 100, 129, 134 (cuDNN
+        118, 109, 121, 126).
         """
-        shortest = SHORT // 4 if self.starts_light else SHORT
+        shortest = SHORT // 4 if self.starts_light else SHORT // 2 if self.ends_within else SHORT
         return self.has_lengths or self.one_wave or self.ends_first_in_pairs or self.is_short(shortest)
 
 
@@ -274,7 +277,7 @@ def _narrow_config(call: Call) -> FlashConfig:
     once, T = 1,024, 2,048, 4,096: folded 11.0, 17.9, 31.3 us, in order 14.1, 23.5, 43.1 (cuDNN 12.4, 21.4,
     39.3).
     """
-    if call.leaves_rows_empty and call.sees_all and not call.crowded:
+    if (call.leaves_rows_empty or call.ends_within) and call.sees_all and not call.crowded:
         return _short_config(call)
     if call.busy > 1:
         return FlashConfig(stages=3, q_stages=2)
@@ -292,7 +295,9 @@ def _narrow_config(call: Call) -> FlashConfig:
 
 
 def _short_config(call: Call) -> FlashConfig:
-    """H <= 64, few rows or few blocks that see all keys: the tiles that multiply least beyond T and S.
+    """H <= 64, few rows or few blocks that see all keys, and heads that end within a tile's columns (H = 48
+    and 56, T = 2,048: two warpgroups at 256 keys 133 and 142 us, three 159 and 169, cuDNN 149 and 150): the
+    tiles that multiply least beyond T and S.
 
     What a query and a key cost, over those of two warpgroups and 256 keys, is from T = 512 and 768 at H = 64.
     In us, 256 keys (which all such calls had), the choice, cuDNN: T = 128 48.7, 29.6, 28.9; 192 48.9, 27.6,
@@ -305,12 +310,12 @@ def _short_config(call: Call) -> FlashConfig:
     dkv = dq if call.differentiates_in_threes else GradientConfig()
     pairs = {
         1.0: FlashConfig(tile_kv=256, q_stages=2),
-        1.11: FlashConfig(stages=4, q_stages=2),
+        1.11: FlashConfig(stages=4, q_stages=2, overlap=call.num_keys > SHORT // 2),
         1.32: FlashConfig(tile_kv=64, stages=6, q_stages=2),
     }
     in_threes = FlashConfig(warpgroups=3, stages=3, q_stages=2, overlap=True, ping_pong=False)
     threes = {1.01: in_threes, 1.15: dataclasses.replace(in_threes, tile_kv=64, stages=5)}
-    must_pair = call.one_wave or call.ends_first_in_pairs
+    must_pair = call.one_wave or call.ends_first_in_pairs or call.ends_within
 
     def cost(choice: tuple[float, FlashConfig]) -> float:
         factor, config = choice

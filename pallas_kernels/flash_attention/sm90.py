@@ -191,6 +191,7 @@ def _config(inputs: AttentionInputs, spec: AttentionSpec, head_dim: int, value_d
         one_wave=blocks(128) <= workers,
         ends_first_in_pairs=left is None and not masks and _ends_first_in_pairs(inputs, spec),
         sees_all=not (spec.is_causal or masks),
+        ends_within=inputs.query.shape[3] < head_dim,
         starts_light=left is None and right is not None and not masks - {"window"},
     )
     widest = max(head_dim, value_dim)
