@@ -34,7 +34,7 @@ from pallas_kernels.flash_attention.spec import AttentionInputs, AttentionSpec
 # What is tried of each field, wherever it stands. A field that is not here is tried at its default only.
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "tile_q": (64, 128),
-    "tile_kv": (64, 80, 128, 192),
+    "tile_kv": (64, 80, 96, 112, 128, 192, 256),
     "stages": (1, 2, 3, 4),
     "value_stages": (None, 3),
     "warpgroups": (1, 2, 3),
