@@ -259,7 +259,9 @@ def decode_case(
     specs += (scale,) * (2 if pages else 0) + (jax.ShapeDtypeStruct((heads,), jnp.float32),) * len(per_head)
     splits = -(-capacity // (config.split if config else 256))  # at most: the default config's shortest
     width = -(-head_dim // 64) * 64
-    return CompileCase(attend, specs, max_temp_bytes=splits * rows * heads * (width + 16) * 4 + 2**21)
+    max_temp_bytes = splits * rows * heads * (width + 16) * 4 + 2**21
+    # Codes and what is given for each head are made by XLA, for whole columns.
+    return CompileCase(attend, specs, max_temp_bytes=max_temp_bytes, pads_nothing=not (pages or per_head))
 
 
 def contiguous_case(rows=16, heads=32, kv_heads=8, head_dim=128, capacity=16384, dtype=jnp.bfloat16):

@@ -336,14 +336,11 @@ def prefill_case(
             return sm90.prefill(plan, attended, sm90.list_work(plan, attended))
 
     # The log-sum-exp by tile, the parts of split keys, and what decode's splits need.
-    return CompileCase(attend, tuple(given.values()), max_temp_bytes=80 * 2**20, keep_hlo=whole)
+    case = CompileCase(attend, tuple(given.values()), max_temp_bytes=80 * 2**20, keep_hlo=whole)
+    return case._replace(pads_nothing=whole and not pages)
 
 
-EVERYTHING = {
-    "window_left": 1024,
-    "logits_soft_cap": 30.0,
-    "per_head": ("sinks", "alibi_slopes"),
-}
+EVERYTHING = {"window_left": 1024, "logits_soft_cap": 30.0, "per_head": ("sinks", "alibi_slopes")}
 
 COMPILE = {
     f"paged_attention:prefill {name}": prefill_case(**arguments)

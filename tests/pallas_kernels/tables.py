@@ -101,6 +101,7 @@ class CompileCase(NamedTuple):
     max_spill_bytes: int = 0
     min_alias_bytes: int = 0
     keep_hlo: bool = False
+    pads_nothing: bool = False  # of 16 bits no array is copied to be longer, in a launch of XLA's
     num_devices: int = 1  # arrays are divided over a mesh axis "devices", and must stay where they are
     partition: tuple[str | None, ...] = ()
 

@@ -1,6 +1,7 @@
 """Which thread block works on what: every item once, and no block much longer than the others."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,21 @@ def test_blocks_grow_when_the_gpu_is_full(heads, warpgroups, head_dim):
     spec = AttentionSpec(scale=1.0, is_causal=True)
     plan = forward_plan_of(AttentionInputs(*(array,) * 3), spec)
     assert plan.config.warpgroups == warpgroups
+
+
+@pytest.mark.parametrize("head_dim", [32, 56, 64])
+@pytest.mark.parametrize("num_keys", [None, 77, 1500])
+def test_short_rows_multiply_little_beyond_their_ends(head_dim, num_keys):
+    """At most a third more than the tiles that multiply least, which may be the slower ones."""
+    spec = AttentionSpec(scale=1.0)
+    for num_queries in range(8, 1025, 24):
+        lengths = num_queries, num_keys or num_queries
+        query, key = (jax.ShapeDtypeStruct((64, size, 12, head_dim), jnp.bfloat16) for size in lengths)
+        config = forward_plan_of(AttentionInputs(query, key, key), spec).config
+        blocks = config.tile_q * config.warpgroups, config.tile_kv
+        multiplied = math.prod(-(-size // tile) * tile for size, tile in zip(lengths, blocks, strict=True))
+        least = min(-(-num_queries // rows) * rows for rows in (128, 192)) * -(-lengths[1] // 64) * 64
+        assert multiplied <= 1.34 * least, (num_queries, config)
 
 
 ORDERS = [

@@ -83,6 +83,7 @@ def test_compiles_to_sm90a_without_spills(assembler, name):
     assert answer["alias_bytes"] >= case.min_alias_bytes
     # A kernel that writes to a slice in place would write to a buffer of its own.
     assert "dynamic_slice_fusion" not in answer["hlo"]
+    assert not (case.pads_nothing and re.search(r"f16\[\S+ pad\(", answer["hlo"]))
     if case.num_devices > 1:
         assert not re.search("all-gather|all-to-all|all-reduce|collective-permute", answer["hlo"])
 

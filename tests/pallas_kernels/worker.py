@@ -90,7 +90,7 @@ def _compile(name: str) -> dict:
         case.function, case.specs, case.donate, case.num_devices, case.partition
     )
     answer = compiled._asdict() | {"kernels": [kernel._asdict() for kernel in compiled.kernels]}
-    return answer if case.keep_hlo else answer | {"hlo": ""}
+    return answer if case.keep_hlo or case.pads_nothing else answer | {"hlo": ""}
 
 
 def main(tier: str) -> None:
