@@ -369,12 +369,14 @@ def _wide_config(head_dim: int, call: Call) -> FlashConfig:
     """
     overlap = not (call.crowded or call.in_blocks or call.has_lengths)
     is_long = call.num_keys > SHORT or (call.num_keys == SHORT and not call.starts_light)
-    tile_kv = 64
     if overlap and head_dim <= 160:
         tile_kv = 128
-    elif overlap and is_long:
-        whole = 112 if call.sees_all and call.num_keys > 2 * SHORT else 96
-        tile_kv = 80 if head_dim > 192 else whole
+    elif not (overlap and is_long):
+        tile_kv = 64
+    elif head_dim > 192:
+        tile_kv = 80
+    else:
+        tile_kv = 112 if call.sees_all and call.num_keys > 2 * SHORT else 96
     more_values = overlap and call.all_visible and call.num_keys <= 4 * SHORT
     single = GradientConfig(stages=1)
     return FlashConfig(

@@ -18,9 +18,9 @@ from pallas_kernels.device import num_multiprocessors
 from pallas_kernels.flash_attention import halves
 from pallas_kernels.flash_attention.extras import Extras, Footprint, prepare
 from pallas_kernels.flash_attention.forward_plan import FIRST, ForwardPlan
+from pallas_kernels.flash_attention.forward_ring import KeyValueRing
 from pallas_kernels.flash_attention.forward_tile import (
     FLOOR,
-    KeyValueRing,
     Rows,
     Softmax,
     Tile,
