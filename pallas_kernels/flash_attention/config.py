@@ -287,7 +287,7 @@ def _narrow_config(call: Call) -> FlashConfig:
     dq = GradientConfig(other=64 if call.crowded else 128)
     warpgroups = 2 if call.leaves_rows_empty and not (call.busy or call.has_lengths) else 3
     ahead = {"q_stages": 2, "ping_pong": False, "overlap": not call.busy}
-    if warpgroups == 2 and call.starts_light and call.is_short(SHORT // 4):
+    if warpgroups == 2 and call.starts_light and call.num_keys <= SHORT // 4:
         ahead |= {"tile_kv": 64, "stages": 6}
     else:
         ahead["stages"] = 3
