@@ -273,10 +273,10 @@ def default_config(head_dim: int, call: Call = PLAIN) -> FlashConfig:
 def _narrow_config(call: Call) -> FlashConfig:
     """H <= 64. Causal, T = 16,384: three warpgroups that overlap 538, without overlap 500, two 421. Causal
     T = 256, 512, 768, 1,024: two that overlap 174, 258, 301, 328, three 164, 274, 345, 360. Full T = 1,024:
-    two that take turns at 256 keys 492, three 448; T = 2,048 488 and 498. Causal T = 128, 256: two that overlap
-    at 64 keys 34.5, 38.4 us, at 128 36.6, 41.0 (cuDNN 31.0, 37.7); but 256 queries on 1,024 keys 51.0, 44.7.
-    Causal, where blocks fill the GPU once, T = 1,024, 2,048, 4,096: folded 11.0, 17.9, 31.3 us, in order 14.1,
-    23.5, 43.1 (cuDNN 12.4, 21.4, 39.3).
+    two that take turns at 256 keys 492, three 448; T = 2,048 488 and 498. Causal T = 128, 256: two that
+    overlap at 64 keys 34.5, 38.4 us, at 128 36.6, 41.0 (cuDNN 31.0, 37.7); but 256 queries on 1,024 keys
+    51.0, 44.7. Causal, where blocks fill the GPU once, T = 1,024, 2,048, 4,096: folded 11.0, 17.9, 31.3 us,
+    in order 14.1, 23.5, 43.1 (cuDNN 12.4, 21.4, 39.3).
     """
     if (call.leaves_rows_empty or call.ends_within) and call.sees_all and not call.crowded:
         return _short_config(call)
