@@ -35,14 +35,14 @@ class ForwardPlan(AttentionPlan):
         return self.config.splits_rows or self.splits_columns
 
     @property
-    def in_blocks(self) -> bool:
+    def in_column_blocks(self) -> bool:
         """Whether such tiles lie in blocks of columns. Of one block that would be no other place, and takes
         longer (H = 48, full T = 2,048: 165 and 159 us)."""
         return self.splits_columns and max(self.head_dim, self.value_dim) > 64
 
     def tiles(self, count: int, rows: int, columns: int) -> Any:
         """Shared memory of so many tiles."""
-        if self.in_blocks:
+        if self.in_column_blocks:
             return smem_in_blocks((count,), rows, columns, self.dtype)
         return swizzled_smem((count, rows, columns), self.dtype)
 

@@ -299,7 +299,7 @@ def store_tile(plan: ForwardPlan, out_smem, x):
     rows = x.shape[0]
     if missing := (0 if plan.keeps_fp32 else plan.value_dim - x.shape[1]):
         x = lax.concatenate([x, register_zeros((rows, missing)).astype(x.dtype)], 1)
-    if not plan.in_blocks:
+    if not plan.in_column_blocks:
         out_smem[...] = x
         return
     width = out_smem.shape[-1]

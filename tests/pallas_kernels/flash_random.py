@@ -41,8 +41,9 @@ def draw(seed, longest=800, max_batch=3):
         size(longest),
     )
     n, s = int(k * group), t if has(0.5) else size(longest)
-    h = int(rng.choice([32, 40, 64, 64, 72, 80, 96, 104, 128, 128, 192, 256]))
-    shape = {"batch": int(batch), "t": t, "s": s, "n": n, "k": int(k), "h": h, "hv": 64 if has(0.1) else h}
+    h = int(rng.choice([32, 40, 48, 64, 64, 72, 80, 88, 96, 104, 120, 128, 128, 136, 160, 192, 200, 256]))
+    hv = int(rng.choice([40, 64, 136])) if has(0.15) else h
+    shape = {"batch": int(batch), "t": t, "s": s, "n": n, "k": int(k), "h": h, "hv": hv}
     shape["dtype"] = jnp.float16 if has() else jnp.bfloat16
     arguments = {
         "is_causal": bool(has(0.5)),
