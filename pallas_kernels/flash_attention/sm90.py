@@ -29,7 +29,7 @@ from pallas_kernels.flash_attention.forward_plan import ForwardPlan
 from pallas_kernels.flash_attention.plan import LOGITS_EXPONENT, WEIGHTS_EXPONENT, AttentionPlan
 from pallas_kernels.flash_attention.spec import AttentionGradients, AttentionInputs, AttentionSpec
 from pallas_kernels.flash_attention.tiles import span
-from pallas_kernels.mosaic import LOG2_E
+from pallas_kernels.mosaic import LOG2_E, SMEM_BYTES
 from pallas_kernels.mosaic_copy import OCTET
 
 COLUMN_MULTIPLE = 8  # in global memory: 16 bytes, as TMA counts the steps between rows and heads
@@ -76,6 +76,9 @@ def forward(inputs: AttentionInputs, spec: AttentionSpec) -> tuple[jax.Array, ja
     if one_query_sm90.serves(inputs, spec):
         return one_query_sm90.forward(inputs, spec)
     plan = forward_plan_of(inputs, spec)
+    if plan.tile_bytes > SMEM_BYTES:
+        limit = f"config must fit {SMEM_BYTES:,} bytes of shared memory"
+        raise ValueError(f"{limit}, got {plan.config}: {plan.tile_bytes:,}")
     num_queries, value_dim = inputs.query.shape[1], inputs.value.shape[-1]
     exponents, arrays = scaling.scale_operands(inputs) if plan.keeps_fp32 else (None, inputs[:3])
     out, lse = forward_sm90.launch(plan, inputs, *(_pad(plan, x, is_forward=True) for x in arrays))

@@ -76,7 +76,8 @@ def draw(seed, longest=800, max_batch=3):
     if has():
         arguments["sinks"] = jnp.asarray(rng.normal(size=n), jnp.float32)
     if has(0.4) and h == shape["hv"]:
-        arguments["config"] = fused_config(h + -h % 32, IN_BLOCKS if h <= 128 else None)
+        columns = h + -h % (64 if h > 128 and h % 16 else 32)  # of the forward's tiles
+        arguments["config"] = fused_config(columns, IN_BLOCKS if h <= 128 else None)
     return shape, arguments
 
 

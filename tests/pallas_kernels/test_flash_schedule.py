@@ -1,6 +1,7 @@
 """Which thread block works on what: every item once, and no block much longer than the others."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -9,13 +10,14 @@ import numpy as np
 import pytest
 
 from jaxattn.block_mask import BlockMask
-from pallas_kernels import FlashConfig
+from pallas_kernels import FlashConfig, flash_attention
 from pallas_kernels.flash_attention.extras import Footprint, prepare
 from pallas_kernels.flash_attention.forward_plan import ITEM_COST, ForwardPlan
 from pallas_kernels.flash_attention.sm90 import forward_plan_of
 from pallas_kernels.flash_attention.spec import AttentionInputs, AttentionSpec
 from pallas_kernels.flash_attention.tiles import Schedule, TileOrder
 from pallas_kernels.kv_tiles import kv_tiles
+from tests.pallas_kernels.hopper import abstract_mesh
 
 PLAN = ForwardPlan(
     batch=2,
@@ -60,6 +62,16 @@ def test_short_rows_multiply_little_beyond_their_ends(head_dim, num_keys):
         multiplied = math.prod(-(-size // tile) * tile for size, tile in zip(lengths, blocks, strict=True))
         least = min(-(-num_queries // rows) * rows for rows in (128, 192)) * -(-lengths[1] // 64) * 64
         assert multiplied <= 1.34 * least, (num_queries, config)
+
+
+def test_a_config_that_does_not_fit_is_refused_by_name():
+    array = jax.ShapeDtypeStruct((1, 1024, 4, 256), jnp.bfloat16)
+    config = FlashConfig(tile_kv=256)
+    call = functools.partial(flash_attention, config=config, implementation="sm90")
+    with jax.sharding.use_abstract_mesh(abstract_mesh()):
+        with pytest.raises(ValueError, match=r"config must fit .* got FlashConfig\(.*tile_kv=256.*: 589,824"):
+            jax.eval_shape(call, array, array, array)
+        jax.eval_shape(functools.partial(call, config=dataclasses.replace(config, tile_kv=64)), *(array,) * 3)
 
 
 ORDERS = [
