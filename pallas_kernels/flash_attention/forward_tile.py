@@ -289,12 +289,12 @@ def finish_rows(plan: ForwardPlan, rows: Rows, acc, softmax: Softmax, out_smem, 
     result = where(broadcast_rows(live, columns), acc * broadcast_rows(norm, columns), 0.0)
     # Selected before it is rounded: pairs of 16 bits would be taken apart.
     first, *rest = halves.split(plan, lax.optimization_barrier(result))
-    store_tile(plan, out_smem, first)
+    stage_result(plan, out_smem, first)
     lse_smem[...] = where(live, (softmax.max + lax.log2(softmax.sum)) * (1 / LOG2_E), -jnp.inf)
     return rest
 
 
-def store_tile(plan: ForwardPlan, out_smem, x):
+def stage_result(plan: ForwardPlan, out_smem, x):
     """Stores results into a tile, whose columns are stored whole: what leaves it ends with the output."""
     rows = x.shape[0]
     if missing := (0 if plan.keeps_fp32 else plan.value_dim - x.shape[1]):
