@@ -17,6 +17,7 @@ from tests.pallas_kernels.tables import CompileCase
 THREE = FlashConfig(tile_q=64, tile_kv=64, stages=2, warpgroups=3, ping_pong=False)
 AHEAD = FlashConfig(tile_q=64, tile_kv=64, stages=2, overlap=True, ping_pong=False)
 SMALL = FlashConfig(tile_q=64, tile_kv=64, stages=2, q_stages=2)
+ONE_BUFFER = dataclasses.replace(SMALL, q_stages=1)  # of queries, of which wide heads have no room for two
 EIGHTY = dataclasses.replace(AHEAD, tile_kv=80)
 IN_BLOCKS = default_config(128, Call(crowded=True, in_blocks=True, busy=1))  # serves all calls
 
@@ -143,7 +144,7 @@ FORWARD_CASES: dict[str, dict[str, Any]] = {
     },
     "tiles of 80 keys, a diagonal, fp16": {
         **{"t": 330, "s": 330, "h": 200, "is_causal": True, "dtype": jnp.float16},
-        "config": dataclasses.replace(SMALL, tile_kv=80),
+        "config": dataclasses.replace(ONE_BUFFER, tile_kv=80),
     },
     "tiles of 112 keys, a tail and a diagonal": {
         **{"t": 130, "s": 290, "h": 192, "is_causal": True, "causal_alignment": "bottom_right"},
@@ -151,7 +152,7 @@ FORWARD_CASES: dict[str, dict[str, Any]] = {
     },
     "tiles of 80 keys, lengths": dict(RAGGED, poison=True, config=dataclasses.replace(SMALL, tile_kv=80)),
     "tiles of 80 keys, window": {"t": 260, "s": 260, "local_window_size": (40, 20), "config": EIGHTY},
-    "in turns, queries in one buffer": {"n": 2, "config": dataclasses.replace(SMALL, q_stages=1)},
+    "in turns, queries in one buffer": {"n": 2, "config": ONE_BUFFER},
     "head dim 96": {"t": 70, "s": 70, "h": 96, "is_causal": True},
     # One block has two items to attend and three without a key: nobody may wait for a turn in between.
     "in turns, items that see nothing": {

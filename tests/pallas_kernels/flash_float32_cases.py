@@ -9,7 +9,7 @@ import numpy as np
 
 from pallas_kernels import flash_attention
 from tests.pallas_kernels import flash_compile_cases, flash_fused_cases
-from tests.pallas_kernels.flash_cases import SMALL, compare, poison_padding, random_inputs
+from tests.pallas_kernels.flash_cases import ONE_BUFFER, SMALL, compare, poison_padding, random_inputs
 from tests.pallas_kernels.flash_compile_cases import unbounded
 from tests.pallas_kernels.flash_features import DROPOUT, FEATURES, RAGGED, bias_of
 from tests.pallas_kernels.flash_fused_cases import fused_config
@@ -57,7 +57,7 @@ CASES: dict[str, dict[str, Any]] = {
     "fused, scaled, heavy tails": SCALED | {"heavy": True, "config": fused_config(64, SMALL)},
     "lengths, grouped heads, causal": {**RAGGED, "t": 110, "n": 2, "is_causal": True, "poison": True},
     "far from one": {"factors": (1e-6, 1e6, 1e-6, 1e6), "n": 4, "k": 2},
-    "wide, heavy tails": {"h": 256, "n": 2, "heavy": True, "config": fused_config(256, SMALL)},
+    "wide, heavy tails": {"h": 256, "n": 2, "heavy": True, "config": fused_config(256, ONE_BUFFER)},
     "all at once": FEATURES["all at once"],
     "bias": {**bias_of(1, 1, 70, 100, dtype=jnp.float32), "batch": 2, "n": 2, "k": 2},
     "dropout": {"hv": 128, **DROPOUT},

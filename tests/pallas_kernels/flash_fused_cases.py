@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from pallas_kernels.flash_attention import backward_fused_sm90, sm90
 from pallas_kernels.flash_attention.config import FlashConfig, FusedConfig, default_config
 from pallas_kernels.flash_attention.spec import AttentionInputs, AttentionSpec
-from tests.pallas_kernels.flash_cases import BACKWARD_CASES, SMALL, check_backward
+from tests.pallas_kernels.flash_cases import BACKWARD_CASES, ONE_BUFFER, SMALL, check_backward
 from tests.pallas_kernels.flash_compile_cases import (
     LENGTHS,
     PERSISTENT_SPILLS,
@@ -138,15 +138,15 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "fused, head dim 256, grouped heads, causal bottom right": {
         **{"h": 256, "t": 130, "s": 150, "n": 2, "k": 1, "is_causal": True},
-        **{"causal_alignment": "bottom_right", "config": fused_config(256, SMALL)},
+        **{"causal_alignment": "bottom_right", "config": fused_config(256, ONE_BUFFER)},
     },
     "fused, head dim 256, lengths": {
         **BACKWARD_CASES["lengths"],
-        **{"h": 256, "config": fused_config(256, SMALL)},
+        **{"h": 256, "config": fused_config(256, ONE_BUFFER)},
     },
     "fused, head dim 256, block mask, causal, dropout": {
         **BACKWARD_CASES["block mask, causal"],
-        **{"h": 256, "config": fused_config(256, SMALL)},
+        **{"h": 256, "config": fused_config(256, ONE_BUFFER)},
     },
     "fused, head dim 192, one stage, fp16, window": {
         **{"h": 192, "t": 200, "s": 100, "dtype": jnp.float16, "local_window_size": (40, 20)},
@@ -157,11 +157,11 @@ CASES: dict[str, dict[str, Any]] = {
         **{"q_segment_ids": jnp.arange(100)[None] // jnp.array([[60], [200]])},
         **{"kv_segment_ids": jnp.arange(130)[None] // jnp.array([[60], [200]])},
         **{"kv_lengths": jnp.array([130, 80]), "sinks": jnp.array([0.0, 1.0]), **DROPOUT},
-        "config": fused_config(256, SMALL),
+        "config": fused_config(256, ONE_BUFFER),
     },
     "fused, head dim 256, soft cap, slopes": {
         **{"t": 140, "s": 70, "n": 2, "k": 2, "h": 256, "is_causal": True, "logits_soft_cap": 5.0, **SLOPES},
-        "config": fused_config(256, SMALL),
+        "config": fused_config(256, ONE_BUFFER),
     },
 }
 
