@@ -146,9 +146,7 @@ def load_block(array: Any, place: tuple, column: int, target: Any, barrier: Any)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), (SPLAT,) * len(place), plgpu.RefType(transforms), SPLAT))
     def load(ctx, source, indices, smem, address):
-        i32 = ir.IntegerType.get_signless(32)
-        pointer = llvm.inttoptr(llvm.PointerType.get(3), address.registers.item())
-        loaded = BARRIER(pointer, mgpu_utils.c(0, i32), phases=None, num_barriers=1)
+        loaded = _barrier_at(address)
         leads = mgpu_utils.single_thread_predicate(mgpu_utils.ThreadSubset.WARP)
         loaded.arrive_expect_tx(num_bytes, leads)
         loaded.arrive(THREADS - 1, predicate=leads)  # for the threads of a warpgroup, which a barrier awaits
@@ -176,12 +174,16 @@ def load_block(array: Any, place: tuple, column: int, target: Any, barrier: Any)
     load(array, starts, target, barrier_address(barrier))
 
 
+def _barrier_at(address: Any) -> Any:
+    pointer = llvm.inttoptr(llvm.PointerType.get(3), address.registers.item())
+    return BARRIER(pointer, mgpu_utils.c(0, ir.IntegerType.get_signless(32)), phases=None, num_barriers=1)
+
+
 def _expecting(address: Any, num_bytes: int) -> Any:
     """The barrier at an address, at which a warpgroup arrives that copies so many bytes."""
-    i32 = ir.IntegerType.get_signless(32)
-    pointer = llvm.inttoptr(llvm.PointerType.get(3), address.registers.item())
-    nvvm.mbarrier_arrive_expect_tx(pointer, mgpu_utils.c(num_bytes // THREADS, i32))  # each thread's
-    return BARRIER(pointer, mgpu_utils.c(0, i32), phases=None, num_barriers=1)
+    loaded, i32 = _barrier_at(address), ir.IntegerType.get_signless(32)
+    nvvm.mbarrier_arrive_expect_tx(loaded.get_ptr(), mgpu_utils.c(num_bytes // THREADS, i32))  # each thread's
+    return loaded
 
 
 class Part(NamedTuple):

@@ -305,10 +305,9 @@ def _short_config(call: Call) -> FlashConfig:
     44.5; 320 55.1, 38.0, 45.7; 384 54.0, 39.1, 41.7; 640 64.5, 56.3, 54.2; H = 32, T = 128 27.7, 15.0, 18.8,
     384 60.5, 44.3, 53.3. Masked at T = 197 that tile takes 50.3, at 256 38.9; two of 128 43.3 and 41.4.
     """
-    dq = GradientConfig(other=128)
+    dq, dkv = GradientConfig(other=128), GradientConfig()
     if call.differentiates_in_threes:
-        dq = GradientConfig(warpgroups=3)
-    dkv = dq if call.differentiates_in_threes else GradientConfig()
+        dq = dkv = GradientConfig(warpgroups=3)
     pairs = {
         1.0: FlashConfig(tile_kv=256, q_stages=2),
         1.11: FlashConfig(stages=4, q_stages=2, overlap=call.num_keys > SHORT // 2),

@@ -8,7 +8,6 @@ V (backward: the Q and dO) of the heads that run at one time.
 """
 
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +17,7 @@ import numpy as np
 from pallas_kernels.flash_attention import backward_fused_sm90, one_query_sm90, sm90
 from pallas_kernels.flash_attention.arguments import make_spec, shapes_of
 from pallas_kernels.flash_attention.backward_fused_block import block_keys
-from pallas_kernels.flash_attention.config import FlashConfig
+from pallas_kernels.flash_attention.config import FlashConfig, padded
 from pallas_kernels.flash_attention.forward_plan import FIRST, ForwardPlan
 from pallas_kernels.flash_attention.plan import AttentionPlan
 from pallas_kernels.kv_tiles import kv_tiles
@@ -159,7 +158,7 @@ def _dq(plan: AttentionPlan) -> Traffic:
     first_rows = np.arange(-num_spare, plan.num_queries, block)
     streamed = _streamed_rows(plan, block, config.other, first_rows=first_rows)
     streamed *= plan.batch * plan.num_heads * plan.token_bytes
-    owned = _q_bytes(plan, _padded(plan.num_queries, block), num_spare)
+    owned = _q_bytes(plan, padded(plan.num_queries, block), num_spare)
     return Traffic(owned + streamed, 0, 0, 0)
 
 
@@ -217,7 +216,3 @@ def _kv_bytes(plan: AttentionPlan) -> int:
 
 def _itemsize(plan: AttentionPlan) -> int:
     return jnp.dtype(plan.dtype).itemsize
-
-
-def _padded(length: int, multiple: int) -> int:
-    return math.ceil(length / multiple) * multiple
